@@ -1,0 +1,109 @@
+"""The only place that prints. stdout: paths, tables, JSON. stderr: progress, logs, hints."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Table
+
+from .errors import FastFaceError
+
+SCHEMA = 1
+"""Version of every JSON object printed by `--json`."""
+
+
+def _plain() -> bool:
+    return "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb"
+
+
+def out() -> Console:
+    """Console of results."""
+    return Console(no_color=_plain() or None, highlight=False, soft_wrap=True)
+
+
+def err() -> Console:
+    """Console of progress, logs and hints."""
+    return Console(stderr=True, no_color=_plain() or None, highlight=False, soft_wrap=True)
+
+
+def line(text: str) -> None:
+    """One line of result on stdout, exactly as given."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def note(text: str) -> None:
+    """One line for the person who watches, on stderr."""
+    err().print(text, markup=False)
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """One versioned JSON object on stdout."""
+    line(json.dumps({"schema": SCHEMA, **value}, ensure_ascii=False))
+
+
+def print_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
+    """A table on stdout; whole cells even when piped."""
+    console = out()
+    table = Table(title=title or None, title_justify="left", header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    if not console.is_terminal:
+        console.width = 200
+    console.print(table)
+
+
+def print_error(error: FastFaceError) -> None:
+    """One sentence, a blank line, a hint."""
+    console = err()
+    console.print("[red]error[/red]: ", end="")
+    console.print(error.message, markup=False)
+    if error.hint:
+        console.print()
+        console.print("[cyan]hint[/cyan]: ", end="")
+        console.print(error.hint, markup=False)
+
+
+def transfer_progress(*, quiet: bool = False) -> Progress:
+    """Progress of bytes; silent where stderr is not a terminal."""
+    console = err()
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=quiet or not console.is_terminal,
+        transient=True,
+    )
+
+
+def step_progress(*, quiet: bool = False) -> Progress:
+    """Progress of counted work; silent where stderr is not a terminal."""
+    console = err()
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=quiet or not console.is_terminal,
+        transient=True,
+    )

@@ -1,0 +1,63 @@
+"""The one family of errors that a user meets; each knows its exit code and the next step."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class FastFaceError(Exception):
+    """What went wrong in one sentence, and a hint that says what to do next.
+
+    Args:
+        message: one sentence that names what and where.
+        hint: the next step, or None where there is none.
+    """
+
+    exit_code = 1
+    kind = "run_failed"
+
+    def __init__(self, message: str, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageError(FastFaceError):
+    """The command line, a recipe or an input file is not what it must be."""
+
+    exit_code = 2
+    kind = "usage"
+
+
+class RecipeError(UsageError):
+    """A recipe does not say something that can be run."""
+
+    kind = "recipe"
+
+
+class ModelUnavailableError(FastFaceError):
+    """A model file is missing and cannot be had, or is not the file it should be."""
+
+    exit_code = 3
+    kind = "models"
+
+
+class DeviceError(FastFaceError):
+    """The device cannot do what is asked: no CUDA, out of memory."""
+
+    exit_code = 4
+    kind = "device"
+
+
+class NoFaceError(FastFaceError):
+    """No usable face in the photograph."""
+
+    exit_code = 5
+    kind = "no_face"
+
+
+def nearest(name: str, valid: Iterable[str]) -> str | None:
+    """The valid name closest to `name`, or None where nothing is close."""
+    matches = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
+    return matches[0] if matches else None
