@@ -292,8 +292,8 @@ class IdentityAttnProcessor(IPAdapterAttnProcessor2_0):  # type: ignore[misc]
             identity = identity_attention(query, key, value, chain, run.images)
             out = out + run.row_scale.to(out.dtype) * identity
         hidden_states = out.transpose(1, 2).flatten(2)
-        out = attn.to_out[1](attn.to_out[0](hidden_states))
-        return out
+        projected: Tensor = attn.to_out[0](hidden_states)
+        return projected  # to_out[1] is dropout, which does nothing at inference
 
 
 def block_of(name: str) -> Block:

@@ -76,7 +76,7 @@ def run(argv: list[str] | None = None) -> int:
 
 def _failure(error: FastFaceError) -> dict[str, Any]:
     return {
-        **getattr(error, "partial", {}),
+        **error.partial,
         "error": {"kind": error.kind, "code": error.exit_code, "message": error.message, "hint": error.hint},
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class FastFaceError(Exception):
@@ -21,6 +22,8 @@ class FastFaceError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
+        self.partial: dict[str, Any] = {}
+        """What was done before it went wrong, for `--json`."""
 
 
 class UsageError(FastFaceError):

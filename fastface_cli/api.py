@@ -1,0 +1,209 @@
+"""The Python use: a recipe, a person, pictures. The command line stands on the same functions.
+
+from fastface_cli import FastFace
+
+face = FastFace("pocket")
+me = face.identity("me.jpg")
+face.generate(me, "a woman smiling, watercolour", seed=1)[0].save("out.png")
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import DeviceError
+from .manifest import Artefact, resolve
+from .recipe import Recipe
+from .settings import Settings, load_settings
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from .faces import FaceAnalyser
+    from .identity import Identity
+    from .pipeline import Pipeline
+
+Log = Callable[[str], None]
+
+GPU_BYTES = 1_000_000_000
+"""A stack that weighs more is not run on a CPU unless the CPU is asked for by name."""
+
+
+def artefacts_of(recipe: Recipe) -> dict[str, Artefact]:
+    """Every model part of a recipe, by role.
+
+    Raises:
+        RecipeError: a reference that is neither a known name, a path nor a pinned repository.
+    """
+    return {role: resolve(reference) for role, reference in recipe.references().items()}
+
+
+def check_device(recipe: Recipe, device: str) -> str:
+    """The device to run on, asked before any model is looked at.
+
+    Raises:
+        DeviceError: no such device, or a full-size stack and no GPU.
+    """
+    from .pipeline import pick_device
+
+    found = pick_device(device)
+    weight = sum(artefact.bytes for artefact in artefacts_of(recipe).values())
+    if device == "auto" and found.type == "cpu" and weight > GPU_BYTES:
+        raise DeviceError(
+            f"recipe '{recipe.name}' needs a GPU, and there is no CUDA device here",
+            "--recipe pocket runs on any machine; --device cpu tries all the same (slow, about 24 GB of memory)",
+        )
+    return str(found)
+
+
+def fetch(
+    recipe: Recipe, settings: Settings, *, offline: bool | None = None, progress: bool = True
+) -> dict[str, Path]:
+    """Make the files of a recipe present: where each role lies on disk.
+
+    Raises:
+        ModelUnavailableError: something is missing and cannot be had.
+    """
+    from .store import Store
+
+    artefacts = artefacts_of(recipe)
+    store = Store(settings, offline=offline)
+    distinct = {artefact.name: artefact for artefact in artefacts.values()}
+    paths = store.ensure(list(distinct.values()), progress=progress)
+    return {role: paths[artefact.name] for role, artefact in artefacts.items()}
+
+
+def random_seed() -> int:
+    """A seed short enough to type again."""
+    return secrets.randbelow(2**32)
+
+
+class FastFace:
+    """A recipe made ready to run.
+
+    Models are fetched and loaded when they are first needed, and stay loaded.
+
+    Args:
+        recipe: name of a recipe, path of a recipe file, or a `Recipe`.
+        overrides: `--set` style changes, as "guidance.text=[1, 2, 2, 1]".
+        stack: a folder of local weights instead of the recipe's models.
+        device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`; None takes the machine's setting.
+        dtype: `float32`, `float16` or `bfloat16`; None chooses by device.
+        offline: fetch nothing; None asks HF_HUB_OFFLINE.
+        progress: show progress on stderr when it is a terminal.
+        log: takes one line of notice.
+
+    Raises:
+        RecipeError: the recipe is not valid.
+    """
+
+    def __init__(
+        self,
+        recipe: str | Recipe = "hyper-fastface",
+        *,
+        overrides: Sequence[str] = (),
+        stack: Path | None = None,
+        device: str | None = None,
+        dtype: str | None = None,
+        offline: bool | None = None,
+        progress: bool = False,
+        log: Log = lambda _: None,
+    ) -> None:
+        from .recipe_files import load_recipe
+
+        self.settings = load_settings()
+        self.recipe = (
+            recipe
+            if isinstance(recipe, Recipe)
+            else load_recipe(recipe, overrides=overrides, stack=stack).recipe
+        )
+        self.device = device or self.settings.device
+        self.dtype = dtype
+        self.offline = offline
+        self.progress = progress
+        self.log = log
+        self._paths: Mapping[str, Path] | None = None
+        self._analyser: FaceAnalyser | None = None
+        self._pipeline: Pipeline | None = None
+
+    @property
+    def paths(self) -> Mapping[str, Path]:
+        """Where the model files lie; fetched if need be."""
+        if self._paths is None:
+            self._paths = fetch(self.recipe, self.settings, offline=self.offline, progress=self.progress)
+        return self._paths
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """The loaded stack."""
+        if self._pipeline is None:
+            from .pipeline import Pipeline
+
+            device = check_device(self.recipe, self.device)
+            self._pipeline = Pipeline.load(
+                self.recipe, self.paths, device=device, dtype=self.dtype, log=self.log
+            )
+        return self._pipeline
+
+    def identity(
+        self,
+        *photos: str | Path | Image.Image,
+        face_index: int | None = None,
+        face_box: tuple[float, float, float, float] | None = None,
+    ) -> Identity:
+        """A person from one or several photos.
+
+        Raises:
+            UsageError: a photo cannot be read.
+            NoFaceError: no usable face in them.
+        """
+        from .faces import load_face_models
+        from .identity import make_identity
+        from .pipeline import pick_device
+
+        if self._analyser is None:
+            kind = pick_device(self.device).type
+            self._analyser = load_face_models(self.paths["face"], device=kind)
+        given = [Path(photo) if isinstance(photo, str) else photo for photo in photos]
+        return make_identity(given, self._analyser, face_index=face_index, face_box=face_box, log=self.log)
+
+    def generate(
+        self,
+        identity: Identity,
+        prompt: str,
+        *,
+        seed: int | None = None,
+        count: int = 1,
+        negative_prompt: str | None = None,
+        adapter_scale: float | None = None,
+        **options: Any,
+    ) -> list[Image.Image]:
+        """Pictures of a person.
+
+        Args:
+            identity: who.
+            prompt: what.
+            seed: of the first picture; the next ones follow. None: random.
+            count: how many.
+            negative_prompt: None is the recipe's.
+            adapter_scale: None is the recipe's.
+            options: of `Pipeline.generate`: `batch_size`, `on_step`.
+
+        Returns:
+            8-bit RGB pictures of the recipe's size.
+
+        Raises:
+            DeviceError: out of memory.
+            ModelUnavailableError: a model cannot be had or loaded.
+        """
+        from .pipeline import Request
+
+        first = random_seed() if seed is None else seed
+        negative = self.recipe.negative_prompt if negative_prompt is None else negative_prompt
+        requests = [
+            Request(prompt, first + index, identity, negative, adapter_scale) for index in range(count)
+        ]
+        return [picture.image for picture in self.pipeline.generate(requests, **options)]

@@ -1,0 +1,457 @@
+"""`fastface generate`: a photo and a sentence in, that person in that scene out."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .. import console
+from ..errors import FastFaceError, UsageError
+
+if TYPE_CHECKING:
+    from ..api import FastFace
+    from ..identity import Identity
+    from ..metadata import Provenance
+    from ..pipeline import Picture, Request
+    from ..recipe import Recipe
+
+EXAMPLES = """
+Examples:
+
+  fastface generate --recipe pocket --face me.jpg --prompt "a woman smiling"
+
+  fastface generate --face me.jpg --prompt "an astronaut reading in a cafe" --count 4 --seed 7 -o out/
+
+  fastface generate --from picture.png --face me.jpg
+"""
+
+
+@dataclass
+class Options:
+    """The flags of one call, as they were given."""
+
+    recipe: str | None
+    faces: list[Path]
+    identity: Path | None
+    prompts: list[str]
+    prompts_file: Path | None
+    negative_prompt: str | None
+    output: str | None
+    force: bool
+    seed: int | None
+    count: int
+    scales: list[float]
+    flags: dict[str, tuple[Any, str]]
+    overrides: list[str]
+    stack: Path | None
+    replay: Path | None
+    jobs: str | None
+    face_index: int | None
+    face_box: tuple[float, float, float, float] | None
+    save_identity: Path | None
+    save_latents: Path | None
+    grid: bool
+    metadata: bool
+    device: str | None
+    dtype: str | None
+    batch_size: int
+    offline: bool
+    as_json: bool
+    verbose: int
+
+
+@dataclass
+class Work:
+    """What is to be made, known before any model is touched."""
+
+    recipe: Recipe
+    prompts: list[str]
+    negative_prompt: str | None
+    seeds: list[int]
+    scales: list[float]
+    paths: list[Path]
+    expected_identity: str | None = None
+    """Digest of the identity that a replayed picture was made with."""
+
+    def cells(self) -> Iterator[tuple[str, int, float]]:
+        """Prompt, seed and adapter scale of every picture, in order."""
+        for prompt in self.prompts:
+            for seed in self.seeds:
+                for scale in self.scales:
+                    yield prompt, seed, scale
+
+
+@dataclass
+class Report:
+    """What has been done so far; printed as JSON also when the run fails half way."""
+
+    images: list[dict[str, Any]] = field(default_factory=list)
+
+
+def generate(
+    face: Annotated[
+        list[Path] | None, typer.Option("--face", help="Photo of the person; repeat for several photos.")
+    ] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", "-p", help="What to make; repeat for several pictures.")
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option("--recipe", "-r", help="Name or path of a recipe.", show_default="hyper-fastface"),
+    ] = None,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="File, folder or template as '{recipe}-{seed}.png'.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the first picture; random when left out.")] = None,
+    count: Annotated[int, typer.Option(min=1, max=10000, help="Pictures a prompt: seed, seed+1, ...")] = 1,
+    prompts_file: Annotated[Path | None, typer.Option(help="A file with one prompt a line.")] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What to stay away from.")] = None,
+    identity: Annotated[Path | None, typer.Option(help="A saved identity in place of photos.")] = None,
+    save_identity: Annotated[Path | None, typer.Option(help="Keep the person as FILE.safetensors.")] = None,
+    face_index: Annotated[
+        int | None, typer.Option(min=0, help="Which face of the photo, 0 being the largest.")
+    ] = None,
+    face_box: Annotated[str | None, typer.Option(help="Which face: a box 'x1,y1,x2,y2' in pixels.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Diffusion steps; picks the checkpoint.")] = None,
+    size: Annotated[str | None, typer.Option(help="Picture size in pixels, as 1024x1024.")] = None,
+    adapter_scale: Annotated[
+        str | None, typer.Option(help="How strongly the identity speaks; a list '0.4,0.8' sweeps.")
+    ] = None,
+    lora_scale: Annotated[float | None, typer.Option(help="Weight of the LoRA inside the adapter.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Change the recipe: guidance.text=[1,2,2,1].")
+    ] = None,
+    stack: Annotated[
+        Path | None, typer.Option(help="Folder of local weights for the recipe's models.")
+    ] = None,
+    from_: Annotated[
+        Path | None, typer.Option("--from", help="Make a picture again as this PNG says it was made.")
+    ] = None,
+    jobs: Annotated[str | None, typer.Option(help="JSON lines, one picture each; - reads stdin.")] = None,
+    grid: Annotated[bool, typer.Option("--grid", help="Also a contact sheet of all pictures.")] = False,
+    save_latents: Annotated[Path | None, typer.Option(help="Keep the latents as FILE.safetensors.")] = None,
+    no_metadata: Annotated[bool, typer.Option("--no-metadata", help="Write nothing into the PNG.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace existing files.")] = False,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures that share a UNet call.")] = 1,
+    offline: Annotated[bool, typer.Option("--offline", help="Fetch nothing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    verbose: Annotated[int, typer.Option("--verbose", "-v", count=True, help="Say what is done.")] = 0,
+) -> None:
+    """Put a person into a picture: a photo and a sentence in, that person in that scene out."""
+    flags: dict[str, tuple[Any, str]] = {}
+    if steps is not None:
+        flags["sampling.steps"] = (steps, "--steps")
+    if size is not None:
+        width, height = _size(size)
+        flags["sampling.width"] = (width, "--size")
+        flags["sampling.height"] = (height, "--size")
+    if lora_scale is not None:
+        flags["adapter.lora_scale"] = (lora_scale, "--lora-scale")
+    scales = _numbers(adapter_scale, "--adapter-scale") if adapter_scale is not None else []
+    if len(scales) == 1:
+        flags["adapter.scale"] = (scales[0], "--adapter-scale")
+    options = Options(
+        recipe=recipe,
+        faces=face or [],
+        identity=identity,
+        prompts=prompt or [],
+        prompts_file=prompts_file,
+        negative_prompt=negative_prompt,
+        output=output,
+        force=force,
+        seed=seed,
+        count=count,
+        scales=scales,
+        flags=flags,
+        overrides=set_ or [],
+        stack=stack,
+        replay=from_,
+        jobs=jobs,
+        face_index=face_index,
+        face_box=_box(face_box) if face_box is not None else None,
+        save_identity=save_identity,
+        save_latents=save_latents,
+        grid=grid,
+        metadata=not no_metadata,
+        device=device,
+        dtype=dtype,
+        batch_size=batch_size,
+        offline=offline,
+        as_json=as_json,
+        verbose=verbose,
+    )
+    if jobs is not None:
+        from .jobs import run_jobs
+
+        run_jobs(options)
+        return
+    report = Report()
+    try:
+        run(options, report)
+    except FastFaceError as error:
+        error.partial = {"images": report.images}
+        raise
+    if as_json:
+        console.print_json({"ok": True, "images": report.images, "error": None})
+
+
+def run(options: Options, report: Report) -> None:
+    """One call of the command: cheap checks first, then device, models, face, pictures."""
+    from ..api import FastFace, check_device
+    from ..settings import load_settings
+
+    settings = load_settings()
+    verbose = max(options.verbose, settings.verbosity)
+    work = prepare(options, settings.recipe)
+    identity, photos = people(options)
+    device = check_device(work.recipe, options.device or settings.device)
+    face = FastFace(
+        work.recipe,
+        device=device,
+        dtype=options.dtype,
+        offline=True if options.offline else None,
+        progress=True,
+        log=console.note,
+    )
+    if identity is None:
+        identity = face.identity(*photos, face_index=options.face_index, face_box=options.face_box)
+    if options.save_identity is not None:
+        identity.save(options.save_identity, force=options.force)
+    if work.expected_identity is not None and work.expected_identity != identity.digest():
+        console.note("warning: this is not the identity that the picture was made with")
+    if verbose:
+        console.note(f"recipe {work.recipe.name}, digest {work.recipe.digest()[:12]}")
+    began = time.perf_counter()
+    pipeline = face.pipeline
+    if verbose:
+        console.note(f"models loaded in {time.perf_counter() - began:.1f} s on {device}, {pipeline.dtype}")
+        print_plan(pipeline.plan())
+    pictures = make(options, work, face, identity, report)
+    finish(options, work, pictures)
+
+
+def prepare(options: Options, default_recipe: str) -> Work:
+    """Everything that can be wrong without a model, found before one is touched.
+
+    Raises:
+        UsageError: something is missing, contradictory or in the way.
+    """
+    from ..api import random_seed
+    from ..files import check_target
+    from ..jobs import prompts_file
+    from ..pictures import plan_paths
+    from ..recipe_files import load_recipe
+
+    provenance = _replayed(options)
+    source: Any = provenance.recipe if provenance else options.recipe or default_recipe
+    recipe = load_recipe(source, overrides=options.overrides, flags=options.flags, stack=options.stack).recipe
+    prompts = list(options.prompts)
+    if options.prompts_file is not None:
+        prompts += prompts_file(options.prompts_file)
+    remembered = provenance.prompt if provenance else recipe.prompt
+    if not prompts and remembered is not None:
+        prompts = [remembered]
+    if not prompts:
+        raise UsageError("there is no prompt", 'say what to make: --prompt "a portrait in a garden"')
+    seed = options.seed
+    if seed is None:
+        seed = provenance.seed if provenance else recipe.seed
+    if seed is None:
+        seed = random_seed()
+        if not options.as_json:
+            console.note(f"seed {seed}")
+    if not 0 <= seed < 2**63 - options.count:
+        raise UsageError(f"seed {seed} is out of range", "a seed lies between 0 and 2^63")
+    negative = options.negative_prompt
+    if negative is None:
+        negative = provenance.negative_prompt if provenance else recipe.negative_prompt
+    scales = options.scales
+    if not scales:
+        scales = [provenance.adapter_scale if provenance else recipe.adapter.scale]
+    work = Work(
+        recipe=recipe,
+        prompts=prompts,
+        negative_prompt=negative,
+        seeds=[seed + index for index in range(options.count)],
+        scales=scales,
+        paths=[],
+        expected_identity=provenance.identity_digest if provenance else None,
+    )
+    fields: list[Mapping[str, str | int | float]] = [
+        {"recipe": recipe.name, "seed": seed, "prompt": prompt, "scale": scale, "index": index}
+        for index, (prompt, seed, scale) in enumerate(work.cells(), start=1)
+    ]
+    work.paths = plan_paths(options.output, count=len(fields), fields=fields, force=options.force)
+    for extra in (options.save_identity, options.save_latents):
+        if extra is not None:
+            check_target(extra, force=options.force)
+    if options.grid:
+        check_target(_grid_path(work), force=options.force)
+    return work
+
+
+def _replayed(options: Options) -> Provenance | None:
+    if options.replay is None:
+        return None
+    from ..metadata import read
+
+    if options.recipe is not None:
+        raise UsageError("--from and --recipe both name a recipe", "leave one of them out")
+    return read(options.replay)
+
+
+def people(options: Options) -> tuple[Identity | None, list[Path]]:
+    """The saved identity, or the photos, checked to be readable.
+
+    Raises:
+        UsageError: neither or both are given, or a file cannot be read.
+    """
+    from ..identity import Identity
+    from ..photos import read_photo
+
+    if options.identity is not None and options.faces:
+        raise UsageError("--face and --identity both name a person", "leave one of them out")
+    if options.identity is not None:
+        return Identity.load(options.identity), []
+    if not options.faces:
+        raise UsageError(
+            "there is no person", "give a photo with --face me.jpg, or --identity me.safetensors"
+        )
+    for photo in options.faces:
+        read_photo(photo)
+    return None, options.faces
+
+
+def make(options: Options, work: Work, face: FastFace, identity: Identity, report: Report) -> list[Picture]:
+    """Make the pictures, writing each as soon as it is there."""
+    from ..pipeline import Request
+
+    requests = [
+        Request(prompt, seed, identity, work.negative_prompt, scale) for prompt, seed, scale in work.cells()
+    ]
+    kept = []
+    with console.step_progress() as progress:
+        steps = progress.add_task("steps", total=len(requests) * work.recipe.sampling.steps)
+        pictures = face.pipeline.generate(
+            requests,
+            batch_size=options.batch_size,
+            on_step=lambda done: progress.advance(steps, done),
+        )
+        for picture, path in zip(pictures, work.paths, strict=True):
+            write(picture, path, work.recipe, metadata=options.metadata, force=options.force)
+            report.images.append(describe_picture(picture, path))
+            if not options.as_json:
+                console.line(str(path))
+            if options.grid or options.save_latents:
+                kept.append(picture)
+    return kept
+
+
+def write(picture: Picture, path: Path, recipe: Recipe, *, metadata: bool, force: bool) -> None:
+    """Write one picture with what it says about how it was made."""
+    from ..metadata import describe, installed_versions
+    from ..pictures import write_png
+
+    request: Request = picture.request
+    text = None
+    if metadata:
+        text = describe(
+            recipe,
+            prompt=request.prompt,
+            negative_prompt=request.negative_prompt,
+            seed=request.seed,
+            adapter_scale=picture.adapter_scale,
+            identity_digest=request.identity.digest(),
+            versions=installed_versions(),
+            unet_samples=picture.unet_samples,
+        )
+    write_png(picture.image, path, text=text, force=force)
+
+
+def describe_picture(picture: Picture, path: Path) -> dict[str, Any]:
+    """The JSON record of one picture."""
+    return {
+        "path": str(path),
+        "prompt": picture.request.prompt,
+        "seed": picture.request.seed,
+        "adapter_scale": picture.adapter_scale,
+        "unet_samples": picture.unet_samples,
+        "seconds": round(picture.seconds, 3),
+    }
+
+
+def finish(options: Options, work: Work, pictures: Sequence[Picture]) -> None:
+    """What is made of all pictures together: contact sheet and latents."""
+    if options.save_latents is not None:
+        from ..latents import save_latents
+
+        import torch
+
+        save_latents(
+            options.save_latents,
+            initial_latents=torch.stack([picture.initial_latents for picture in pictures]),
+            latents=torch.stack([picture.latents for picture in pictures], dim=1),
+            timesteps=pictures[0].timesteps,
+            force=options.force,
+        )
+    if options.grid:
+        from ..metadata import generated_marker
+        from ..pictures import grid, write_png
+
+        labels = [f"{picture.request.seed}  {picture.request.prompt}" for picture in pictures]
+        sheet = grid([picture.image for picture in pictures], labels=labels)
+        path = _grid_path(work)
+        write_png(sheet, path, text=generated_marker() if options.metadata else None, force=options.force)
+        if not options.as_json:
+            console.line(str(path))
+
+
+def _grid_path(work: Work) -> Path:
+    return work.paths[0].with_name(f"{work.paths[0].stem}-grid.png")
+
+
+def print_plan(steps: Sequence[Any]) -> None:
+    """What every step does, on stderr."""
+    for step in steps:
+        named = ", ".join(f"e{index}" for index in step.branches)
+        console.note(
+            f"step {step.index + 1}: t = {step.timestep:g}, identity {step.identity:g}, text {step.text:g}, "
+            f"computes {named}"
+        )
+    console.note(f"{sum(len(step.branches) for step in steps)} UNet samples a picture")
+
+
+def _size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d{1,5})(?:[xX×](\d{1,5}))?", text.strip())
+    if match is None:
+        raise UsageError(f"--size '{text}' is not a size", "write it as 1024x1024")
+    width = int(match[1])
+    return width, int(match[2] or width)
+
+
+def _numbers(text: str, flag: str) -> list[float]:
+    try:
+        found = [float(part) for part in re.split(r"[,\s]+", text.strip()) if part]
+    except ValueError:
+        found = []
+    if not found or not all(-5 <= number <= 5 for number in found):
+        raise UsageError(
+            f"{flag} '{text}' is not a list of numbers between -5 and 5", f"as in {flag} 0.4,0.8"
+        )
+    return found
+
+
+def _box(text: str) -> tuple[float, float, float, float]:
+    try:
+        x1, y1, x2, y2 = (float(part) for part in re.split(r"[,\s]+", text.strip()))
+    except ValueError as error:
+        raise UsageError(f"--face-box '{text}' is not four numbers", "write it as 120,80,360,400") from error
+    return x1, y1, x2, y2
