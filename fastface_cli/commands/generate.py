@@ -248,11 +248,9 @@ def prepare(options: Options, default_recipe: str) -> Work:
     from ..files import check_target
     from ..jobs import prompts_file
     from ..pictures import plan_paths
-    from ..recipe_files import load_recipe
 
     provenance = _replayed(options)
-    source: Any = provenance.recipe if provenance else options.recipe or default_recipe
-    recipe = load_recipe(source, overrides=options.overrides, flags=options.flags, stack=options.stack).recipe
+    recipe = _recipe(options, provenance, default_recipe)
     prompts = list(options.prompts)
     if options.prompts_file is not None:
         prompts += prompts_file(options.prompts_file)
@@ -296,6 +294,24 @@ def prepare(options: Options, default_recipe: str) -> Work:
     if options.grid:
         check_target(_grid_path(work), force=options.force)
     return work
+
+
+def _recipe(options: Options, provenance: Provenance | None, default: str) -> Recipe:
+    from ..recipe_files import load_recipe, load_recipe_data
+
+    if provenance is None:
+        return load_recipe(
+            options.recipe or default, overrides=options.overrides, flags=options.flags, stack=options.stack
+        ).recipe
+    given = [override.partition("=")[0].strip() for override in options.overrides]
+    provenance.require_local_parts(given + (["model"] if options.stack else []))
+    return load_recipe_data(
+        provenance.recipe.canonical(),
+        str(options.replay),
+        overrides=options.overrides,
+        flags=options.flags,
+        stack=options.stack,
+    ).recipe
 
 
 def _replayed(options: Options) -> Provenance | None:
@@ -357,7 +373,7 @@ def make(options: Options, work: Work, face: FastFace, identity: Identity, repor
 
 def write(picture: Picture, path: Path, recipe: Recipe, *, metadata: bool, force: bool) -> None:
     """Write one picture with what it says about how it was made."""
-    from ..metadata import describe, installed_versions
+    from ..metadata import describe
     from ..pictures import write_png
 
     request: Request = picture.request
@@ -370,7 +386,6 @@ def write(picture: Picture, path: Path, recipe: Recipe, *, metadata: bool, force
             seed=request.seed,
             adapter_scale=picture.adapter_scale,
             identity_digest=request.identity.digest(),
-            versions=installed_versions(),
             unet_samples=picture.unet_samples,
         )
     write_png(picture.image, path, text=text, force=force)
@@ -403,13 +418,13 @@ def finish(options: Options, work: Work, pictures: Sequence[Picture]) -> None:
             force=options.force,
         )
     if options.grid:
-        from ..metadata import generated_marker
+        from ..metadata import marker
         from ..pictures import grid, write_png
 
         labels = [f"{picture.request.seed}  {picture.request.prompt}" for picture in pictures]
         sheet = grid([picture.image for picture in pictures], labels=labels)
         path = _grid_path(work)
-        write_png(sheet, path, text=generated_marker() if options.metadata else None, force=options.force)
+        write_png(sheet, path, text=marker() if options.metadata else None, force=options.force)
         if not options.as_json:
             console.line(str(path))
 

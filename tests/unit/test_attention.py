@@ -1,0 +1,165 @@
+"""Attention manipulation against the formulas written out plainly, one image and one token at a time."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastface_cli import attention as am
+from fastface_cli.recipe import Attention, Blend
+
+
+def maps(seed: int, rows: int = 3, heads: int = 2, positions: int = 16) -> torch.Tensor:
+    logits = torch.randn(rows, heads, positions, 4, generator=torch.Generator().manual_seed(seed))
+    return torch.softmax(3 * logits, dim=-1)
+
+
+def chain(attention: Attention, block="down", step=0, steps=4) -> am.Chain:
+    found = am.resolve(attention, block, step, steps)
+    assert found is not None
+    return found
+
+
+def minmax(x: torch.Tensor) -> torch.Tensor:
+    return (x - x.min()) / (x.max() - x.min())
+
+
+def test_scale_power():
+    a = maps(0)
+    found = am.manipulate(a, chain(Attention(transforms=["power", "scale"])), 1)
+    torch.testing.assert_close(found, (1.55 * a**1.3).clamp(max=10))
+    up = am.manipulate(a, chain(Attention(transforms=["power", "scale"]), "up"), 1)
+    torch.testing.assert_close(up, 1.45 * a**1.3)
+
+
+def test_scale_is_capped():
+    found = am.manipulate(maps(0), chain(Attention(transforms=[{"kind": "scale", "g": 100.0}])), 1)
+    assert found.max() == 10.0
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_softmask_joint(adaptive):
+    a = maps(1)
+    kind = "adaptive_softmask" if adaptive else "softmask"
+    found = am.manipulate(a, chain(Attention(transforms=[kind])), 1)
+    for token in range(4):
+        column = a[..., token]
+        threshold = 0.5
+        if adaptive:
+            threshold = torch.quantile(column, 0.6, dim=-1, keepdim=True).half().float().clamp(min=1e-6)
+        wanted = minmax(1 / (1 + torch.exp(-12.5 * (minmax(column) - threshold))))
+        torch.testing.assert_close(found[..., token], wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_softmask_by_branch_sees_one_branch():
+    a = maps(2)
+    attention = Attention(transforms=["softmask"], normalisation="branch")
+    together = am.manipulate(a, chain(attention), 1)
+    for row in range(3):
+        torch.testing.assert_close(
+            together[row : row + 1], am.manipulate(a[row : row + 1], chain(attention), 1)
+        )
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10_000), st.integers(2, 4), st.sampled_from(["joint", "branch"]))
+def test_images_of_a_batch_never_see_each_other(seed, images, normalisation):
+    attention = Attention(
+        transforms=["adaptive_softmask", "scale"],
+        invert_token_0=True,
+        normalisation=normalisation,
+        blend=Blend(),
+    )
+    rows = torch.stack([maps(seed + image) for image in range(images)], dim=1)
+
+    together = am.manipulate(rows.flatten(0, 1), chain(attention), images).unflatten(0, (3, images))
+
+    for image in range(images):
+        alone = am.manipulate(rows[:, image], chain(attention), 1)
+        torch.testing.assert_close(together[:, image], alone)
+
+
+def test_only_chosen_tokens_change():
+    a = maps(3)
+    found = am.manipulate(a, chain(Attention(transforms=["power"], tokens=[1, 3])), 1)
+    assert torch.equal(found[..., [0, 2]], a[..., [0, 2]])
+    torch.testing.assert_close(found[..., [1, 3]], a[..., [1, 3]] ** 1.3)
+
+
+def test_token_0_is_inverted_and_turned_back():
+    a = maps(4)
+    found = am.manipulate(a, chain(Attention(transforms=["power"], invert_token_0=True)), 1)
+    changed = (1 - a[..., 0]) ** 1.3
+    torch.testing.assert_close(found[..., 0], changed.amax(-1, keepdim=True) - changed)
+    torch.testing.assert_close(found[..., 1:], a[..., 1:] ** 1.3)
+    without_0 = am.manipulate(
+        a, chain(Attention(transforms=["power"], invert_token_0=True, tokens=[1, 2])), 1
+    )
+    torch.testing.assert_close(without_0[..., 1:3], a[..., 1:3] ** 1.3)
+
+
+def test_manipulation_leaves_its_input_alone():
+    a = maps(5)
+    before = a.clone()
+    am.manipulate(a, chain(Attention(transforms=["power"], invert_token_0=True)), 1)
+    assert torch.equal(a, before)
+
+
+def test_blend_keeps_mean_and_spread_of_the_original():
+    x, y = torch.rand(2, 3, 8), torch.rand(2, 3, 8)
+    moved = am.blend(x, y, 0.0, 1e-6)
+    torch.testing.assert_close(moved.mean(-1), y.mean(-1))
+    torch.testing.assert_close(moved.std(-1), y.std(-1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(am.blend(x, y, 1.0, 1e-6), x)
+
+
+def test_blend_that_breaks_is_skipped_for_that_image_only():
+    images, d = 2, 6
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(2, 2, 5, d, generator=generator)
+    key, value = (torch.randn(2, 2, 4, d, generator=generator) for _ in range(2))
+    attention = Attention(transforms=["power"], blend=Blend())
+    whole = am.identity_attention(query, key, value, chain(attention), images)
+    broken_value = value.clone()
+    broken_value[1, 0, 0, 0] = torch.inf
+    found = am.identity_attention(query, key, broken_value, chain(attention), images)
+    torch.testing.assert_close(found[0], whole[0])
+    assert found[1].isfinite().any()
+
+
+def test_plain_attention_where_nothing_is_chosen():
+    attention = Attention(transforms=["power"], blocks=["up"], steps=[2])
+    assert am.resolve(attention, "down", 2, 4) is None
+    assert am.resolve(attention, "up", 1, 4) is None
+    assert am.resolve(attention, "up", 2, 4) is not None
+    assert am.resolve(Attention(), "up", 0, 4) is None
+
+
+def test_schedules_by_step():
+    attention = Attention(
+        transforms=[{"kind": "adaptive_softmask", "k": [7.5, 5.0, 5.0, 5.0], "level": 0.65}],
+    )
+    slopes = [chain(attention, step=step).transforms[0][1]["k"] for step in range(4)]
+    assert slopes == [7.5, 5.0, 5.0, 5.0]
+    assert chain(attention, step=1, steps=7).transforms[0][1]["k"] == pytest.approx(6.25)
+
+
+def test_large_maps_are_not_too_much_for_the_quantile(monkeypatch):
+    a = maps(6)
+    whole = am.quantile(a, 0.6)
+    monkeypatch.setattr(am, "QUANTILE_LIMIT", 10)
+    assert torch.equal(am.quantile(a, 0.6), whole)
+
+
+def test_constant_maps_stay_finite():
+    a = torch.full((3, 2, 16, 4), 0.25)
+    found = am.manipulate(a, chain(Attention(transforms=["softmask", "adaptive_softmask"])), 1)
+    assert found.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "block"),
+    [("down_blocks.1.x", "down"), ("mid_block.attentions.0", "mid"), ("up_blocks.0.attentions.1", "up")],
+)
+def test_block_of(name, block):
+    assert am.block_of(name) == block
