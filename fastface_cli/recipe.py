@@ -7,6 +7,7 @@ import json
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from .errors import RecipeError
 
@@ -225,21 +226,22 @@ class Attention(Section):
 
     @model_validator(mode="after")
     def _blocks_defined(self) -> Attention:
-        for transform in self.transforms:
+        for index, transform in enumerate(self.transforms):
             for name in ("p", "g", "k", "level"):
                 value = getattr(transform, name, None)
                 if isinstance(value, Blocks):
                     for block in self.blocks:
                         if getattr(value, block) is None:
-                            raise ValueError(
+                            raise _fault(
+                                f"transforms.{index}.{name}",
                                 f"{transform.kind}.{name} has no value for the {block} blocks, "
-                                f"which attention.blocks chooses"
+                                f"which attention.blocks chooses",
                             )
-            self._in_range(transform)
+            self._in_range(index, transform)
         return self
 
     @staticmethod
-    def _in_range(transform: Power | Scale | Softmask | AdaptiveSoftmask) -> None:
+    def _in_range(index: int, transform: Power | Scale | Softmask | AdaptiveSoftmask) -> None:
         for name, low, high in (("p", 0.0, 100.0), ("g", 0.0, 1e4), ("k", 0.0, 1e4), ("level", 0.0, 1.0)):
             value = getattr(transform, name, None)
             if value is None:
@@ -248,8 +250,9 @@ class Attention(Section):
             for part in parts:
                 for number in part if isinstance(part, list) else [part]:
                     if number is not None and not low <= number <= high:
-                        raise ValueError(
-                            f"{transform.kind}.{name} must lie in [{low:g}, {high:g}], not {number:g}"
+                        raise _fault(
+                            f"transforms.{index}.{name}",
+                            f"{transform.kind}.{name} must lie in [{low:g}, {high:g}], not {number:g}",
                         )
 
     @property
@@ -279,8 +282,10 @@ class Recipe(Section):
     def _steps_have_a_checkpoint(self) -> Recipe:
         choices = self.model.step_choices()
         if choices is not None and self.sampling.steps not in choices:
-            raise ValueError(
-                f"no checkpoint is distilled for {self.sampling.steps} steps; choose one of {choices}"
+            raise _fault(
+                "sampling.steps",
+                f"no checkpoint is distilled for {self.sampling.steps} steps; "
+                f"choose one of {', '.join(map(str, choices))}",
             )
         return self
 
@@ -308,6 +313,11 @@ class Recipe(Section):
         """SHA-256 (hex) of what decides the pixels: the canonical form without name and summary."""
         data = {key: value for key, value in self.canonical().items() if key not in ("name", "summary")}
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def _fault(field: str, problem: str) -> PydanticCustomError:
+    """A validation error that names the field (dotted, from the validating section) it is about."""
+    return PydanticCustomError("field", "{problem}", {"field": field, "problem": problem})
 
 
 def _by_step(value: ByStep | None, steps: int) -> Reference | None:

@@ -1,0 +1,117 @@
+"""`fastface recipes`: list, show and validate what can be run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .. import console
+from ..errors import FastFaceError, RecipeError
+
+app = typer.Typer(help="List, show and validate recipes.", no_args_is_help=True)
+
+
+def complete_recipe(incomplete: str) -> list[str]:
+    """Names for shell completion."""
+    from ..recipe_files import recipe_names
+
+    return [name for name in recipe_names() if name.startswith(incomplete)]
+
+
+@app.command("list")
+def list_(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
+    """List the recipes that ship with fastface."""
+    from ..recipe_files import list_recipes
+
+    found = list_recipes()
+    if as_json:
+        rows = [{"name": info.name, "short": info.short, "summary": info.summary} for info in found]
+        console.print_json({"ok": True, "recipes": rows, "error": None})
+        return
+    console.print_table(
+        "", ("recipe", "short", "what it is"), ((info.name, info.short or "", info.summary) for info in found)
+    )
+
+
+@app.command()
+def show(
+    name: Annotated[
+        str,
+        typer.Argument(help="A recipe's name or path.", autocompletion=complete_recipe, show_default=False),
+    ],
+    *,
+    resolved: Annotated[
+        bool, typer.Option("--resolved", help="Every value, and where it came from.", show_default=False)
+    ] = False,
+    steps: Annotated[int | None, typer.Option("--steps", help="Number of steps.", show_default=False)] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="FIELD=VALUE", help="Override a field.", show_default=False),
+    ] = None,
+    stack: Annotated[
+        Path | None, typer.Option("--stack", metavar="DIR", help="Local models.", show_default=False)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Print a recipe's file; with --resolved everything it says, after extending and overriding.
+
+    Both are recipes themselves: save one, edit it, and pass its path as --recipe.
+    """
+    from ..recipe_files import find_recipe, load_recipe, to_yaml
+    from ..recipe_tree import read_text
+
+    changed = steps is not None or overrides or stack is not None
+    flags: dict[str, tuple[Any, str]] = {} if steps is None else {"sampling.steps": (steps, "--steps")}
+    found = load_recipe(name, overrides=overrides or (), flags=flags, stack=stack)
+    if as_json:
+        recipe = found.recipe
+        console.print_json(
+            {
+                "ok": True,
+                "recipe": recipe.canonical(),
+                "origins": found.origins,
+                "digest": recipe.digest(),
+                "error": None,
+            }
+        )
+    elif resolved or changed:
+        console.line(to_yaml(found, origins=resolved).rstrip("\n"))
+    else:
+        path = find_recipe(name)
+        console.line(read_text(path, str(path)).rstrip("\n"))
+
+
+@app.command()
+def validate(
+    recipes: Annotated[
+        list[str], typer.Argument(metavar="RECIPE...", help="Names or paths.", show_default=False)
+    ],
+    stack: Annotated[
+        Path | None, typer.Option("--stack", metavar="DIR", help="Local models.", show_default=False)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Check recipes and name everything wrong with them; exit code 2 if any is invalid."""
+    from ..recipe_files import load_recipe
+
+    results: list[dict[str, Any]] = []
+    failures: list[FastFaceError] = []
+    for name in recipes:
+        try:
+            found = load_recipe(name, stack=stack)
+        except FastFaceError as error:
+            failures.append(error)
+            results.append({"recipe": name, "ok": False, "problems": error.message.split("\n")})
+        else:
+            results.append({"recipe": name, "ok": True, "digest": found.recipe.digest()})
+            if not as_json:
+                console.line(f"{name}: valid")
+    if failures:
+        hint = next((error.hint for error in failures if error.hint), None)
+        failure = RecipeError("\n".join(error.message for error in failures), hint)
+        failure.partial = {"recipes": results}  # type: ignore[attr-defined]
+        raise failure
+    if as_json:
+        console.print_json({"ok": True, "recipes": results, "error": None})
