@@ -193,8 +193,13 @@ def describe(
             made_by=name,
         ),
         KEYWORD: data,
-        "XML:com.adobe.xmp": _xmp(name),
+        **marker(name),
     }
+
+
+def marker(made_by: str = f"fastface {__version__}") -> dict[str, str]:
+    """The text chunk that says a picture was generated, and by what: all that a contact sheet carries."""
+    return {"XML:com.adobe.xmp": _xmp(made_by)}
 
 
 def _text(value: str) -> str:
@@ -378,7 +383,7 @@ def read(path: Path) -> Provenance:
         return _provenance(stored)
     except ValidationError as error:
         first = error.errors(include_input=False)[0]
-        place = ".".join(str(part) for part in first["loc"])[:80]
+        place = ".".join(map(str, first["loc"]))[:80] or first.get("ctx", {}).get("field", "")
         raise _malformed(path, f"{place}: {first['msg'][:200]}") from error
     except (ValueError, RecursionError) as error:
         raise _malformed(path, str(error)[:200]) from error

@@ -7,6 +7,7 @@ import os
 import re
 import string
 import unicodedata
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -67,18 +68,20 @@ def plan_paths(
     if count != len(fields):
         raise ValueError(f"{count} pictures but fields for {len(fields)}")
     named = [_name(output, {"index": index, **values}) for index, values in enumerate(fields, start=1)]
-    asked = [_key(path) for path, automatic in named if not automatic]
-    taken = {key for key in asked if asked.count(key) == 1}
+    asked = Counter(_key(path) for path, automatic in named if not automatic)
+    taken = {key for key, times in asked.items() if times == 1}
+    numbers: Counter[str] = Counter()
     paths = []
     for path, automatic in named:
+        key = _key(path)
         chosen = path
-        if automatic or asked.count(_key(path)) > 1:
-            number = 0 if automatic else 1
+        if automatic or asked[key] > 1:
             while True:
+                number = numbers[key] if automatic else numbers[key] + 1
+                numbers[key] += 1
                 chosen = numbered(path, number) if number else path
                 if _key(chosen) not in taken and not (automatic and os.path.lexists(chosen)):
                     break
-                number += 1
             taken.add(_key(chosen))
         paths.append(chosen)
     for path in paths:

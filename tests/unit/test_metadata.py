@@ -20,6 +20,7 @@ from fastface_cli.errors import UsageError
 from fastface_cli.metadata import Provenance, content_mark, describe, installed_versions, read
 from fastface_cli.pictures import write_png
 from fastface_cli.recipe import Recipe
+from fastface_cli.recipe_files import load_recipe
 
 DIGEST = "ab" * 32
 HUB = {"repo": "someone/sdxl", "commit": "0" * 40, "file": "unet/x.safetensors"}
@@ -133,10 +134,8 @@ class TestRoundTrip:
         assert read(moved).seed == 7
 
     def test_the_shipped_recipes(self, tmp_path: Path) -> None:
-        files = pytest.importorskip("fastface_cli.recipe_files")
         for name in ("hyper-fastface", "lightning-fastface-am2", "turbo-am2", "lcm-dcg", "pocket-fastface"):
-            made = files.load(name) if hasattr(files, "load") else files.load_recipe(name)
-            made = getattr(made, "recipe", made)
+            made = load_recipe(name).recipe
             found = again(tmp_path, run(made))
             assert found.recipe == made
             assert found.local_parts == ()

@@ -166,6 +166,10 @@ class TestNames:
         with pytest.raises(UsageError, match="no permission"):
             plan("sub/x.png")
 
+    def test_thousands(self) -> None:
+        assert plan("x.png", 3000)[-1] == "x-3000.png"
+        assert plan(None, 3000, seed=1)[-1] == "fastface-hyper-fastface-1-2999.png"
+
     def test_one_field_mapping_a_picture(self) -> None:
         with pytest.raises(ValueError, match="fields for 1"):
             plan_paths("x.png", count=2, fields=fields(1), force=False)
