@@ -1,0 +1,488 @@
+"""What every published checkpoint file holds: each tensor's name, shape and type, without its numbers.
+
+Names and shapes come from the very classes that load the files, built on the meta device. From such a
+layout follow the exact length of the published file, an empty file that loads like it (a true header, then
+a hole), and a file of random weights of the same form: what tests and `bench --weights random` load.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import torch
+from torch import Tensor
+from torch.serialization import skip_data
+
+from .sdxl import (
+    BEGIN,
+    END,
+    PADS,
+    PUBLISHED,
+    TURBO_SCHEDULER,
+    Config,
+    Stack,
+    config_text,
+    special_tokens,
+    tokenizer_config,
+)
+
+Shape = tuple[int, ...]
+Fill = Literal["sparse", "random"]
+
+PT = {"format": "pt"}
+"""The metadata that diffusers and transformers write."""
+
+_NAMES = {
+    torch.uint8: "U8",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int32: "I32",
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.int64: "I64",
+}
+_ORDER = list(_NAMES)  # the format stores wider types first, and these in this order
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One checkpoint file: name to (shape, dtype), and the metadata of its header (None: none)."""
+
+    tensors: Mapping[str, tuple[Shape, torch.dtype]]
+    metadata: Mapping[str, str] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors together."""
+        return sum(_nbytes(shape, dtype) for shape, dtype in self.tensors.values())
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in all tensors together."""
+        return sum(_numel(shape) for shape, _ in self.tensors.values())
+
+    def cast(self, dtype: torch.dtype) -> Layout:
+        """The same with floating tensors of another type."""
+        return replace(
+            self,
+            tensors={
+                name: (shape, dtype if old.is_floating_point else old)
+                for name, (shape, old) in self.tensors.items()
+            },
+        )
+
+
+def _numel(shape: Shape) -> int:
+    return int(torch.Size(shape).numel())
+
+
+def _nbytes(shape: Shape, dtype: torch.dtype) -> int:
+    return _numel(shape) * dtype.itemsize
+
+
+# --------------------------------------------------------------------------------------------- the files
+
+
+def _layout(module: torch.nn.Module, dtype: torch.dtype, metadata: Mapping[str, str] | None) -> Layout:
+    return Layout({name: (tuple(t.shape), dtype) for name, t in module.state_dict().items()}, metadata)
+
+
+def _unet(config: Config) -> Any:
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        return UNet2DConditionModel.from_config(config)
+
+
+def unet_layout(
+    config: Config, dtype: torch.dtype = torch.float16, metadata: Mapping[str, str] | None = PT
+) -> Layout:
+    """A UNet file: `unet/diffusion_pytorch_model.fp16.safetensors` of the base and of SDXL-Turbo; without
+    metadata, a single-file UNet of SDXL-Lightning."""
+    return _layout(_unet(config), dtype, metadata)
+
+
+def vae_layout(config: Config, dtype: torch.dtype = torch.float16) -> Layout:
+    """A VAE file: the base's in float16, sdxl-vae-fp16-fix in float32."""
+    from diffusers import AutoencoderKL
+
+    with torch.device("meta"):
+        return _layout(AutoencoderKL.from_config(config), dtype, PT)
+
+
+def text_encoder_layout(config: Config, dtype: torch.dtype = torch.float16) -> Layout:
+    """A text encoder's file; with a projection where `architectures` says so.
+
+    Published files prefix every name with `text_model.`; transformers 5 keeps CLIPTextModel without it.
+    """
+    import transformers
+
+    kind = getattr(transformers, config["architectures"][0])
+    with torch.device("meta"):
+        found = _layout(kind(transformers.CLIPTextConfig(**config)), dtype, PT)
+    heads = ("text_model.", "text_projection.")
+    return replace(
+        found,
+        tensors={
+            name if name.startswith(heads) else f"text_model.{name}": spec
+            for name, spec in found.tensors.items()
+        },
+    )
+
+
+def image_encoder_layout(config: Config, dtype: torch.dtype = torch.float32) -> Layout:
+    """The CLIP vision tower with projection, with the `position_ids` that older transformers stored."""
+    import transformers
+
+    with torch.device("meta"):
+        model = transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(**config))
+    found = _layout(model, dtype, PT)
+    positions = (config["image_size"] // config["patch_size"]) ** 2 + 1
+    extra = {"vision_model.embeddings.position_ids": ((1, positions), torch.int64)}
+    return replace(found, tensors={**found.tensors, **extra})
+
+
+LORA_TARGETS = (
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out.0",
+    "proj_in",
+    "proj_out",
+    "ff.net.0.proj",
+    "ff.net.2",
+    "conv1",
+    "conv2",
+    "conv_shortcut",
+    "downsamplers.0.conv",
+    "upsamplers.0.conv",
+    "time_emb_proj",
+)
+"""Ends of the names of the UNet modules that the distillation LoRAs change."""
+
+
+def lora_targets(unet: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """The UNet's modules that a distillation LoRA changes, by name; 788 in SDXL."""
+    return {name: module for name, module in unet.named_modules() if name.endswith(LORA_TARGETS)}
+
+
+def lora_layout(
+    config: Config,
+    rank: int,
+    dtype: torch.dtype = torch.float16,
+    metadata: Mapping[str, str] | None = None,
+) -> Layout:
+    """A distillation LoRA of the UNet in kohya's names.
+
+    float16 without metadata: SDXL-Lightning, DMD2; float32 with `PT`: Hyper-SD; float16 with a longer
+    metadata: LCM.
+    """
+    tensors: dict[str, tuple[Shape, torch.dtype]] = {}
+    for name, module in lora_targets(_unet(config)).items():
+        out, into, *kernel = module.weight.shape  # type: ignore[union-attr, misc]
+        stem = "lora_unet_" + name.replace(".", "_")
+        tensors[f"{stem}.alpha"] = ((), dtype)
+        tensors[f"{stem}.lora_down.weight"] = ((rank, into, *kernel), dtype)
+        tensors[f"{stem}.lora_up.weight"] = ((out, rank, *(1 for _ in kernel)), dtype)
+    return Layout(tensors, metadata)
+
+
+def adapter_layout(stack: Stack, dtype: torch.dtype = torch.float16) -> Layout:
+    """The FaceID-PlusV2 adapter: names are `image_proj.X` and `ip_adapter.X`, the two dicts of the file.
+
+    `ip_adapter` counts the UNet's attention layers in the order of its processors (down, up, mid): a LoRA
+    on q, k, v and out of each, and the identity's own K and V on the cross-attention ones.
+    """
+    unet, rank = _unet(stack.unet), stack.adapter_rank
+    tensors: dict[str, tuple[Shape, torch.dtype]] = {
+        f"image_proj.{name}": (shape, dtype) for name, shape in _projection(stack)
+    }
+    for index, name in enumerate(unet.attn_processors):
+        layer = unet.get_submodule(name.removesuffix(".processor"))
+        linears = {"to_q": layer.to_q, "to_k": layer.to_k, "to_v": layer.to_v, "to_out": layer.to_out[0]}
+        for role, linear in linears.items():
+            out, into = linear.weight.shape
+            tensors[f"ip_adapter.{index}.{role}_lora.down.weight"] = ((rank, into), dtype)
+            tensors[f"ip_adapter.{index}.{role}_lora.up.weight"] = ((out, rank), dtype)
+        if layer.is_cross_attention:
+            for role in ("to_k", "to_v"):
+                shape = tuple(linears[role].weight.shape)
+                tensors[f"ip_adapter.{index}.{role}_ip.weight"] = (shape, dtype)
+    return Layout(tensors)
+
+
+def _projection(stack: Stack) -> Iterator[tuple[str, Shape]]:
+    """The adapter's image projection, in the names of its file."""
+    from diffusers.models.embeddings import IPAdapterFaceIDPlusImageProjection
+
+    width = stack.unet["cross_attention_dim"]
+    with torch.device("meta"):
+        module = IPAdapterFaceIDPlusImageProjection(
+            embed_dims=width,
+            output_dims=width,
+            hidden_dims=stack.image_encoder["hidden_size"],
+            heads=max(width // 64, 1),
+        )
+    parts = {
+        "ln0": "0.norm1",
+        "ln1": "0.norm2",
+        "attn.to_q": "0.to_q",
+        "attn.to_k": "0.to_kv",
+        "attn.to_out.0": "0.to_out",
+        "ff.0": "1.0",
+        "ff.1.net.0.proj": "1.1",
+        "ff.1.net.2": "1.3",
+    }
+    for name, tensor in module.state_dict().items():
+        shape = tuple(tensor.shape)
+        stem, kind = name.rsplit(".", 1)
+        if stem.startswith("layers."):
+            _, layer, part = stem.split(".", 2)
+            if part == "attn.to_v":  # stored with the keys
+                continue
+            if part == "attn.to_k":
+                shape = (2 * shape[0], *shape[1:])
+            yield f"perceiver_resampler.layers.{layer}.{parts[part]}.{kind}", shape
+        elif stem in ("proj_in", "proj_out", "norm_out"):
+            yield f"perceiver_resampler.{name}", shape
+        else:
+            yield {"proj.net.0.proj": "proj.0", "proj.net.2": "proj.2"}.get(stem, stem) + f".{kind}", shape
+
+
+# ------------------------------------------------------------------------------------------- safetensors
+
+
+def _ordered(layout: Layout) -> list[tuple[str, Shape, torch.dtype]]:
+    """The order in the file: wider types first, then by name."""
+    items = [(name, shape, dtype) for name, (shape, dtype) in layout.tensors.items()]
+    return sorted(items, key=lambda item: (-_ORDER.index(item[2]), item[0].encode()))
+
+
+def safetensors_header(layout: Layout) -> bytes:
+    """The first bytes of the file: length of the header, the header as compact JSON, padded to 8 bytes."""
+    header: dict[str, Any] = {}
+    if layout.metadata is not None:
+        header["__metadata__"] = dict(layout.metadata)
+    offset = 0
+    for name, shape, dtype in _ordered(layout):
+        end = offset + _nbytes(shape, dtype)
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def safetensors_length(layout: Layout) -> int:
+    """Bytes of the whole file."""
+    return len(safetensors_header(layout)) + layout.nbytes
+
+
+def _write_safetensors(file: BinaryIO, layout: Layout, fill: Fill, seed: int, scale: float) -> None:
+    header = safetensors_header(layout)
+    file.write(header)
+    if fill == "sparse":
+        file.truncate(len(header) + layout.nbytes)
+        return
+    for name, shape, dtype in _ordered(layout):
+        tensor = random_tensor(name, shape, dtype, seed, scale)
+        file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+
+
+# ------------------------------------------------------------------------------------------ PyTorch files
+
+
+def _write_pickle(path: Path, layout: Layout, fill: Fill, seed: int, scale: float) -> None:
+    """Two dicts of views of one storage, as the published adapter has it."""
+    (dtype,) = {dtype for _, dtype in layout.tensors.values()}
+    # torch.empty touches no page of its memory, and skip_data leaves a hole where the numbers would be.
+    storage = torch.empty(layout.nbytes // dtype.itemsize, dtype=dtype)
+    parts: dict[str, dict[str, Tensor]] = {}
+    offset = 0
+    for name, (shape, _) in layout.tensors.items():
+        view = storage[offset : offset + _numel(shape)].view(shape)
+        offset += _numel(shape)
+        if fill == "random":
+            view.copy_(random_tensor(name, shape, dtype, seed, scale))
+        part, _, key = name.partition(".")
+        parts.setdefault(part, {})[key] = view
+    with skip_data() if fill == "sparse" else nullcontext():
+        torch.save(parts, path)
+
+
+# ------------------------------------------------------------------------------------------------ writing
+
+
+def random_tensor(name: str, shape: Shape, dtype: torch.dtype, seed: int, scale: float = 1.0) -> Tensor:
+    """Random numbers that keep activations of order one; the same for the same name, shape and seed.
+
+    Matrices and kernels are normal with variance 1 / fan-in, norms near one, biases and embeddings small.
+    The product of a LoRA's halves is a tenth of a matrix; its alpha is not its rank, so that a loader that
+    forgets alpha / rank shows. `scale` multiplies the matrices.
+    """
+    if not dtype.is_floating_point:
+        return torch.arange(_numel(shape), dtype=dtype).reshape(shape)
+    if name.endswith(".alpha"):
+        return torch.full(shape, 2.0, dtype=dtype)
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+    noise = torch.randn(shape, generator=generator)
+    if len(shape) == 1:
+        gain = name.endswith(("norm.weight", ".weight"))
+        noise = noise.mul_(0.02).add_(float(gain))
+    elif name.endswith(("token_embedding.weight", "position_embedding.weight")):
+        noise = noise.mul_(0.02)
+    else:
+        is_up = name.endswith(("lora_up.weight", "lora.up.weight"))
+        noise = noise.mul_((0.1 if is_up else 1.0) * scale * _numel(shape[1:]) ** -0.5)
+    return noise.to(dtype)
+
+
+def write(path: Path, layout: Layout, fill: Fill = "sparse", seed: int = 0, scale: float = 1.0) -> Path:
+    """Write a checkpoint file of this layout; its folder is made.
+
+    Args:
+        path: `.safetensors`, or `.bin` for a PyTorch file of two dicts (the adapter).
+        fill: `sparse` writes a true header and a hole that reads as zeros; `random` well-scaled numbers.
+        seed: of the random numbers.
+        scale: multiplies the random matrices.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".bin":
+        _write_pickle(path, layout, fill, seed, scale)
+    else:
+        with path.open("wb") as file:
+            _write_safetensors(file, layout, fill, seed, scale)
+    return path
+
+
+def write_tokenizer(folder: Path, vocabulary: int, pad: str) -> None:
+    """The four files of a CLIP tokenizer that knows single bytes and no merges.
+
+    Args:
+        folder: where they go.
+        vocabulary: number of tokens, at least 514; the last two begin and end a text, as published.
+        pad: the padding token.
+    """
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    letters = [chr(byte) for byte in printable] + [chr(256 + index) for index in range(len(others))]
+    words = letters + [f"{letter}</w>" for letter in letters]
+    words += [f"<|unused{index}|>" for index in range(vocabulary - len(words) - 2)] + [BEGIN, END]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps({word: index for index, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    (folder / "special_tokens_map.json").write_text(config_text(special_tokens(pad)))
+    (folder / "tokenizer_config.json").write_text(config_text(tokenizer_config(pad)))
+
+
+PARTS = {
+    "base": "pipe",
+    "image_encoder": "clip",
+    "adapter": "ip-adapter-faceid-plusv2_sdxl.bin",
+    "vae": "vae-fp16-fix",
+    "hyper": "Hyper-SDXL-4steps-lora.safetensors",
+    "lcm": "lcm-lora-sdxl/pytorch_lora_weights.safetensors",
+    "lightning": "sdxl_lightning_4step_unet.safetensors",
+    "turbo": "turbo",
+}
+"""What `write_stack` can write, and where: a folder or a file."""
+
+
+def part_layouts(
+    part: str, stack: Stack = PUBLISHED, dtype: torch.dtype = torch.float16
+) -> dict[str, Layout]:
+    """The checkpoint files of one part: path inside its folder (empty: the part is one file) to layout.
+
+    Args:
+        part: one of `PARTS`.
+        stack: the configurations.
+        dtype: of what is published in float16; in float32 the file names say no `fp16`.
+    """
+    variant = ".fp16" if dtype is torch.float16 else ""
+    weights = f"diffusion_pytorch_model{variant}.safetensors"
+    match part:
+        case "base":
+            return {
+                f"unet/{weights}": unet_layout(stack.unet, dtype),
+                f"vae/{weights}": vae_layout(stack.vae, dtype),
+                f"text_encoder/model{variant}.safetensors": text_encoder_layout(stack.text_encoder, dtype),
+                f"text_encoder_2/model{variant}.safetensors": text_encoder_layout(
+                    stack.text_encoder_2, dtype
+                ),
+            }
+        case "image_encoder":
+            return {"model.safetensors": image_encoder_layout(stack.image_encoder)}
+        case "adapter":
+            return {"": adapter_layout(stack, dtype)}
+        case "vae":
+            return {"diffusion_pytorch_model.safetensors": vae_layout(stack.vae, torch.float32)}
+        case "hyper":
+            return {"": lora_layout(stack.unet, stack.lora_rank, torch.float32, PT)}
+        case "lcm":
+            return {"": lora_layout(stack.unet, stack.lora_rank, dtype, PT)}
+        case "lightning":
+            return {"": unet_layout(stack.unet, dtype, None)}
+        case "turbo":
+            return {f"unet/{weights}": unet_layout(stack.unet, dtype)}
+    raise ValueError(f"no part {part!r}; there are {', '.join(PARTS)}")
+
+
+def part_configs(part: str, stack: Stack = PUBLISHED) -> dict[str, Config]:
+    """The configuration files of one part, by path inside its folder."""
+    return {
+        "base": stack.base_configs(),
+        "image_encoder": {"config.json": stack.image_encoder},
+        "vae": {"config.json": {**stack.vae, "force_upcast": False}},
+        "turbo": {"unet/config.json": stack.unet, "scheduler/scheduler_config.json": TURBO_SCHEDULER},
+    }.get(part, {})
+
+
+def write_stack(
+    folder: Path,
+    stack: Stack = PUBLISHED,
+    *,
+    fill: Fill = "sparse",
+    parts: Iterable[str] = tuple(PARTS),
+    dtype: torch.dtype = torch.float16,
+    seed: int = 0,
+    tokenizers: Path | None = None,
+) -> dict[str, Path]:
+    """Write a whole stack in the published files' form.
+
+    Args:
+        folder: where it goes, as `PARTS` says.
+        stack: its configurations (`PUBLISHED` in full size, `MINIATURE`).
+        fill: holes or random numbers.
+        parts: some of `PARTS`.
+        dtype: of what is published in float16; in float32 the file names say no `fp16`.
+        seed: of the random numbers; parts differ all the same.
+        tokenizers: a base folder whose tokenizers are copied; None makes some that know single bytes.
+
+    Returns:
+        Part to its path: for `base`, `image_encoder`, `vae` and `turbo` a folder, else a file.
+    """
+    written = {}
+    for part in parts:
+        path = written[part] = folder / PARTS[part]
+        for name, layout in part_layouts(part, stack, dtype).items():
+            write(path / name, layout, fill, seed + list(PARTS).index(part))
+        for name, config in part_configs(part, stack).items():
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            (path / name).write_text(config_text(config))
+    if "base" in written:
+        for name, pad in PADS.items():
+            target = written["base"] / name
+            if tokenizers is not None:
+                shutil.copytree(tokenizers / name, target, dirs_exist_ok=True)
+            else:
+                encoder = stack.text_encoder if name == "tokenizer" else stack.text_encoder_2
+                write_tokenizer(target, encoder["vocab_size"], pad)
+    return written
