@@ -40,7 +40,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from . import attention, guidance
-from .errors import DeviceError, ModelUnavailableError, UsageError
+from .errors import DeviceError, ModelUnavailableError, RecipeError, UsageError
 from .recipe import Block, Recipe
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ def load_unet(base: Path, unet: Path | None, dtype: torch.dtype) -> UNet2DCondit
             folder,
             subfolder="unet",
             variant=_variant(folder / "unet", "diffusion_pytorch_model"),
-            torch_dtype=dtype,
+            dtype=dtype,
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
@@ -210,7 +210,7 @@ def load_vae(base: Path, vae: Path | None, dtype: torch.dtype) -> AutoencoderKL 
         model, report = kind.from_pretrained(
             folder,
             variant=_variant(folder, "diffusion_pytorch_model"),
-            torch_dtype=dtype,
+            dtype=dtype,
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
@@ -428,9 +428,29 @@ class Pipeline:
             for index, lora in enumerate(recipe.model.loras):
                 fuse_lora(pipe, paths[f"lora.{index}"], lora.scale)
             projection = load_adapter(pipe, paths["adapter"], recipe.adapter.lora_scale).to(where, number)
-            scheduler_base = base if base.is_dir() else paths["config"]
-            scheduler = load_scheduler(recipe, scheduler_base, paths.get("scheduler"))
+            scheduler = load_scheduler(recipe, _configured(paths), paths.get("scheduler"))
         return cls(recipe, pipe, projection, scheduler, log)
+
+    def with_recipe(self, recipe: Recipe, paths: Mapping[str, Path]) -> Pipeline:
+        """The same loaded models under another recipe.
+
+        Args:
+            recipe: differs in sampling, guidance, attention, adapter scale, or the scheduler.
+            paths: as of `load`, for the scheduler's configuration.
+
+        Raises:
+            RecipeError: it asks for other models, or for another weight of a LoRA that is fused already.
+        """
+        for name, mine, other in (
+            ("model", _loaded_parts(self.recipe), _loaded_parts(recipe)),
+            ("adapter.lora_scale", self.recipe.adapter.lora_scale, recipe.adapter.lora_scale),
+        ):
+            if mine != other:
+                raise RecipeError(
+                    f"{name} differs from that of the models that are loaded", "run it by itself"
+                )
+        scheduler = load_scheduler(recipe, _configured(paths), paths.get("scheduler"))
+        return Pipeline(recipe, self.parts, self.projection, scheduler, self.log)
 
     # -------------------------------------------------------------------------------------- conditions
 
@@ -610,6 +630,18 @@ class Pipeline:
         return (decoded.float() / 2 + 0.5).clamp(0, 1)
 
 
+def _configured(paths: Mapping[str, Path]) -> Path:
+    """The folder with the base's configurations."""
+    return paths["base"] if paths["base"].is_dir() else paths["config"]
+
+
+def _loaded_parts(recipe: Recipe) -> tuple[Any, ...]:
+    """Everything of a recipe that decides which weights are in memory."""
+    model, steps = recipe.model, recipe.sampling.steps
+    parts = (model.base, model.unet_for(steps), model.distillation_for(steps), model.vae, model.adapter)
+    return (*parts, model.image_encoder, tuple((lora.file, lora.scale) for lora in model.loras))
+
+
 def load_single_file(file: Path, config: Path | None, dtype: torch.dtype) -> StableDiffusionXLPipeline:
     """Any SDXL checkpoint in the original one-file layout.
 
@@ -620,7 +652,7 @@ def load_single_file(file: Path, config: Path | None, dtype: torch.dtype) -> Sta
     """
     with _loading("checkpoint", file):
         pipe = StableDiffusionXLPipeline.from_single_file(
-            str(file), config=str(config), torch_dtype=dtype, local_files_only=True, add_watermarker=False
+            str(file), config=str(config), dtype=dtype, local_files_only=True, add_watermarker=False
         )
         if dtype is torch.float16 and pipe.vae.config.force_upcast:
             pipe.vae.to(torch.float32)

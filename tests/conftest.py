@@ -1,0 +1,49 @@
+"""What tests share: a small random stack, a person who does not exist, the shared data if it is there."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("NO_COLOR", "1")
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """Golden tensors, where they are at hand."""
+    folder = SHARED / "golden"
+    if not folder.is_dir():
+        pytest.skip("the shared golden tensors are not here")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def miniature(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A random stack in the published files' form, float32, as `write_stack` names its parts."""
+    import torch
+
+    from fastface_cli.sdxl import MINIATURE
+    from fastface_cli.structure import write_stack
+
+    folder = tmp_path_factory.mktemp("stack")
+    return write_stack(folder, MINIATURE, fill="random", dtype=torch.float32, seed=5)
+
+
+@pytest.fixture(scope="session")
+def person():
+    """An identity made of noise."""
+    from fastface_cli.identity import Identity
+
+    rng = np.random.default_rng(3)
+    embedding = rng.standard_normal((1, 512)).astype(np.float32)
+    return Identity(
+        id_embedding=embedding / np.linalg.norm(embedding),
+        face_crop_bgr=rng.integers(0, 256, (1, 224, 224, 3), dtype=np.uint8),
+        weight=np.ones(1, np.float32),
+    )
