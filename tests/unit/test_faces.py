@@ -1,0 +1,220 @@
+"""The edge to InsightFace: packs load from their folder alone, and a real photo becomes an identity."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from face_stand_ins import random_pack
+from PIL import Image
+
+import fastface_cli
+from fastface_cli.errors import ModelUnavailableError, NoFaceError
+from fastface_cli.face_search import find_faces
+from fastface_cli.faces import InsightFaceAnalyser, align, load_face_models
+from fastface_cli.identity import Identity, make_identity
+
+POCKET = Path(fastface_cli.__file__).parent / "pocket" / "weights" / "face"
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_pack(tmp_path_factory.mktemp("packs") / "random pack")
+
+
+@pytest.fixture(scope="module")
+def analyser(pack: Path) -> InsightFaceAnalyser:
+    return load_face_models(pack)
+
+
+def picture(width: int = 320, height: int = 240) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+
+
+class TestRandomPack:
+    def test_detects_and_embeds_as_insightface_does(self, pack: Path, analyser: InsightFaceAnalyser) -> None:
+        from insightface.app import FaceAnalysis
+
+        app = FaceAnalysis(name=str(pack), root=str(pack), providers=["CPUExecutionProvider"])
+        app.prepare(ctx_id=0, det_size=(640, 640))
+        wanted = app.get(picture())
+        found = analyser.detect(picture(), 640)
+        assert len(found) == len(wanted) > 1
+        for face, face_ in zip(found, wanted, strict=True):
+            assert np.array_equal(face.box, face_.bbox)
+            assert np.array_equal(face.key_points, face_.kps)
+            assert face.score == face_.det_score
+            embedding = analyser.embed(picture(), face)
+            assert embedding.dtype == np.float32
+            assert np.array_equal(embedding, face_.normed_embedding)
+
+    def test_other_sizes(self, analyser: InsightFaceAnalyser) -> None:
+        assert all(analyser.detect(picture(), size) for size in (1280, 448, 320))
+
+    def test_crop_is_insightfaces(self, analyser: InsightFaceAnalyser) -> None:
+        from insightface.utils.face_align import norm_crop
+
+        face = find_faces(picture(), analyser)[0]
+        crop = align(picture(), face)
+        assert (crop.shape, crop.dtype) == ((224, 224, 3), np.uint8)
+        assert np.array_equal(crop, norm_crop(picture(), face.key_points, image_size=224))
+
+    def test_identity_of_a_random_pack(self, analyser: InsightFaceAnalyser, tmp_path: Path) -> None:
+        made = make_identity([Image.fromarray(picture())], analyser)
+        made.save(tmp_path / "me.safetensors")
+        assert Identity.load(tmp_path / "me.safetensors").digest() == made.digest()
+
+    @pytest.mark.filterwarnings("error")
+    def test_silent(self, pack: Path, capfd: pytest.CaptureFixture[str]) -> None:
+        loaded = load_face_models(pack)
+        loaded.embed(picture(), loaded.detect(picture(), 640)[0])
+        align(picture(), loaded.detect(picture(), 640)[0])
+        assert capfd.readouterr() == ("", "")
+
+    def test_blind_detector(self, tmp_path: Path) -> None:
+        blind = load_face_models(random_pack(tmp_path / "blind", certainty=-8.0))
+        for size in ((320, 240), (1, 1), (10000, 10), (10, 10000), (64, 1)):
+            with pytest.raises(NoFaceError):
+                make_identity([Image.new("RGB", size)], blind)
+
+    def test_home_and_network_stay_untouched(self, pack: Path, tmp_path: Path) -> None:
+        """In a fresh process with an empty home folder and no network, nothing is written anywhere."""
+        program = (
+            "import socket, sys, pathlib\n"
+            "def refuse(*a, **k): raise SystemExit('network')\n"
+            "socket.socket.connect = refuse\n"
+            "import numpy as np\n"
+            "from fastface_cli.faces import load_face_models\n"
+            "analyser = load_face_models(pathlib.Path(sys.argv[1]))\n"
+            "analyser.detect(np.zeros((99, 99, 3), np.uint8), 320)\n"
+        )
+        before = sorted(pack.iterdir())
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("XDG_")}
+        environment |= {"HOME": str(tmp_path), "USERPROFILE": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
+        environment |= {"PYTHONPATH": str(Path(fastface_cli.__file__).parents[1])}
+        done = subprocess.run(
+            [sys.executable, "-c", program, str(pack)],
+            env=environment,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+        assert list(tmp_path.iterdir()) == []
+        assert sorted(pack.iterdir()) == before
+
+
+class TestProviders:
+    def test_cpu(self, analyser: InsightFaceAnalyser) -> None:
+        assert analyser.provider == "CPUExecutionProvider"
+        assert analyser.note is None
+
+    def test_cuda_that_is_not_there_is_reported(self, pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        import onnxruntime
+
+        monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+        loaded = load_face_models(pack, device="cuda:1")
+        assert loaded.provider == "CPUExecutionProvider"
+        assert "onnxruntime-gpu" in str(loaded.note)
+
+    def test_cuda_comes_first_where_it_is_offered(self, pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        import insightface.app
+        import onnxruntime
+
+        asked: list[Any] = []
+        true = insightface.app.FaceAnalysis
+
+        def recorded(*args: Any, providers: list[Any], **options: Any) -> Any:
+            asked.extend(providers)
+            return true(*args, providers=["CPUExecutionProvider"], **options)
+
+        offered = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+        monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: offered)
+        monkeypatch.setattr(insightface.app, "FaceAnalysis", recorded)
+        loaded = load_face_models(pack, device="cuda:1")
+        assert asked == [("CUDAExecutionProvider", {"device_id": 1}), "CPUExecutionProvider"]
+        assert loaded.note is not None  # offered, but the session did not get it
+        asked.clear()
+        assert load_face_models(pack, device="mps").note is None
+        assert asked == ["CPUExecutionProvider"]
+
+
+class TestBrokenPacks:
+    def refused(self, folder: Path) -> ModelUnavailableError:
+        with pytest.raises(ModelUnavailableError) as caught:
+            load_face_models(folder)
+        assert caught.value.exit_code == 3
+        assert str(folder) in caught.value.message
+        assert "\n" not in caught.value.message
+        return caught.value
+
+    def test_missing_and_empty(self, tmp_path: Path) -> None:
+        assert "no .onnx files" in self.refused(tmp_path / "none").message
+        assert "no .onnx files" in self.refused(tmp_path).message
+
+    @pytest.mark.parametrize(("name", "words"), [("det", "no face detector"), ("rec", "no face recogniser")])
+    def test_half_a_pack(self, tmp_path: Path, name: str, words: str) -> None:
+        (random_pack(tmp_path / "half") / f"{name}.onnx").unlink()
+        assert words in self.refused(tmp_path / "half").message
+
+    @pytest.mark.parametrize("content", [b"", b"not onnx", b"\0" * 1000])
+    def test_damaged(self, tmp_path: Path, content: bytes) -> None:
+        (random_pack(tmp_path / "bad") / "det.onnx").write_bytes(content)
+        self.refused(tmp_path / "bad")
+
+    def test_truncated(self, tmp_path: Path) -> None:
+        path = random_pack(tmp_path / "bad") / "rec.onnx"
+        path.write_bytes(path.read_bytes()[:-1000])
+        self.refused(tmp_path / "bad")
+
+    def test_embedding_of_another_length(self, tmp_path: Path) -> None:
+        loaded = load_face_models(random_pack(tmp_path / "short", width=128))
+        with pytest.raises(ModelUnavailableError, match="128 numbers"):
+            loaded.embed(picture(), loaded.detect(picture(), 640)[0])
+
+    def test_detector_without_key_points(self, tmp_path: Path) -> None:
+        loaded = load_face_models(random_pack(tmp_path / "plain", points=False))
+        with pytest.raises(ModelUnavailableError, match="key points"):
+            loaded.detect(picture(), 640)
+
+
+@pytest.fixture(scope="module")
+def pocket() -> InsightFaceAnalyser:
+    return load_face_models(POCKET)
+
+
+@pytest.fixture(scope="module")
+def group() -> Image.Image:
+    from insightface.data import get_image
+
+    return Image.fromarray(np.ascontiguousarray(get_image("t1")[:, :, ::-1]))
+
+
+@pytest.mark.skipif(not (POCKET / "rec_pocket.onnx").exists(), reason="the pocket's face models are not here")
+class TestPocket:
+    """The models that ship in the wheel on a real photograph of six people."""
+
+    def test_six_people(self, pocket: InsightFaceAnalyser, group: Image.Image) -> None:
+        remarks: list[str] = []
+        made = make_identity([group], pocket, log=remarks.append)
+        assert "6 faces" in remarks[0]
+        assert made.id_embedding.shape == (1, 512)
+        people = [make_identity([group], pocket, face_index=index).mean() for index in range(6)]
+        cosines = np.stack(people) @ np.stack(people).T
+        assert cosines[np.triu_indices(6, 1)].max() < 0.9
+
+    def test_one_of_them_cut_out_tightly(self, pocket: InsightFaceAnalyser, group: Image.Image) -> None:
+        whole = np.ascontiguousarray(np.asarray(group)[:, :, ::-1])
+        faces = find_faces(whole, pocket)
+        assert len(faces) == 6
+        for face in faces:
+            left, top, right, bottom = (round(side) for side in face.box)
+            tight = group.crop((left, top, right, bottom))
+            person = make_identity([group], pocket, face_box=face.box).mean()
+            assert make_identity([tight], pocket).mean() @ person > 0.6
