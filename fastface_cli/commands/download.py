@@ -1,0 +1,180 @@
+"""`fastface download`: the models of recipes, fetched before they are needed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .. import console
+from ..errors import ModelUnavailableError, RecipeError, nearest
+from ..settings import load_settings
+
+if TYPE_CHECKING:
+    from ..store import Artefact, FileStatus, Store
+
+
+def download(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[RECIPE|MODEL]...",
+            help="Recipes or models; left out, the default recipe.",
+            show_default=False,
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only show what is here and what is missing.")
+    ] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Hash every file that is here; fetch nothing.")
+    ] = False,
+    offline: Annotated[bool, typer.Option("--offline", help="Never use the network.")] = False,
+    steps: Annotated[
+        int | None, typer.Option(help="Take the checkpoints for this many steps.", min=1, show_default=False)
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Fetch the models of recipes: what is missing, resumed where it stopped, every byte checked.
+
+    Example: fastface download hyper-fastface --dry-run
+    """
+    from ..store import Store
+
+    settings = load_settings()
+    store = Store(settings, offline=True if offline else None)
+    chosen = names or ([] if verify else [settings.recipe])
+    artefacts = _artefacts(chosen, steps)
+    if verify:
+        _verify(store, artefacts or [entry.artefact for entry in store.entries()], json=json)
+    elif dry_run:
+        _show(store, artefacts, json=json)
+    else:
+        _fetch(store, artefacts, json=json)
+
+
+def _artefacts(names: list[str], steps: int | None) -> list[Artefact]:
+    """What recipes and models mean together, each once."""
+    from ..recipe_files import load_recipe, recipe_names
+    from ..store import manifest, resolve
+
+    found: dict[str, Artefact] = {}
+    for name in names:
+        if name in manifest() or name.startswith("hub:"):
+            found.setdefault(name, resolve(name))
+            continue
+        try:
+            resolved = load_recipe(
+                name, flags={} if steps is None else {"sampling.steps": (steps, "--steps")}
+            )
+        except RecipeError as error:
+            near = nearest(name, manifest())
+            if near is None or nearest(name, [near, *recipe_names()]) != near:
+                raise
+            raise RecipeError(
+                f"there is no recipe and no model called '{name}'", f"did you mean '{near}'?"
+            ) from error
+        for reference in resolved.recipe.references().values():
+            artefact = resolve(reference)
+            found.setdefault(artefact.name, artefact)
+    return list(found.values())
+
+
+def _fetch(store: Store, artefacts: list[Artefact], *, json: bool) -> None:
+    paths = store.ensure(artefacts)
+    if json:
+        console.print_json(
+            {"ok": True, "artefacts": [{"name": name, "path": str(path)} for name, path in paths.items()]}
+        )
+        return
+    for name, path in paths.items():
+        console.line(f"{name}: {path}")
+
+
+def _show(store: Store, artefacts: list[Artefact], *, json: bool) -> None:
+    from ..store import human_bytes
+
+    states = {artefact.name: store.status(artefact) for artefact in artefacts}
+    missing = {one.artefact.name: one.bytes for one in store.missing(artefacts)}
+    total = sum(_size(artefact, states[artefact.name]) for artefact in artefacts)
+    if json:
+        console.print_json(
+            {
+                "ok": True,
+                "folder": str(store.settings.hub_folder),
+                "bytes": total,
+                "missing_bytes": sum(missing.values()),
+                "artefacts": [
+                    {
+                        "name": artefact.name,
+                        "kind": artefact.kind,
+                        "bytes": _size(artefact, states[artefact.name]),
+                        "missing_bytes": missing.get(artefact.name, 0),
+                        "licence": artefact.licence,
+                        "licence_link": artefact.licence_link,
+                        "commercial": artefact.commercial,
+                        "commercial_note": artefact.commercial_note,
+                        "path": str(store.path(artefact)),
+                        "files": [_as_json(file) for file in states[artefact.name]],
+                    }
+                    for artefact in artefacts
+                ],
+            }
+        )
+        return
+    rows = [
+        [
+            artefact.name,
+            _counts(states[artefact.name]),
+            human_bytes(_size(artefact, states[artefact.name])),
+            human_bytes(missing[artefact.name]) if missing.get(artefact.name) else "",
+            artefact.licence,
+            artefact.commercial,
+        ]
+        for artefact in artefacts
+    ]
+    console.print_table("", ["model", "files here", "size", "to fetch", "licence", "commercial use"], rows)
+    to_fetch = sum(missing.values())
+    console.line(
+        f"{human_bytes(total)} in all, "
+        + (f"{human_bytes(to_fetch)} to fetch" if missing else "everything is here")
+        + f"; kept in {store.settings.hub_folder}"
+    )
+    for artefact in artefacts:
+        if artefact.commercial != "yes" and artefact.commercial_note:
+            console.line(f"{artefact.name}: {artefact.commercial_note} ({artefact.licence_link})")
+
+
+def _verify(store: Store, artefacts: list[Artefact], *, json: bool) -> None:
+    rows = [(artefact, file) for artefact in artefacts for file in store.verify(artefact)]
+    bad = [file for _, file in rows if file.state == "bad"]
+    report = [{"name": artefact.name, **_as_json(file)} for artefact, file in rows]
+    if not json:
+        console.print_table(
+            "",
+            ["model", "file", "state"],
+            [[artefact.name, file.path, file.state] for artefact, file in rows],
+        )
+    if bad:
+        error = ModelUnavailableError(
+            "; ".join(file.detail for file in bad), "run `fastface download` to fetch what was moved aside"
+        )
+        error.partial = {"files": report}
+        raise error
+    if json:
+        console.print_json({"ok": True, "files": report})
+
+
+def _size(artefact: Artefact, files: list[FileStatus]) -> int:
+    return artefact.bytes or sum(file.bytes for file in files)
+
+
+def _counts(files: list[FileStatus]) -> str:
+    here = sum(file.state in ("present", "unverified") for file in files)
+    partial = sum(file.state == "partial" for file in files)
+    return f"{here} of {len(files)}" + (f", {partial} begun" if partial else "")
+
+
+def _as_json(file: FileStatus) -> dict[str, Any]:
+    found: dict[str, Any] = {"path": file.path, "bytes": file.bytes, "state": file.state, "here": file.here}
+    return found | ({"detail": file.detail} if file.detail else {})

@@ -1,0 +1,318 @@
+"""One missing file becomes a verified file at its place, whoever else is fetching it at the same time."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+
+from rich.progress import TaskID
+
+from .. import console
+from ..errors import ModelUnavailableError
+from ..manifest import Artefact, RemoteFile
+from . import transfer
+from .layout import Layout, blob_name, link, source_of
+from .records import Record, file_sha256, mismatch, move_aside, short_hash
+
+
+@dataclass(frozen=True)
+class Job:
+    """A file to fetch, and the artefact that wants it."""
+
+    artefact: Artefact
+    file: RemoteFile
+
+    @property
+    def source(self) -> str:
+        return source_of(self.artefact, self.file)
+
+
+class Bars:
+    """A bar for the file at hand and one for all; nothing where stderr is not a terminal."""
+
+    def __init__(self, *, show: bool) -> None:
+        self._progress = console.transfer_progress(quiet=not show)
+        self._all: TaskID | None = None
+
+    def __enter__(self) -> Bars:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def total(self, size: int) -> None:
+        """Show a bar for all files together."""
+        self._all = self._progress.add_task("all files", total=size or None)
+
+    @contextlib.contextmanager
+    def one(self, label: str, size: int, done: int = 0) -> Iterator[transfer.Report]:
+        """A bar for one file; what it yields is told of every change in bytes."""
+        task = self._progress.add_task(label, total=size or None, completed=done)
+        if self._all is not None:
+            self._progress.advance(self._all, done)
+
+        def report(change: int) -> None:
+            self._progress.advance(task, change)
+            if self._all is not None:
+                self._progress.advance(self._all, change)
+
+        try:
+            yield report
+        finally:
+            self._progress.remove_task(task)
+
+    @contextlib.contextmanager
+    def check(self, label: str, size: int) -> Iterator[transfer.Report]:
+        """A bar for hashing, which does not count as progress of all files."""
+        task = self._progress.add_task(label, total=size or None)
+        try:
+            yield lambda change: self._progress.advance(task, change)
+        finally:
+            self._progress.remove_task(task)
+
+
+class Fetcher:
+    """Fetches files into a layout.
+
+    Args:
+        layout: where they go.
+        bars: told of progress.
+    """
+
+    def __init__(self, layout: Layout, bars: Bars) -> None:
+        self.layout = layout
+        self.records = layout.records
+        self.bars = bars
+
+    def fetch(self, job: Job) -> None:
+        """Fetch one file, from wherever its artefact comes.
+
+        Raises:
+            ModelUnavailableError: refused, not reachable, wrong bytes.
+        """
+        if job.artefact.repo is None:
+            self._fetch_url(job)
+            return
+        try:
+            self._fetch_hub(job)
+        except transfer.SourceError as error:
+            if job.artefact.archive is None or job.file.sha256 is None:
+                raise
+            self._fetch_archive(job, error)
+
+    def here(self, job: Job) -> bool:
+        """Whether the file lies verified at its place."""
+        place = self.layout.place(job.artefact, job.file.path)
+        record = self.records.read(job.source)
+        return record.describes(place) and job.file.sha256 in (None, record.sha256)
+
+    def verify(self, job: Job, path: Path, etag: str | None) -> str:
+        """SHA-256 of a file that must be right.
+
+        Raises:
+            WrongBytesError: it is not, and was moved aside.
+        """
+        expected = job.file.sha256 or self.records.read(job.source).sha256
+        with self.bars.check(f"checking {job.file.path}", path.stat().st_size) as report:
+            got = file_sha256(path, report)
+        right = mismatch(got, expected, etag, path)
+        if right is not None:
+            aside = move_aside(path, self.layout.quarantine, job.source, got)
+            raise WrongBytesError(job, got, right, aside)
+        return got
+
+    def _fetch_hub(self, job: Job) -> None:
+        said = transfer.announce(job.artefact, job.file)
+        record = self.records.read(job.source)
+        _refuse_early(job, said, record)
+        blob = self.layout.repo(job.artefact) / "blobs" / blob_name(said.etag)
+        with self._locked(job, blob.name):
+            if self.here(job):
+                return
+            self.records.write(replace(record, etag=said.etag))
+            got = self._reuse(job, blob, said.etag) or self._fetch_blob(job, said, blob)
+            self._settle(job, blob, got, said.etag)
+
+    def _reuse(self, job: Job, blob: Path, etag: str) -> str | None:
+        """The hash of a blob that is there already, for another path or put there by another program."""
+        if not blob.is_file():
+            return None
+        try:
+            return self.verify(job, blob, etag)
+        except WrongBytesError as error:
+            console.note(f"{error.message}; fetching it anew")
+            return None
+
+    def _fetch_blob(self, job: Job, said: transfer.Announcement, blob: Path) -> str:
+        """Fetch into a partial file, check it, and only then give it its place.
+
+        A file that was put together from two transfers and is wrong is fetched once more from its start.
+        """
+        blob.parent.mkdir(parents=True, exist_ok=True)
+        partial = blob.with_name(f"{blob.name}.incomplete")
+        while True:
+            resumed = self._transfer(job, said, partial)
+            try:
+                got = self.verify(job, partial, said.etag)
+            except WrongBytesError as error:
+                if not resumed:
+                    raise
+                console.note(f"{error.message}; fetching it anew from its start")
+                continue
+            os.replace(partial, blob)
+            return got
+
+    def _transfer(self, job: Job, said: transfer.Announcement, partial: Path) -> bool:
+        here = partial.stat().st_size if partial.exists() else 0
+        with self.bars.one(job.file.path, said.size or job.file.expected_bytes, here) as report:
+            return transfer.fetch(job.artefact, job.file, said, partial, report)
+
+    def _settle(self, job: Job, blob: Path, got: str, etag: str | None) -> None:
+        place = self.layout.place(job.artefact, job.file.path)
+        link(place, blob)
+        self.records.seen(job.source, place, got, etag)
+
+    def _fetch_url(self, job: Job) -> None:
+        place = self.layout.place(job.artefact, job.file.path)
+        partial = place.with_name(place.name + ".part")
+        with self._locked(job, short_hash(job.source)):
+            if self.here(job):
+                return
+            self._retrieve(job.artefact, str(job.artefact.url), job.file.expected_bytes, partial)
+            got = self.verify(job, partial, None)
+            os.replace(partial, place)
+            self.records.seen(job.source, place, got)
+
+    def _retrieve(self, artefact: Artefact, url: str, size: int, target: Path) -> None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with self.bars.one(url.rsplit("/", 1)[-1], size) as report:
+            transfer.fetch_url(artefact, url, target, report)
+
+    def _fetch_archive(self, job: Job, reason: transfer.SourceError) -> None:
+        """The same file out of the publisher's zip, whose folders may be nested in any way."""
+        artefact, file = job.artefact, job.file
+        url = str(artefact.archive)
+        console.note(f"{reason.message}; trying {url}")
+        folder = self.layout.settings.home / "files" / artefact.name
+        archive = folder / url.rsplit("/", 1)[-1]
+        blob = self.layout.repo(artefact) / "blobs" / str(file.sha256)
+        with self._locked(job, short_hash(url)):
+            if self.here(job):
+                return
+            try:
+                self._retrieve(artefact, url, 0, archive)
+            except transfer.SourceError as error:
+                raise transfer.SourceError(
+                    f"{reason.message}; and its archive: {error.message}", reason.hint
+                ) from error
+            blob.parent.mkdir(parents=True, exist_ok=True)
+            partial = blob.with_name(f"{blob.name}.incomplete")
+            try:
+                extract(archive, file.path.rsplit("/", 1)[-1], partial, file.bytes)
+            except ModelUnavailableError:
+                archive.unlink()
+                raise
+            got = self.verify(job, partial, None)
+            os.replace(partial, blob)
+            self._settle(job, blob, got, None)
+
+    @contextlib.contextmanager
+    def _locked(self, job: Job, name: str) -> Iterator[None]:
+        """One process at a time for each blob; the lock that huggingface_hub takes too."""
+        from filelock import FileLock, Timeout
+
+        folder = self.layout.settings.hub_folder / ".locks"
+        if job.artefact.repo is not None:
+            folder /= self.layout.repo(job.artefact).name
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / f"{name}.lock")
+        try:
+            lock.acquire(timeout=0.5)
+        except Timeout:
+            console.note(f"waiting for another process that is fetching {job.file.path}")
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
+
+class WrongBytesError(ModelUnavailableError):
+    """A file is not the file it should be; it was moved aside."""
+
+    def __init__(self, job: Job, got: str, right: str, aside: Path) -> None:
+        super().__init__(
+            f"{job.artefact.name}: {job.file.path} has the wrong bytes: SHA-256 {got}, expected {right}; "
+            f"it was moved to {aside}",
+            "run the same command again to fetch it anew; if it stays so, a server or proxy changes it",
+        )
+        self.aside = aside
+
+
+def extract(archive: Path, name: str, target: Path, size: int | None) -> None:
+    """Take one file out of a zip by its bare name, however deep it lies.
+
+    Args:
+        size: how many bytes it may have at most; None is no limit.
+
+    Raises:
+        ModelUnavailableError: not a zip, no such file in it, or too large.
+    """
+    try:
+        with zipfile.ZipFile(archive) as zipped:
+            members = [one for one in zipped.infolist() if one.filename.rsplit("/", 1)[-1] == name]
+            if not members:
+                raise ModelUnavailableError(f"{archive} does not hold {name}", "run the same command again")
+            member = min(members, key=lambda one: one.filename.count("/"))
+            if size is not None and member.file_size > size:
+                raise ModelUnavailableError(
+                    f"{name} in {archive} has {member.file_size} bytes, not {size}",
+                    "run the same command again",
+                )
+            with zipped.open(member) as source, target.open("wb") as sink:
+                while block := source.read(1 << 20):
+                    sink.write(block)
+    except zipfile.BadZipFile as error:
+        raise ModelUnavailableError(
+            f"{archive} is not a whole zip: {error}", "run the same command again"
+        ) from error
+
+
+def fetch_all(fetcher: Fetcher, jobs: Sequence[Job]) -> None:
+    """Fetch files, small ones first, so that what is refused is refused early."""
+    ordered = sorted(jobs, key=lambda job: job.file.expected_bytes)
+    fetcher.bars.total(sum(job.file.expected_bytes for job in ordered))
+    archives = {
+        fetcher.layout.settings.home / "files" / job.artefact.name for job in jobs if job.artefact.archive
+    }
+    for job in ordered:
+        fetcher.fetch(job)
+    for folder in archives:
+        for archive in folder.glob("*.zip"):
+            archive.unlink()
+
+
+def _refuse_early(job: Job, said: transfer.Announcement, record: Record) -> None:
+    """What the server announces may already show that these are not the right bytes."""
+    expected = job.file.sha256 or record.sha256
+    if expected and re.fullmatch(r"[0-9a-f]{64}", said.etag) and said.etag != expected:
+        announced = f"SHA-256 {said.etag}, expected {expected}"
+    elif expected is None and job.file.bytes is not None and said.size not in (None, job.file.bytes):
+        announced = f"{said.size} bytes, expected {job.file.bytes}"
+    else:
+        return
+    raise ModelUnavailableError(
+        f"{job.artefact.name}: the server offers other bytes for {job.file.path} ({announced}); "
+        "nothing was fetched",
+        "unset HF_ENDPOINT if it names a mirror, or name the file yourself in the recipe: "
+        f"hub:{job.artefact.repo}@<commit>:{job.file.path}",
+    )

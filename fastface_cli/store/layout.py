@@ -1,0 +1,127 @@
+"""Where the store keeps what: the Hub's own cache layout for the Hub, `home/files` for the rest."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+from pathlib import Path, PurePosixPath
+
+from ..errors import ModelUnavailableError
+from ..manifest import Artefact, RemoteFile
+from ..settings import Settings
+from .records import Records
+
+
+def source_of(artefact: Artefact, file: RemoteFile) -> str:
+    """What a file is remembered by: `owner/name@commit:path`, or its URL."""
+    return f"{artefact.repo}@{artefact.commit}:{file.path}" if artefact.repo else str(artefact.url)
+
+
+def blob_name(etag: str) -> str:
+    """The file name of an etag; what is no plain word is hashed, so that no server can choose a path."""
+    plain = re.fullmatch(r"[0-9A-Za-z][0-9A-Za-z_-]{0,127}", etag)
+    return etag if plain else hashlib.sha256(etag.encode()).hexdigest()
+
+
+class Layout:
+    """Paths of artefacts on this machine; they need not exist.
+
+    Args:
+        settings: the folders.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.records = Records(settings.home / "records")
+        self.quarantine = settings.home / "quarantine"
+
+    def path(self, artefact: Artefact) -> Path:
+        """What a loader opens.
+
+        - a LoRA, a Lightning UNet, an adapter, any single-file artefact: the file itself;
+        - `base`, `scheduler`, and a `unet` of several files: the folder that holds `unet/`, `scheduler/`, ...
+          as in the repository;
+        - `vae` and `image_encoder`: the folder that directly holds `config.json` and the weights;
+        - `face`: the folder that directly holds the `.onnx` files (for a pack of InsightFace it is
+          `<root>/models/<pack>`, so `FaceAnalysis(name=path.name, root=path.parent.parent)`);
+        - a Hub reference without a file: the snapshot; with a folder: that folder;
+        - a place on this machine: that place.
+        """
+        if artefact.local is not None:
+            return artefact.local
+        if artefact.root is None and len(artefact.files) == 1:
+            return self.place(artefact, artefact.files[0].path)
+        return self.folder(artefact) / (artefact.root or "")
+
+    def folder(self, artefact: Artefact) -> Path:
+        """The folder that file paths of an artefact are relative to."""
+        if artefact.repo is None:
+            return self.settings.home / "files" / artefact.name
+        return self.repo(artefact) / "snapshots" / str(artefact.commit)
+
+    def repo(self, artefact: Artefact) -> Path:
+        """The folder of a repository in the Hub cache."""
+        return self.settings.hub_folder / f"models--{str(artefact.repo).replace('/', '--')}"
+
+    def place(self, artefact: Artefact, path: str) -> Path:
+        """Where one file lies.
+
+        Raises:
+            ModelUnavailableError: the path leads out of the repository.
+        """
+        parts = PurePosixPath(path)
+        if parts.is_absolute() or ".." in parts.parts or "\\" in path:
+            raise ModelUnavailableError(f"{artefact.name}: '{path}' is not a path inside a repository")
+        return self.folder(artefact).joinpath(*parts.parts)
+
+    def partial(self, artefact: Artefact, file: RemoteFile) -> Path | None:
+        """Where the first bytes of a file wait for the rest, if that can be known without asking."""
+        if artefact.repo is None:
+            return self.place(artefact, file.path + ".part")
+        etag = file.sha256 or self.records.read(source_of(artefact, file)).etag
+        return self.repo(artefact) / "blobs" / f"{blob_name(etag)}.incomplete" if etag else None
+
+
+def link(place: Path, blob: Path) -> None:
+    """Let `place` be `blob`: a relative symbolic link, or the file itself where there are no links."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    if os.path.lexists(place):
+        place.unlink()
+    try:
+        place.symlink_to(os.path.relpath(blob, place.parent))
+    except FileExistsError:
+        raise
+    except OSError:
+        os.replace(blob, place)
+
+
+def remove_file(place: Path, repo: Path | None) -> int:
+    """Remove a file; of a link into `repo` also the blob, once nothing else in the repository links to it.
+
+    Returns:
+        Bytes freed.
+    """
+    if not os.path.lexists(place):
+        return 0
+    blob = place.resolve()
+    linked = place.is_symlink()
+    freed = 0 if linked else place.stat().st_size
+    place.unlink()
+    if linked and repo is not None and blob.is_file() and blob.parent == (repo / "blobs").resolve():
+        others = (other for other in (repo / "snapshots").rglob("*") if other.is_symlink())
+        if not any(other.resolve() == blob for other in others):
+            freed = blob.stat().st_size
+            blob.unlink()
+    return freed
+
+
+def remove_empty(folder: Path) -> None:
+    """Remove `folder` and whatever folders in it are empty."""
+    if not folder.is_dir() or folder.is_symlink():
+        return
+    for child in folder.iterdir():
+        remove_empty(child)
+    with contextlib.suppress(OSError):
+        folder.rmdir()

@@ -1,0 +1,157 @@
+"""What is known of files on this disk: their verified hashes, and the ones that were moved aside."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Record:
+    """What was seen of one source.
+
+    Args:
+        source: `owner/name@commit:path`, or a URL.
+        sha256: of the verified bytes; None until then.
+        etag: what the server called them.
+        path, bytes, mtime_ns: the file as it was when its hash was taken.
+    """
+
+    source: str
+    sha256: str | None = None
+    etag: str | None = None
+    path: str = ""
+    bytes: int = -1
+    mtime_ns: int = -1
+
+    def describes(self, path: Path) -> bool:
+        """Whether `path` is still the very file that was hashed."""
+        try:
+            stat = path.stat()
+        except OSError:
+            return False
+        return (
+            self.sha256 is not None
+            and self.path == str(path)
+            and (self.bytes, self.mtime_ns) == (stat.st_size, stat.st_mtime_ns)
+        )
+
+
+class Records:
+    """One small JSON file for each source under `folder`, written atomically, so no lock is needed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def _place(self, source: str) -> Path:
+        return self.folder / f"{short_hash(source)}.json"
+
+    def read(self, source: str) -> Record:
+        """The record of a source; an empty one where there is none or it cannot be read."""
+        return _parse(self._place(source)) or Record(source)
+
+    def write(self, record: Record) -> None:
+        """Remember a record.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        place = self._place(record.source)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        temporary = place.with_name(f"{place.stem}.{secrets.token_hex(4)}.tmp")
+        temporary.write_text(json.dumps(asdict(record)), encoding="utf-8")
+        os.replace(temporary, place)
+
+    def seen(self, source: str, path: Path, sha256: str, etag: str | None = None) -> None:
+        """Remember that the bytes of `path` were hashed just now."""
+        stat = path.stat()
+        self.write(Record(source, sha256, etag, str(path), stat.st_size, stat.st_mtime_ns))
+
+    def all(self) -> Iterator[Record]:
+        """Every record that can be read."""
+        for place in sorted(self.folder.glob("*.json")):
+            record = _parse(place)
+            if record is not None:
+                yield record
+
+
+def _parse(place: Path) -> Record | None:
+    try:
+        return Record(**json.loads(place.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def short_hash(text: str) -> str:
+    """32 hex digits that stand for a text in file names."""
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def file_sha256(path: Path, report: Callable[[int], None] | None = None) -> str:
+    """SHA-256 (hex) of a file, read as a stream; `report` hears of each block's size."""
+    digest = hashlib.sha256()
+    with path.open("rb") as source:
+        while block := source.read(1 << 22):
+            digest.update(block)
+            if report:
+                report(len(block))
+    return digest.hexdigest()
+
+
+def git_sha1(path: Path) -> str:
+    """The name (hex) that git gives to a file's bytes; the Hub's etag of small files."""
+    digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
+    with path.open("rb") as source:
+        while block := source.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def mismatch(got: str, expected: str | None, etag: str | None, path: Path) -> str | None:
+    """The hash that `path` should have had, or None where its bytes are right.
+
+    Without an expected SHA-256 the server's etag decides, if it is a hash.
+
+    Args:
+        got: SHA-256 of the file.
+        expected: the SHA-256 of the manifest or of an earlier download.
+        etag: 64 hex digits are a SHA-256, 40 the SHA-1 that git gives.
+    """
+    if expected is None and etag is not None:
+        if re.fullmatch(r"[0-9a-f]{64}", etag):
+            expected = etag
+        elif re.fullmatch(r"[0-9a-f]{40}", etag):
+            return None if git_sha1(path) == etag else f"git:{etag}"
+    return None if expected in (None, got) else expected
+
+
+def move_aside(path: Path, folder: Path, source: str, got: str) -> Path:
+    """Take a wrong file out of the way, under a name that says where it came from.
+
+    A second copy of the same bytes replaces the first. Where `folder` is on another disk, a `quarantine`
+    folder beside the file is used, so that gigabytes are not copied.
+    """
+    name = f"{short_hash(source)[:12]}-{got[:12]}-{source.rsplit('/', 1)[-1]}"
+    real = path.resolve()
+    for place in (folder, real.parent / "quarantine"):
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            os.replace(real, place / name)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            continue
+        if path.is_symlink():
+            path.unlink()
+        return place / name
+    target = folder / name
+    shutil.move(real, target)
+    return target
