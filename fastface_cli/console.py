@@ -6,21 +6,13 @@ import json
 import os
 import sys
 from collections.abc import Iterable
-from typing import Any
-
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
-from rich.table import Table
+from typing import TYPE_CHECKING, Any
 
 from .errors import FastFaceError
+
+if TYPE_CHECKING:  # rich is imported where it is used: `--help` must come at once
+    from rich.console import Console
+    from rich.progress import Progress
 
 SCHEMA = 1
 """Version of every JSON object printed by `--json`."""
@@ -32,11 +24,15 @@ def _plain() -> bool:
 
 def out() -> Console:
     """Console of results."""
+    from rich.console import Console
+
     return Console(no_color=_plain() or None, highlight=False, soft_wrap=True)
 
 
 def err() -> Console:
     """Console of progress, logs and hints."""
+    from rich.console import Console
+
     return Console(stderr=True, no_color=_plain() or None, highlight=False, soft_wrap=True)
 
 
@@ -58,6 +54,8 @@ def print_json(value: dict[str, Any]) -> None:
 
 def print_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
     """A table on stdout; whole cells even when piped."""
+    from rich.table import Table
+
     console = out()
     table = Table(title=title or None, title_justify="left", header_style="bold")
     for column in columns:
@@ -82,6 +80,15 @@ def print_error(error: FastFaceError) -> None:
 
 def transfer_progress(*, quiet: bool = False) -> Progress:
     """Progress of bytes; silent where stderr is not a terminal."""
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
     console = err()
     return Progress(
         TextColumn("{task.description}"),
@@ -97,6 +104,8 @@ def transfer_progress(*, quiet: bool = False) -> Progress:
 
 def step_progress(*, quiet: bool = False) -> Progress:
     """Progress of counted work; silent where stderr is not a terminal."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     console = err()
     return Progress(
         TextColumn("{task.description}"),

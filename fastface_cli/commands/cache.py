@@ -9,7 +9,6 @@ import typer
 
 from .. import console
 from ..errors import UsageError, nearest
-from ..settings import load_settings
 
 app = typer.Typer(help="See and remove downloaded models.", no_args_is_help=True)
 
@@ -22,6 +21,7 @@ def list_(
 
     Example: fastface cache list
     """
+    from ..settings import load_settings
     from ..store import Store, human_bytes
 
     settings = load_settings()
@@ -81,6 +81,7 @@ def remove(
 
     Example: fastface cache remove sdxl-lightning-2-step-unet
     """
+    from ..settings import load_settings
     from ..store import Store, human_bytes, resolve
 
     store = Store(load_settings())

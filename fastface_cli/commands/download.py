@@ -8,7 +8,6 @@ import typer
 
 from .. import console
 from ..errors import ModelUnavailableError, RecipeError, nearest
-from ..settings import load_settings
 
 if TYPE_CHECKING:
     from ..store import Artefact, FileStatus, Store
@@ -39,6 +38,7 @@ def download(
 
     Example: fastface download hyper-fastface --dry-run
     """
+    from ..settings import load_settings
     from ..store import Store
 
     settings = load_settings()
