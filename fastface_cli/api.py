@@ -54,15 +54,27 @@ def check_device(recipe: Recipe, device: str) -> str:
     if device == "auto" and found.type == "cpu" and weight > GPU_BYTES:
         raise DeviceError(
             f"recipe '{recipe.name}' needs a GPU, and there is no CUDA device here",
-            "--recipe pocket runs on any machine; --device cpu tries all the same (slow, about 24 GB of memory)",
+            "--recipe pocket runs on any machine; --device cpu tries all the same (slow, 24 GB of memory)",
         )
     return str(found)
 
 
 def fetch(
-    recipe: Recipe, settings: Settings, *, offline: bool | None = None, progress: bool = True
+    recipe: Recipe,
+    settings: Settings,
+    *,
+    faces: bool = True,
+    offline: bool | None = None,
+    progress: bool = True,
 ) -> dict[str, Path]:
     """Make the files of a recipe present: where each role lies on disk.
+
+    Args:
+        recipe: whose parts.
+        settings: where the cache is.
+        faces: also the face models, which a saved identity makes needless.
+        offline: fetch nothing; None asks HF_HUB_OFFLINE.
+        progress: show it.
 
     Raises:
         ModelUnavailableError: something is missing and cannot be had.
@@ -70,6 +82,8 @@ def fetch(
     from .store import Store
 
     artefacts = artefacts_of(recipe)
+    if not faces:
+        artefacts.pop("face")
     store = Store(settings, offline=offline)
     distinct = {artefact.name: artefact for artefact in artefacts.values()}
     paths = store.ensure(list(distinct.values()), progress=progress)
@@ -125,15 +139,16 @@ class FastFace:
         self.offline = offline
         self.progress = progress
         self.log = log
-        self._paths: Mapping[str, Path] | None = None
+        self._paths: dict[str, Path] = {}
         self._analyser: FaceAnalyser | None = None
         self._pipeline: Pipeline | None = None
 
-    @property
-    def paths(self) -> Mapping[str, Path]:
-        """Where the model files lie; fetched if need be."""
-        if self._paths is None:
-            self._paths = fetch(self.recipe, self.settings, offline=self.offline, progress=self.progress)
+    def paths(self, *, faces: bool) -> Mapping[str, Path]:
+        """Where the model files lie, by role; fetched if need be, face models only when asked for."""
+        if not self._paths or (faces and "face" not in self._paths):
+            self._paths = fetch(
+                self.recipe, self.settings, faces=faces, offline=self.offline, progress=self.progress
+            )
         return self._paths
 
     @property
@@ -144,7 +159,7 @@ class FastFace:
 
             device = check_device(self.recipe, self.device)
             self._pipeline = Pipeline.load(
-                self.recipe, self.paths, device=device, dtype=self.dtype, log=self.log
+                self.recipe, self.paths(faces=False), device=device, dtype=self.dtype, log=self.log
             )
         return self._pipeline
 
@@ -166,7 +181,7 @@ class FastFace:
 
         if self._analyser is None:
             kind = pick_device(self.device).type
-            self._analyser = load_face_models(self.paths["face"], device=kind)
+            self._analyser = load_face_models(self.paths(faces=True)["face"], device=kind)
         given = [Path(photo) if isinstance(photo, str) else photo for photo in photos]
         return make_identity(given, self._analyser, face_index=face_index, face_box=face_box, log=self.log)
 

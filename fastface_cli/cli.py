@@ -12,7 +12,7 @@ import typer
 
 from . import __version__, console
 from .commands import cache, download, generate, recipes
-from .errors import FastFaceError
+from .errors import FastFaceError, UsageError
 
 app = typer.Typer(
     name="fastface",
@@ -60,7 +60,11 @@ def run(argv: list[str] | None = None) -> int:
     try:
         app(args=arguments, prog_name="fastface")
     except SystemExit as exit_:
-        return exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
+        code = exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
+        if code == UsageError.exit_code and "--json" in arguments:
+            # Typer has said on stderr what is wrong with the arguments.
+            console.print_json({"ok": False, **_failure(UsageError("the arguments are not valid"))})
+        return code
     except _Interrupted:
         console.note("interrupted")
         return 130
@@ -84,4 +88,7 @@ def _failure(error: FastFaceError) -> dict[str, Any]:
 def main() -> None:
     """Entry point of the `fastface` command."""
     signal.signal(signal.SIGINT, _interrupt)
+    # Libraries say while they are imported what only a developer wants to know.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     sys.exit(run())

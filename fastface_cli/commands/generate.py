@@ -15,10 +15,9 @@ from .. import console
 from ..errors import FastFaceError, UsageError
 
 if TYPE_CHECKING:
-    from ..api import FastFace
     from ..identity import Identity
     from ..metadata import Provenance
-    from ..pipeline import Picture, Request
+    from ..pipeline import Picture, Pipeline, Request
     from ..recipe import Recipe
 
 EXAMPLES = """
@@ -234,7 +233,7 @@ def run(options: Options, report: Report) -> None:
     if verbose:
         console.note(f"models loaded in {time.perf_counter() - began:.1f} s on {device}, {pipeline.dtype}")
         print_plan(pipeline.plan())
-    pictures = make(options, work, face, identity, report)
+    pictures = make(options, work, pipeline, identity, report)
     finish(options, work, pictures)
 
 
@@ -346,7 +345,9 @@ def people(options: Options) -> tuple[Identity | None, list[Path]]:
     return None, options.faces
 
 
-def make(options: Options, work: Work, face: FastFace, identity: Identity, report: Report) -> list[Picture]:
+def make(
+    options: Options, work: Work, pipeline: Pipeline, identity: Identity, report: Report
+) -> list[Picture]:
     """Make the pictures, writing each as soon as it is there."""
     from ..pipeline import Request
 
@@ -356,23 +357,23 @@ def make(options: Options, work: Work, face: FastFace, identity: Identity, repor
     kept = []
     with console.step_progress() as progress:
         steps = progress.add_task("steps", total=len(requests) * work.recipe.sampling.steps)
-        pictures = face.pipeline.generate(
+        pictures = pipeline.generate(
             requests,
             batch_size=options.batch_size,
             on_step=lambda done: progress.advance(steps, done),
         )
         for picture, path in zip(pictures, work.paths, strict=True):
-            write(picture, path, work.recipe, metadata=options.metadata, force=options.force)
-            report.images.append(describe_picture(picture, path))
+            written = write(picture, path, work.recipe, metadata=options.metadata, force=options.force)
+            report.images.append(describe_picture(picture, written))
             if not options.as_json:
-                console.line(str(path))
+                console.line(str(written))
             if options.grid or options.save_latents:
                 kept.append(picture)
     return kept
 
 
-def write(picture: Picture, path: Path, recipe: Recipe, *, metadata: bool, force: bool) -> None:
-    """Write one picture with what it says about how it was made."""
+def write(picture: Picture, path: Path, recipe: Recipe, *, metadata: bool, force: bool) -> Path:
+    """Write one picture with what it says about how it was made; where it went."""
     from ..metadata import describe
     from ..pictures import write_png
 
@@ -388,7 +389,7 @@ def write(picture: Picture, path: Path, recipe: Recipe, *, metadata: bool, force
             identity_digest=request.identity.digest(),
             unet_samples=picture.unet_samples,
         )
-    write_png(picture.image, path, text=text, force=force)
+    return write_png(picture.image, path, text=text, force=force)
 
 
 def describe_picture(picture: Picture, path: Path) -> dict[str, Any]:
@@ -406,9 +407,9 @@ def describe_picture(picture: Picture, path: Path) -> dict[str, Any]:
 def finish(options: Options, work: Work, pictures: Sequence[Picture]) -> None:
     """What is made of all pictures together: contact sheet and latents."""
     if options.save_latents is not None:
-        from ..latents import save_latents
-
         import torch
+
+        from ..latents import save_latents
 
         save_latents(
             options.save_latents,
