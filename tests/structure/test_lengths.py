@@ -1,0 +1,243 @@
+"""The lengths of the published files, rebuilt from the layouts: every name, shape and type, to the byte.
+
+A checkpoint's header spells out each tensor, so its length changes with any name, shape, type or order of
+magnitude of an offset. Published lengths and hashes are written here as numbers; nothing is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import zipfile
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from original_names import original
+from safetensors.torch import load_file, save
+
+from fastface_cli.sdxl import MINIATURE, PUBLISHED, Stack, config_text
+from fastface_cli.structure import (
+    PARTS,
+    PT,
+    Layout,
+    part_layouts,
+    random_tensor,
+    safetensors_header,
+    safetensors_length,
+    write,
+)
+
+BASE_FILES = {
+    "model_index.json": (609, "6d7b93508390ab91ac5bfbe4aeb4dc2d83f7bb1b05fb069d714b5b0c75f70d44"),
+    "scheduler/scheduler_config.json": (
+        479,
+        "af3e45a949aff8b8341ab8b811429ec03fee857a700a1d9477363e4fff9666e2",
+    ),
+    "text_encoder/config.json": (565, "39b8b2e4b1949e36969caa425b6c81c68bace99198dd9078ce05d16ad401fe7f"),
+    "text_encoder_2/config.json": (575, "a892d1c3a69a7e9247a24de2bc1d5891e3109a54696e53be20093af671072c34"),
+    "tokenizer/special_tokens_map.json": (
+        472,
+        "c4864a9376a8401918425bed71fc14fc0e81f9b59ec45c1cf96cccb2df508eac",
+    ),
+    "tokenizer/tokenizer_config.json": (
+        737,
+        "19d7b034cb0cc3ce9766c2231373ab8aa8991fc72e2c8f76558bfaae3de0d563",
+    ),
+    "tokenizer_2/special_tokens_map.json": (
+        460,
+        "f118ab3a983206e4f32583448de6bd6aae4ee21869135cef1f5848a753cdaab6",
+    ),
+    "tokenizer_2/tokenizer_config.json": (
+        725,
+        "c9d23941f76a41cbd50eda9290f57be7828f0a7a677939e9ef181f7e12bd1bdf",
+    ),
+    "unet/config.json": (1680, "30ebc70750223e59006f7f2b4e1e6c102570aa19a9c4ae3e1fbe7591332dbae6"),
+    "vae/config.json": (642, "0b331c8ac22ded5f9997a144a575c1d113d6169aff262c353f39015bd24a6264"),
+}
+
+
+@pytest.mark.parametrize("name", BASE_FILES)
+def test_a_base_configuration_is_the_published_file(name: str) -> None:
+    text = config_text(PUBLISHED.base_configs()[name]).encode()
+    assert (len(text), hashlib.sha256(text).hexdigest()) == BASE_FILES[name]
+
+
+def test_no_base_configuration_is_left_unproven() -> None:
+    assert set(PUBLISHED.base_configs()) == set(BASE_FILES)
+
+
+def test_image_encoder_configuration_has_the_published_length() -> None:
+    assert len(config_text(PUBLISHED.image_encoder)) == 560
+
+
+@cache
+def published(part: str) -> dict[str, Layout]:
+    return part_layouts(part)
+
+
+def lengths(part: str) -> dict[str, int]:
+    return {name: safetensors_length(layout) for name, layout in published(part).items()}
+
+
+def test_base() -> None:
+    assert lengths("base") == {
+        "unet/diffusion_pytorch_model.fp16.safetensors": 5_135_149_760,
+        "vae/diffusion_pytorch_model.fp16.safetensors": 167_335_342,
+        "text_encoder/model.fp16.safetensors": 246_144_152,
+        "text_encoder_2/model.fp16.safetensors": 1_389_382_176,
+    }
+
+
+def test_replaced_unets() -> None:
+    assert lengths("turbo") == {"unet/diffusion_pytorch_model.fp16.safetensors": 5_135_149_760}
+    assert lengths("lightning") == {"": 5_135_149_736}
+
+
+def test_vae_in_float32() -> None:
+    assert lengths("vae") == {"diffusion_pytorch_model.safetensors": 334_643_268}
+
+
+def test_image_encoder() -> None:
+    assert lengths("image_encoder") == {"model.safetensors": 2_528_373_448}
+
+
+def test_distillation_loras() -> None:
+    assert lengths("hyper") == {"": 787_359_648}
+    lcm = published("lcm")[""]
+    plain = replace(lcm, metadata=None)
+    assert len(plain.tensors) == 3 * 788
+    assert safetensors_length(plain) == 393_854_592  # SDXL-Lightning, DMD2
+    assert safetensors_length(plain.cast(torch.float32)) == 787_359_616  # DMD2 in float32
+    assert safetensors_length(plain) + 632 == 393_855_224  # LCM, whose metadata is longer
+
+
+def _zip_length(sizes: dict[str, int], prefix: str) -> int:
+    """A PyTorch file of these records: data aligned to 64 bytes, a 16-byte descriptor after it."""
+    position = directory = 0
+    for name, size in sizes.items():
+        name_length = len(f"{prefix}/{name}")
+        start = -(-(position + 30 + name_length + 4) // 64) * 64
+        position = start + size + 16
+        directory += 46 + name_length
+    return position + directory + 98  # the directory's three end records
+
+
+def test_adapter(tmp_path: Path) -> None:
+    """The published file is one storage that its 1,316 tensors share, in three records."""
+    adapter = published("adapter")[""]
+    assert len(adapter.tensors) == 1_316
+    assert adapter.nbytes == 1_487_415_296
+    path = write(tmp_path / "ip-adapter-faceid-plusv2_sdxl.bin", adapter)
+    with zipfile.ZipFile(path) as file:
+        records = {info.filename.partition("/")[2]: info.file_size for info in file.infolist()}
+    assert _zip_length(records, path.stem) == path.stat().st_size  # the rule holds for what we write
+    older = {name: records[name] for name in ("data.pkl", "data/0", "version")}
+    assert older["data/0"] == adapter.nbytes
+    assert _zip_length(older, path.stem) == 1_487_555_181
+
+
+def test_original_single_file() -> None:
+    """A whole checkpoint in the original layout, as fine-tunes without metadata have it."""
+    parts = {
+        name.split("/")[0]: {
+            key: torch.empty(shape, dtype=dtype, device="meta")
+            for key, (shape, dtype) in layout.tensors.items()
+        }
+        for name, layout in published("base").items()
+    }
+    found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in original(**parts).items()}
+    assert len(found) == 2_515
+    assert safetensors_length(Layout(found)) == 6_938_041_144
+
+
+DTYPES = st.sampled_from(
+    [torch.uint8, torch.float16, torch.bfloat16, torch.int32, torch.float32, torch.int64]
+)
+SHAPES = st.lists(st.integers(1, 12), max_size=3).map(tuple)
+NAMES = st.text(st.sampled_from("abcXYZ019._-é漢"), min_size=1, max_size=12)
+
+
+@given(
+    tensors=st.dictionaries(NAMES, st.tuples(SHAPES, DTYPES), min_size=1, max_size=8),
+    metadata=st.sampled_from([None, PT, {"note": 'ünïcode, "quoted"\n'}]),
+)
+def test_header_is_the_serialisers(
+    tensors: dict[str, tuple[tuple[int, ...], torch.dtype]], metadata: dict[str, str] | None
+) -> None:
+    written = save(
+        {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in tensors.items()}, metadata
+    )
+    layout = Layout(tensors, metadata)
+    assert written.startswith(safetensors_header(layout))
+    assert len(written) == safetensors_length(layout)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_sparse_file_takes_no_room(part: str, tmp_path: Path) -> None:
+    """Full-size files with true headers: their lengths are whole, their blocks few."""
+    for index, layout in enumerate(published(part).values()):
+        path = write(tmp_path / f"{index}{'.bin' if part == 'adapter' else '.safetensors'}", layout)
+        stat = os.stat(path)
+        assert stat.st_size > layout.nbytes
+        assert stat.st_blocks * 512 < 16 * 2**20
+        path.unlink()
+
+
+def test_random_tensors_are_reproducible_and_well_scaled() -> None:
+    first = random_tensor("a.weight", (256, 64, 3, 3), torch.float32, seed=1)
+    assert torch.equal(first, random_tensor("a.weight", (256, 64, 3, 3), torch.float32, seed=1))
+    assert not torch.equal(first, random_tensor("a.weight", (256, 64, 3, 3), torch.float32, seed=2))
+    assert not torch.equal(first, random_tensor("b.weight", (256, 64, 3, 3), torch.float32, seed=1))
+    assert first.std().item() == pytest.approx((64 * 9) ** -0.5, rel=0.02)
+    assert random_tensor("norm.weight", (4096,), torch.float32, 0).mean().item() == pytest.approx(1, abs=0.01)
+    assert random_tensor("norm.bias", (4096,), torch.float32, 0).mean().item() == pytest.approx(0, abs=0.01)
+    positions = random_tensor("position_ids", (1, 5), torch.int64, 0)
+    assert positions.tolist() == [[0, 1, 2, 3, 4]]
+
+
+def _kinds(layout: Layout) -> set[tuple[str, int, torch.dtype]]:
+    """Names without their numbers, with ranks and types."""
+    return {(re.sub(r"\d+", "#", name), len(shape), dtype) for name, (shape, dtype) in layout.tensors.items()}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_the_miniature_has_every_kind_of_tensor(part: str) -> None:
+    small, full = part_layouts(part, MINIATURE), published(part)
+    assert set(small) == set(full)
+    for name, layout in small.items():
+        assert _kinds(layout) == _kinds(full[name])
+        assert layout.metadata == full[name].metadata
+        assert layout.parameters < 3e6
+
+
+def _configured(golden: Path) -> Stack:
+    def read(name: str) -> dict[str, object]:
+        config: dict[str, object] = json.loads((golden / name / "config.json").read_text())
+        return config
+
+    parts = {name: read(f"pipe/{name}") for name in ("unet", "text_encoder", "text_encoder_2", "vae")}
+    return Stack(**parts, image_encoder=read("clip"), adapter_rank=4)
+
+
+def test_the_golden_stack_has_these_layouts(golden: Path) -> None:
+    stack = _configured(golden)
+    for name, layout in part_layouts("base", stack, torch.float32).items():
+        written = load_file(golden / "pipe" / name)
+        found = {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in written.items()}
+        if name == "text_encoder/model.safetensors":  # as transformers 5 writes it
+            found = {f"text_model.{key}": spec for key, spec in found.items()}
+        assert found == layout.tensors
+    (adapter,) = part_layouts("adapter", stack, torch.float32).values()
+    written = torch.load(golden / "faceid_plusv2.bin", weights_only=True)
+    assert adapter.tensors == {
+        f"{part}.{key}": (tuple(tensor.shape), tensor.dtype)
+        for part, tensors in written.items()
+        for key, tensor in tensors.items()
+    }
