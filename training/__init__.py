@@ -1,0 +1,1 @@
+"""How the pocket stack is made: one module per stage, each a command (``python -m training.vae``)."""

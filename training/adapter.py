@@ -1,0 +1,219 @@
+"""The identity adapter, FaceID-PlusV2's layout, trained on the base alone.
+
+Four identity tokens come from the recogniser's embedding, refined by the vision tower's states of
+the aligned crop; each cross-attention gets keys and values for them; a LoRA on all attention layers
+goes with it. The reference is another view of the portrait (mirrored, other light) than the target.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
+from diffusers.models.embeddings import IPAdapterFaceIDPlusImageProjection
+from PIL import Image
+from torch import Tensor, nn
+from transformers import CLIPImageProcessor
+
+from training import clip, data, low_rank, recogniser, unet
+from training.common import Ema, Options, Run, autocast, descend, device, load_part, options
+
+BATCH = 64
+TOKENS = 4
+RANK = 8
+VIEWS = 4
+"""Reference views a portrait: as it is, mirrored, and two in other light and sharpness."""
+IDENTITY_DROPOUT = 0.12
+TEXT_DROPOUT = 0.1
+ENDINGS = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+def image_processor() -> CLIPImageProcessor:
+    """What the product builds: resize and centre-crop to the encoder's image size."""
+    size = clip.VISION_SIDE
+    return CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+
+
+@torch.no_grad()
+def crop_states(towers: clip.Clip, crops_bgr: list[np.ndarray]) -> Tensor:
+    """224x224 crops, BGR as the published code has them -> hidden_states[-2], [n, 65, 96]."""
+    pictures = [Image.fromarray(crop) for crop in crops_bgr]
+    pixels = image_processor()(pictures, return_tensors="pt").pixel_values.to(device())
+    states: Tensor = towers.vision(pixels, output_hidden_states=True).hidden_states[-2]
+    return states
+
+
+@torch.no_grad()
+def empty_states(towers: clip.Clip) -> Tensor:
+    """States of an all-zero pixel tensor, [1, 65, 96]: half of "no identity"."""
+    pixels = torch.zeros(1, 3, clip.VISION_SIDE, clip.VISION_SIDE, device=device())
+    states: Tensor = towers.vision(pixels, output_hidden_states=True).hidden_states[-2]
+    return states
+
+
+def views(settings: Options, portraits: data.Portraits) -> tuple[np.ndarray, np.ndarray]:
+    """Embeddings [n, views, 512] and states [n, views, 65, 96] of all reference views, cached."""
+    ids_path, states_path = settings.work / "view_embeddings.npy", settings.work / "view_states.npy"
+    if not states_path.exists():
+        network = recogniser.trained(settings.work)
+        towers, _ = clip.trained(settings.work)
+        generator = np.random.default_rng(settings.seed + 11)
+        embeddings = np.zeros((len(portraits.labels), VIEWS, recogniser.WIDTH), np.float32)
+        states = np.zeros((len(portraits.labels), VIEWS, 65, 96), np.float16)
+        for index in portraits.train:
+            crops = []
+            for view in range(VIEWS):
+                picture = data.crop(np.asarray(portraits.originals[index]), portraits.key_points[index], 224)
+                if view >= 2:
+                    picture = recogniser.degrade(picture, generator, 0.7)
+                if view % 2 == 1:
+                    picture = picture[:, ::-1]
+                crops.append(np.ascontiguousarray(picture))
+            small = np.stack([cv2.resize(crop, (112, 112), interpolation=cv2.INTER_AREA) for crop in crops])
+            embeddings[index] = recogniser.embed_all(network, small)
+            reversed_crops = [np.ascontiguousarray(crop[:, :, ::-1]) for crop in crops]
+            states[index] = crop_states(towers, reversed_crops).cpu().numpy()
+        np.save(ids_path, embeddings)
+        np.save(states_path, states)
+    return np.asarray(np.load(ids_path)), np.asarray(np.load(states_path, mmap_mode="r"))
+
+
+class Adapter(nn.Module):
+    """All that is trained; the base stays outside."""
+
+    def __init__(self, base: Any) -> None:
+        super().__init__()
+        width = 2 * clip.TEXT_WIDTH
+        self.projection = IPAdapterFaceIDPlusImageProjection(
+            embed_dims=width, output_dims=width, hidden_dims=96, heads=2, id_embeddings_dim=recogniser.WIDTH
+        )
+        self.projection.shortcut = True
+        self.wrapped = [low_rank.inject(base, ENDINGS, RANK)]
+        self.additions = low_rank.Additions(self.wrapped[0])
+        processors = {}
+        for name, processor in base.attn_processors.items():
+            if name.endswith("attn2.processor"):
+                attention = base.get_submodule(name.removesuffix(".processor"))
+                own = IPAdapterAttnProcessor2_0(attention.inner_dim, width, num_tokens=(TOKENS,), scale=1.0)
+                # Starting from the text's own keys and values saves most of the way.
+                for mine, text in ((own.to_k_ip[0], attention.to_k), (own.to_v_ip[0], attention.to_v)):
+                    mine.weight.data.copy_(text.layer.weight.data)
+                processors[name] = own
+            else:
+                processors[name] = processor
+        # diffusers empties the dictionary it is given.
+        base.set_attn_processor(dict(processors))
+        self.names = list(processors)
+        crossing = [number for number, name in enumerate(self.names) if name.endswith("attn2.processor")]
+        self.attention = nn.ModuleDict({str(number): processors[self.names[number]] for number in crossing})
+
+    def tokens(self, embeddings: Tensor, states: Tensor) -> Tensor:
+        """Embeddings [n, 512] and states [n, 65, 96] -> identity tokens [n, 4, 128]."""
+        self.projection.clip_embeds = states[:, None]
+        found: Tensor = self.projection(embeddings)
+        return found
+
+    def file_layout(self) -> dict[str, dict[str, Tensor]]:
+        """``image_proj`` and ``ip_adapter`` as in the published file, half precision."""
+        image: dict[str, Tensor] = {}
+        state = self.projection.state_dict()
+        for key, value in state.items():
+            if key.endswith("attn.to_v.weight"):
+                continue
+            if key.endswith("attn.to_k.weight"):
+                joined = torch.cat([value, state[key.replace("to_k", "to_v")]])
+                image[published_name(key.replace("to_k", "to_kv"))] = joined
+            else:
+                image[published_name(key)] = value
+        table: dict[str, Tensor] = {}
+        tensors = self.additions.tensors()
+        for number, name in enumerate(self.names):
+            place = name.removesuffix(".processor")
+            for short, long in (("to_q", "to_q"), ("to_k", "to_k"), ("to_v", "to_v"), ("to_out", "to_out.0")):
+                down, up = tensors[f"{place}.{long}"]
+                table[f"{number}.{short}_lora.down.weight"] = down
+                table[f"{number}.{short}_lora.up.weight"] = up
+            if name.endswith("attn2.processor"):
+                own: Any = self.attention[str(number)]
+                table[f"{number}.to_k_ip.weight"] = own.to_k_ip[0].weight
+                table[f"{number}.to_v_ip.weight"] = own.to_v_ip[0].weight
+
+        def half(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {key: value.detach().half().cpu().clone().contiguous() for key, value in tensors.items()}
+
+        return {"image_proj": half(image), "ip_adapter": half(table)}
+
+
+def published_name(key: str) -> str:
+    """A projection's name in diffusers -> its name in the FaceID-PlusV2 file."""
+    for ours, theirs in (("proj.net.0.proj.", "proj.0."), ("proj.net.2.", "proj.2.")):
+        if key.startswith(ours):
+            return key.replace(ours, theirs)
+    if key.startswith("norm."):
+        return key
+    for ours, theirs in (
+        (".ln0.", ".0.norm1."),
+        (".ln1.", ".0.norm2."),
+        (".attn.to_out.0.", ".0.to_out."),
+        (".attn.", ".0."),
+        (".ff.0.", ".1.0."),
+        (".ff.1.net.0.proj.", ".1.1."),
+        (".ff.1.net.2.", ".1.3."),
+    ):
+        key = key.replace(ours, theirs)
+    return "perceiver_resampler." + key
+
+
+def trained(work: Path, size: int) -> Adapter:
+    """The adapter of the checkpoint, averaged weights."""
+    adapter = Adapter(unet.build(size))
+    adapter.load_state_dict(load_part(work / "adapter.pt", "ema"), strict=True)
+    return adapter
+
+
+def main() -> None:
+    """Train within the budget."""
+    settings = options("adapter", 30)
+    portraits = data.load(settings)
+    embeddings, states = views(settings, portraits)
+    base: Any = unet.trained(settings.work, settings.size)
+    adapter = Adapter(base).to(device())
+    conditions = unet.Conditions(settings)
+    nothing = empty_states(conditions.towers)
+    optimiser = torch.optim.AdamW(adapter.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01)
+    ema = Ema(adapter, 0.998)
+    parts = {"model": adapter, "ema": ema, "optimiser": optimiser}
+    run = Run(settings.work / "adapter.pt", settings.minutes, parts, save_every=90)
+    pictures = unet.Pictures(settings, portraits, 900_000 + run.step)
+    scheduler = unet.schedule()
+    torch.manual_seed(settings.seed + 3 + run.step)
+    smooth = 0.0
+    for _ in run.steps():
+        clean, index, texts = pictures.draw(BATCH, TEXT_DROPOUT)
+        text_states, added = conditions(texts)
+        view = pictures.draws.integers(0, VIEWS, BATCH)
+        person = torch.from_numpy(embeddings[index, view]).to(clean.device)
+        seen = torch.from_numpy(states[index, view].astype(np.float32)).to(clean.device)
+        drop = torch.rand(BATCH, device=clean.device) < IDENTITY_DROPOUT
+        person[drop] = 0
+        seen[drop] = nothing
+        timesteps = torch.randint(0, 1000, (BATCH,), device=clean.device)
+        noise = torch.randn_like(clean)
+        with autocast():
+            tokens = adapter.tokens(person, seen)
+            noisy = scheduler.add_noise(clean, noise, timesteps)
+            context = (text_states, [tokens[:, None]])
+            predicted = base(noisy, timesteps, context, added_cond_kwargs=added).sample
+        loss = unet.denoising_loss(predicted, noise, timesteps, scheduler)
+        descend(loss, optimiser, run.rate(1e-3, warm_up=100))
+        ema.update(adapter)
+        smooth = loss.item() if smooth == 0 else 0.98 * smooth + 0.02 * loss.item()
+        run.log(50, loss=smooth)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""Low-rank additions to linear layers and convolutions, trained beside frozen weights."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+class LowRank(nn.Module):
+    """A frozen layer plus ``up(down(x))``; up starts at zero, so nothing changes at first."""
+
+    def __init__(self, layer: nn.Linear | nn.Conv2d, rank: int) -> None:
+        super().__init__()
+        self.layer = layer
+        if isinstance(layer, nn.Conv2d):
+            kernel, stride, padding = layer.kernel_size, layer.stride, layer.padding
+            self.down: nn.Module = nn.Conv2d(layer.in_channels, rank, kernel, stride, padding, bias=False)  # type: ignore[arg-type]
+            self.up: nn.Module = nn.Conv2d(rank, layer.out_channels, 1, bias=False)
+        else:
+            self.down = nn.Linear(layer.in_features, rank, bias=False)
+            self.up = nn.Linear(rank, layer.out_features, bias=False)
+        assert isinstance(self.down.weight, Tensor)
+        assert isinstance(self.up.weight, Tensor)
+        nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))
+        nn.init.zeros_(self.up.weight)
+        self.enabled = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x)
+        return y + self.up(self.down(x)) if self.enabled else y
+
+
+def inject(model: nn.Module, endings: tuple[str, ...], rank: int) -> dict[str, LowRank]:
+    """Wrap every layer whose dotted name ends so; returns the wrappers by name."""
+    names = [
+        name
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear | nn.Conv2d) and name.endswith(endings)
+    ]
+    wrapped: dict[str, LowRank] = {}
+    for name in names:
+        parent_name, _, leaf = name.rpartition(".")
+        parent = model.get_submodule(parent_name)
+        layer = model.get_submodule(name)
+        assert isinstance(layer, nn.Linear | nn.Conv2d)
+        wrapped[name] = LowRank(layer, rank)
+        # ModuleList entries and plain attributes alike are registered under their last name.
+        parent._modules[leaf] = wrapped[name]
+    return wrapped
+
+
+class Additions(nn.Module):
+    """Only the trained halves of some wrappers, so that optimiser, average and checkpoint skip the base."""
+
+    def __init__(self, wrapped: dict[str, LowRank]) -> None:
+        super().__init__()
+        self.names = list(wrapped)
+        self.downs = nn.ModuleList([wrapped[name].down for name in self.names])
+        self.ups = nn.ModuleList([wrapped[name].up for name in self.names])
+
+    def tensors(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Name -> (down, up) weights, detached."""
+        table = {}
+        for name, down, up in zip(self.names, self.downs, self.ups, strict=True):
+            assert isinstance(down.weight, torch.Tensor)
+            assert isinstance(up.weight, torch.Tensor)
+            table[name] = (down.weight.detach(), up.weight.detach())
+        return table
+
+
+def enable(wrapped: dict[str, LowRank], on: bool) -> None:
+    """Turn all additions on or off, to run teacher and student with one set of base weights."""
+    for layer in wrapped.values():
+        layer.enabled = on

@@ -1,0 +1,270 @@
+"""The face recogniser: a small residual network that repeats a teacher's embeddings.
+
+Half of the faces are the portraits themselves; the other half are blends of two people, which the
+teacher embeds too: 3,580 people alone are too few to learn the map from. Inputs are degraded
+(light, blur, shift, style), targets are the teacher's embedding of the clean crop, so that the
+student also learns what does not matter.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from training import data
+from training.common import Ema, Options, Run, autocast, descend, device, options, pictures_to_tensor
+
+TEACHER_WIDTH = 192
+WIDTH = 512
+BATCH = 64
+BLENDS = 20_000
+
+
+class Residual(nn.Module):
+    """Two 3x3 convolutions around a shortcut, PReLU as usual for faces."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False),
+            nn.BatchNorm2d(outputs),
+            nn.PReLU(outputs),
+            nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False),
+            nn.BatchNorm2d(outputs),
+        )
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(inputs, outputs, stride, stride, bias=False), nn.BatchNorm2d(outputs)
+            )
+        self.activation = nn.PReLU(outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.activation(self.body(x) + self.shortcut(x))
+        return y
+
+
+class Recogniser(nn.Module):
+    """RGB crops [n, 3, 112, 112] in [-1, 1] -> embeddings [n, 512], unit norm.
+
+    The teacher has 192 numbers; a fixed orthonormal frame puts them into 512 dimensions, where
+    every cosine stays what it was.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, 24, 3, 2, 1, bias=False),
+            nn.BatchNorm2d(24),
+            nn.PReLU(24),
+            nn.Conv2d(24, 48, 3, 2, 1, bias=False),
+            nn.BatchNorm2d(48),
+            nn.PReLU(48),
+        )
+        self.stages = nn.ModuleList(
+            [
+                nn.Sequential(Residual(48, 48, 1), Residual(48, 48, 1)),
+                nn.Sequential(Residual(48, 96, 2), Residual(96, 96, 1), Residual(96, 96, 1)),
+                nn.Sequential(Residual(96, 128, 2), Residual(128, 128, 1)),
+            ]
+        )
+        self.reduce = nn.Sequential(nn.Conv2d(128, 64, 1, bias=False), nn.BatchNorm2d(64), nn.PReLU(64))
+        self.head = nn.Linear(64 * 49, TEACHER_WIDTH)
+        frame = torch.empty(TEACHER_WIDTH, WIDTH, dtype=torch.float64)
+        frame = nn.init.orthogonal_(frame, generator=torch.Generator().manual_seed(512))
+        self.frame: Tensor
+        self.register_buffer("frame", frame.float())
+
+    def features(self, crops: Tensor) -> list[Tensor]:
+        """Maps at 28, 14 and 7 pixels, for perceptual losses."""
+        x = self.stem(crops)
+        maps = []
+        for stage in self.stages:
+            x = stage(x)
+            maps.append(x)
+        return maps
+
+    def embed(self, last: Tensor) -> Tensor:
+        """The last map [n, 128, 7, 7] -> unit vectors [n, 192] in the teacher's space."""
+        return F.normalize(self.head(self.reduce(last).flatten(1)), dim=1)
+
+    def forward(self, crops: Tensor) -> Tensor:
+        return self.embed(self.features(crops)[-1]) @ self.frame
+
+
+class Teacher:
+    """MobileFaceNet, two crops at a time."""
+
+    def __init__(self, path: Path) -> None:
+        from ai_edge_litert.interpreter import Interpreter
+
+        self.network = Interpreter(str(path), num_threads=1)
+        self.network.allocate_tensors()
+        self.input = self.network.get_input_details()[0]["index"]
+        self.output = self.network.get_output_details()[0]["index"]
+
+    def __call__(self, crops: np.ndarray) -> np.ndarray:
+        """uint8 RGB [n, 112, 112, 3], n even -> [n, 192] unit norm."""
+        results = []
+        for pair in crops.reshape(-1, 2, 112, 112, 3):
+            self.network.set_tensor(self.input, (pair.astype(np.float32) - 127.5) / 128)
+            self.network.invoke()
+            results.append(self.network.get_tensor(self.output).copy())
+        embeddings = np.concatenate(results)
+        return np.asarray(embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True))
+
+
+def blend(first: np.ndarray, second: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """A new face out of two aligned ones: a soft mixture or two halves, stretched a little."""
+    y, x = np.mgrid[0:112, 0:112] / 111.0 - 0.5
+    if generator.random() < 0.5:
+        share = np.full((112, 112), generator.uniform(0.3, 0.7))
+    else:
+        angle = generator.uniform(0, 2 * np.pi)
+        edge = np.cos(angle) * x + np.sin(angle) * y - generator.uniform(-0.15, 0.15)
+        share = 1 / (1 + np.exp(-edge * 14))
+    mixed = first * share[..., None] + second * (1 - share[..., None])
+    stretch = np.diag(generator.uniform(0.88, 1.12, 2)) + np.array(
+        [[0, generator.uniform(-0.06, 0.06)], [0, 0]]
+    )
+    centre = np.array([56.0, 66.0])
+    matrix = np.concatenate([stretch, (centre - stretch @ centre)[:, None]], axis=1)
+    warped = cv2.warpAffine(mixed.astype(np.float32), matrix, (112, 112), borderMode=cv2.BORDER_REFLECT_101)
+    tone = generator.uniform(0.75, 1.25) * generator.uniform(0.93, 1.07, 3)
+    return np.asarray(np.clip(warped * tone, 0, 255), np.uint8)
+
+
+def blended(settings: Options, portraits: data.Portraits) -> tuple[np.ndarray, np.ndarray]:
+    """Crops [20000, 112, 112, 3] of blended people and the teacher's embeddings of them, cached."""
+    crops_path, targets_path = settings.work / "blends.npy", settings.work / "blend_embeddings.npy"
+    if not targets_path.exists():
+        generator = np.random.default_rng(settings.seed + 7)
+        pairs = generator.choice(portraits.train, (BLENDS, 2))
+        crops = np.stack([blend(portraits.crops[a], portraits.crops[b], generator) for a, b in pairs])
+        np.save(crops_path, crops)
+        np.save(targets_path, Teacher(settings.teacher)(crops))
+    return np.asarray(np.load(crops_path, mmap_mode="r")), np.asarray(np.load(targets_path))
+
+
+def degrade(picture: np.ndarray, generator: np.random.Generator, strength: float = 1.0) -> np.ndarray:
+    """Light, contrast, tint, blur or lower resolution, noise and a small misalignment of a crop."""
+    side = picture.shape[0]
+    angle, scale = generator.normal(0, 2.5 * strength), 1 + generator.normal(0, 0.035 * strength)
+    matrix = cv2.getRotationMatrix2D((side / 2, side / 2), angle, scale)
+    matrix[:, 2] += generator.normal(0, 0.014 * side * strength, 2)
+    picture = cv2.warpAffine(picture, matrix, (side, side), borderMode=cv2.BORDER_REPLICATE)
+    if generator.random() < 0.5:
+        small = int(side * generator.uniform(0.3, 0.9))
+        reduced = cv2.resize(picture, (small, small), interpolation=cv2.INTER_AREA)
+        picture = cv2.resize(reduced, (side, side), interpolation=cv2.INTER_LINEAR)
+    if generator.random() < 0.25:
+        picture = cv2.GaussianBlur(picture, (0, 0), generator.uniform(0.4, 1.8))
+    curve = (np.arange(256) / 255.0) ** np.exp(generator.normal(0, 0.3 * strength))
+    gain = generator.uniform(0.75, 1.2)
+    table = curve * gain + (1 - gain) * generator.uniform(0, 0.6)
+    tint = 1 + generator.normal(0, 0.05 * strength, 3)
+    tables = np.clip(table[:, None] * tint * 255, 0, 255).astype(np.uint8)
+    picture = np.stack([tables[:, c][picture[..., c]] for c in range(3)], axis=-1)
+    if generator.random() < 0.3:
+        slope = np.linspace(generator.uniform(0.5, 1), generator.uniform(0.8, 1.2), side)
+        light = slope[None, :, None] if generator.random() < 0.5 else slope[::-1][None, :, None]
+        picture = np.clip(picture * light, 0, 255).astype(np.uint8)
+    if generator.random() < 0.2:
+        noise = generator.normal(0, generator.uniform(2, 10), picture.shape)
+        picture = np.clip(picture + noise, 0, 255).astype(np.uint8)
+    if generator.random() < 0.06:
+        grey = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)
+        picture = np.repeat(grey[..., None], 3, axis=2)
+    return np.asarray(picture)
+
+
+def draw(
+    portraits: data.Portraits,
+    blends: tuple[np.ndarray, np.ndarray],
+    generator: np.random.Generator,
+    count: int,
+) -> tuple[Tensor, Tensor]:
+    """Crops [n, 3, 112, 112] and target embeddings [n, 192]; the order of sources is random."""
+    crops, targets = [], []
+    for kind in generator.choice(4, count, p=(0.3, 0.45, 0.15, 0.1)):
+        if kind == 1:
+            index = int(generator.integers(len(blends[1])))
+            picture, target = blends[0][index], blends[1][index]
+        else:
+            index = int(generator.choice(portraits.train))
+            target = portraits.embeddings[index]
+            if kind == 0:
+                picture = portraits.crops[index]
+            else:
+                # The size that generated pictures have, half of them in a style.
+                style = 0 if kind == 3 else int(generator.integers(1, len(data.STYLE_NAMES)))
+                points = portraits.key_points[index] * (portraits.size / 256)
+                picture = data.crop(portraits.pictures[index, style], points)
+        if generator.random() < 0.85:
+            picture = degrade(picture, generator)
+        if generator.random() < 0.5:
+            picture = picture[:, ::-1]
+        crops.append(picture)
+        targets.append(target)
+    return pictures_to_tensor(np.stack(crops)), torch.from_numpy(np.stack(targets)).to(device())
+
+
+@torch.no_grad()
+def embed_all(model: Recogniser, crops: np.ndarray) -> np.ndarray:
+    """uint8 RGB crops [n, 112, 112, 3] -> embeddings [n, 512] float32."""
+    model.eval()
+    batches = [model(pictures_to_tensor(crops[i : i + 64])).cpu() for i in range(0, len(crops), 64)]
+    return np.asarray(torch.cat(batches).numpy())
+
+
+def trained(work: Path) -> Recogniser:
+    """The network of the checkpoint, averaged weights, ready to use."""
+    state = torch.load(work / "recogniser.pt", map_location="cpu", weights_only=True)
+    model = Recogniser()
+    model.load_state_dict(state["model"])
+    ema = Ema(model)
+    ema.load_state_dict(state["ema"])
+    ema.copy_to(model)
+    return model.eval().requires_grad_(False).to(device())
+
+
+def main() -> None:
+    """Train within the budget, then print the cosine to the teacher on held-out portraits."""
+    settings = options("recogniser", 15)
+    portraits = data.load(settings)
+    blends = blended(settings, portraits)
+    model = Recogniser().to(device())
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-4)
+    ema = Ema(model, 0.995)
+    run = Run(
+        settings.work / "recogniser.pt",
+        settings.minutes,
+        {"model": model, "ema": ema, "optimiser": optimiser},
+    )
+    generator = np.random.default_rng(settings.seed + run.step)
+    for _ in run.steps():
+        crops, targets = draw(portraits, blends, generator, BATCH)
+        model.train()
+        with autocast():
+            maps = model.features(crops)
+            embeddings = model.embed(maps[-1]).float()
+        cosine = (embeddings * targets).sum(1)
+        # Distances between people matter as much as single positions: others must stay others.
+        relation = F.mse_loss(embeddings @ embeddings.T, targets @ targets.T)
+        descend((1 - cosine).mean() + 2 * relation, optimiser, run.rate(2e-3, warm_up=50), clip=5.0)
+        ema.update(model)
+        run.log(25, cosine=cosine.mean().item(), relation=relation.item())
+    held_out = portraits.held_out
+    student = embed_all(trained(settings.work), portraits.crops[held_out])
+    frame = Recogniser().frame.numpy()
+    cosine_clean = (student * (portraits.embeddings[held_out] @ frame)).sum(1)
+    print(f"held-out cosine to the teacher {cosine_clean.mean():.4f} (lowest {cosine_clean.min():.4f})")
+
+
+if __name__ == "__main__":
+    main()
