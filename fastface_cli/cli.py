@@ -19,6 +19,7 @@ app = typer.Typer(
     help="Put a person into a picture in four diffusion steps.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # boxes take longer to import than all the rest of --help
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command(name="generate")(generate.generate)

@@ -1,0 +1,54 @@
+"""How long `fastface --help` takes, beside the imports that it cannot do without.
+
+Runs `fastface --help` and `python -c "import typer, rich, pydantic, yaml"` in turn, so that both see the same
+machine, and prints the median of each and their ratio (wanted: at most 1.5).
+
+    python benchmarks/startup.py [RUNS]
+"""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+RUNS = 15
+TARGET = 1.5
+IMPORTS = "import typer, rich, pydantic, yaml"
+
+
+def commands() -> dict[str, list[str]]:
+    """What is measured, by label: the installed command, else the same entry point."""
+    script = Path(sys.executable).with_name("fastface")
+    entry = "from fastface_cli.cli import main; main()"
+    fastface = [str(script)] if script.is_file() else [sys.executable, "-c", entry]
+    return {"fastface --help": [*fastface, "--help"], IMPORTS: [sys.executable, "-c", IMPORTS]}
+
+
+def wall(command: list[str]) -> float:
+    """Seconds of one process from start to end."""
+    began = time.perf_counter()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - began
+
+
+def main() -> None:
+    runs = int(sys.argv[1]) if len(sys.argv) > 1 else RUNS
+    measured = commands()
+    for command in measured.values():
+        wall(command)  # bytecode and file caches
+    seconds: dict[str, list[float]] = {label: [] for label in measured}
+    for _ in range(runs):
+        for label, command in measured.items():
+            seconds[label].append(wall(command))
+    medians = {label: statistics.median(times) for label, times in seconds.items()}
+    for label, median in medians.items():
+        print(f"{1000 * median:7.1f} ms  {label}")
+    ratio = medians["fastface --help"] / medians[IMPORTS]
+    print(f"{ratio:7.2f}     ratio ({runs} runs, wanted: at most {TARGET})")
+
+
+if __name__ == "__main__":
+    main()
