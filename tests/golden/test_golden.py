@@ -1,0 +1,65 @@
+"""Every shared golden case, through the command that a user would type."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from fastface_cli.cli import run
+
+SHARED = Path(__file__).parents[3] / "shared" / "golden" / "cases"
+CASES = sorted(path.stem for path in SHARED.glob("*.json"))
+SOFTMASK = ("softmask", "am2")
+
+
+@pytest.mark.parametrize("case", CASES or ["none"])
+def test_golden_case(case: str, golden: Path, tmp_path: Path) -> None:
+    source = golden / "cases" / f"{case}.json"
+    latents = tmp_path / "latents.safetensors"
+    code = run(
+        [
+            "generate",
+            *("--recipe", str(source), "--stack", str(golden)),
+            *("--identity", str(golden / "identity.safetensors")),
+            *("--device", "cpu", "--dtype", "float32"),
+            *("--save-latents", str(latents), "-o", str(tmp_path / "x.png")),
+        ]
+    )
+    assert code == 0
+    found, wanted = load_file(latents), load_file(source.with_suffix(".safetensors"))
+    limit = 2e-4 if any(word in case for word in SOFTMASK) else 1e-5
+    assert found["initial_latents"].equal(wanted["initial_latents"])
+    assert found["timesteps"].tolist() == pytest.approx(wanted["timesteps"].tolist())
+    for step, (one, other) in enumerate(zip(found["latents"], wanted["latents"], strict=True)):
+        error = float((one - other).norm() / other.norm())
+        assert error <= limit, f"step {step}: {error:.2e}"
+    assert_picture(tmp_path / "x.png", wanted["image"][0])
+
+
+def assert_picture(path: Path, wanted) -> None:
+    import numpy as np
+    from PIL import Image
+
+    with Image.open(path) as picture:
+        found = np.asarray(picture.convert("RGB"), np.float32) / 255
+    # One level of 8 bits, and the little that the latents' tolerance leaves.
+    assert np.abs(found - wanted.permute(1, 2, 0).numpy()).max() <= 1.5 / 255
+
+
+def test_replay_of_a_golden_picture(golden: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    identity = ["--identity", str(golden / "identity.safetensors"), "--device", "cpu", "--dtype", "float32"]
+    first, again = tmp_path / "a.png", tmp_path / "b.png"
+    stack = ["--stack", str(golden)]
+    case = golden / "cases" / "am_only-scalepow-hyper.json"
+    assert run(["generate", "--recipe", str(case), *stack, *identity, "-o", str(first), "--json"]) == 0
+    told = json.loads(capfd.readouterr().out)
+    assert told["ok"]
+    assert told["images"][0]["unet_samples"] == 4
+    assert run(["generate", "--from", str(first), *stack, *identity, "-o", str(again)]) == 0
+    from PIL import Image
+
+    with Image.open(first) as one, Image.open(again) as other:
+        assert one.tobytes() == other.tobytes()
