@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,7 +34,9 @@ _NAME = re.compile(r"[A-Za-z0-9][\w-]*(/[A-Za-z0-9][\w-]*)*")
 _WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".onnx", ".zip")
 _BARE = re.compile(r"[A-Za-z][\w/.-]*")
 _RESERVED = ("yes", "no", "on", "off", "true", "false", "null", "y", "n")
+_BASE, _BASE_UNET = "sdxl-base", "sdxl-base-unet"
 _SECTIONS = ("model", "sampling", "adapter", "guidance", "attention")
+_LISTS = (("attention", "transforms"), ("model", "loras"))
 _MAX_CHAIN = 16
 
 
@@ -83,18 +86,19 @@ def list_recipes() -> list[RecipeInfo]:
     return found
 
 
-def find_recipe(name_or_path: str) -> Path:
+def find_recipe(name_or_path: str | Path) -> Path:
     """The file of a shipped recipe, by name, or of the user's own, by path.
 
     Raises:
         RecipeError: there is none; the hint names the nearest recipe.
     """
+    name_or_path = str(name_or_path)
     if name_or_path.endswith((*_YAML, *_JSON)):
-        return Path(name_or_path).expanduser()
+        return Path(os.path.expanduser(name_or_path))
     shipped = _shipped(name_or_path)
     if shipped is not None:
         return shipped
-    path = Path(name_or_path).expanduser()
+    path = Path(os.path.expanduser(name_or_path))
     if _is_file(path):
         return path
     near = nearest(name_or_path, recipe_names())
@@ -119,7 +123,7 @@ def _shipped(name: str) -> Path | None:
 
 
 def load_recipe(
-    name_or_path: str,
+    name_or_path: str | Path,
     *,
     overrides: Sequence[str] = (),
     flags: Mapping[str, Flag] | None = None,
@@ -141,7 +145,7 @@ def load_recipe(
         UsageError: `stack` lacks a part.
     """
     path = find_recipe(name_or_path)
-    return _resolve(_load(path, ()), path.stem, overrides, flags, stack)
+    return _resolve(_load(path, (), {}), path.stem, overrides, flags, stack)
 
 
 def load_recipe_data(
@@ -178,8 +182,19 @@ def _resolve(
         tree = _set(tree, field.split("."), mark_tree(value, Mark(flag, flag)))
     for override in overrides:
         tree = _override(tree, override)
+    tree = _with_own_unet(tree)
     recipe = validate(tree)
     return Resolved(recipe, dict(_origins(recipe.canonical(), tree, "")))
+
+
+def _with_own_unet(tree: Node) -> Node:
+    """Another base brings its own UNet, where a shipped recipe names the one of SDXL 1.0 as a file apart."""
+    base, unet = (tree.child("model") or tree).child("base"), (tree.child("model") or tree).child("unet")
+    if base is None or unet is None or base.value == _BASE or unet.value != _BASE_UNET:
+        return tree
+    if not unet.mark.origin.startswith("recipes/models/"):
+        return tree
+    return merge(tree, Node({"model": Node({"unet": Node(None, base.mark)}, base.mark)}, tree.mark))
 
 
 def validate(tree: Node) -> Recipe:
@@ -200,8 +215,14 @@ def validate(tree: Node) -> Recipe:
         raise to_error(problems_of(error, tree)) from error
 
 
-def _load(path: Path, chain: tuple[Path, ...]) -> Node:
-    """The merged tree of a file and of all that it extends, without `extends`."""
+def _load(path: Path, chain: tuple[str, ...], known: dict[str, Node]) -> Node:
+    """The merged tree of a file and of all that it extends, without `extends`.
+
+    Args:
+        path: the file.
+        chain: real paths of the files that extend it, outermost first.
+        known: merged trees by real path, so that no file is read twice.
+    """
     tree = _read(path)
     entries = dict(mapping(tree))
     extends = entries.pop("extends", None)
@@ -210,20 +231,19 @@ def _load(path: Path, chain: tuple[Path, ...]) -> Node:
         if name in entries and entries[name].value is None:
             del entries[name]
     own = _local_paths(Node(entries, tree.mark), path.parent)
-    chain = (*chain, path.resolve())
+    chain = (*chain, os.path.realpath(path))
     merged: Node | None = None
-    for parent in _parents(extends, path):
-        if parent.resolve() in chain:
-            raise RecipeError(
-                f"{extends.mark.where if extends else path}: extends itself, by way of {parent}"
-            )
+    for mark, parent in _parents(extends, path):
+        real = os.path.realpath(parent)
+        if real in chain:
+            raise RecipeError(f"{mark.where}: field extends: {_shown(parent)} extends this file in turn")
         if len(chain) > _MAX_CHAIN:
-            raise RecipeError(f"{path}: extends too many files, one after the other")
-        inherited = {
-            key: value
-            for key, value in mapping(_load(parent, chain)).items()
-            if key not in ("name", "summary")
-        }
+            raise RecipeError(f"{mark.where}: field extends: too many files, one after the other")
+        if real not in known:
+            known[real] = _load(parent, chain, known)
+        inherited = dict(mapping(known[real]))
+        for own_alone in ("name", "summary"):
+            inherited.pop(own_alone, None)
         merged = merge(merged, Node(inherited, tree.mark))
     return merge(merged, own)
 
@@ -256,17 +276,20 @@ def _shown(path: Path) -> str:
     return str(path)
 
 
-def _parents(extends: Node | None, path: Path) -> Iterator[Path]:
+def _parents(extends: Node | None, path: Path) -> Iterator[tuple[Mark, Path]]:
     if extends is None or extends.value is None:
         return
     for item in extends.value if isinstance(extends.value, list) else [extends]:
         name = item.value
-        if not isinstance(name, str) or not name:
+        if not isinstance(name, str) or not name.isprintable() or not name:
             raise RecipeError(
                 f"{item.mark.where}: field extends: must be a recipe's name or path, or a list of them"
             )
         if name.endswith((*_YAML, *_JSON)):
-            yield path.parent / Path(name).expanduser()
+            parent = path.parent / os.path.expanduser(name)
+            if not _is_file(parent):
+                raise RecipeError(f"{item.mark.where}: field extends: there is no recipe file {parent}")
+            yield item.mark, parent
             continue
         shipped = _shipped(name)
         if shipped is None:
@@ -278,7 +301,7 @@ def _parents(extends: Node | None, path: Path) -> Iterator[Path]:
                 else "a path ends in .yaml; `fastface recipes list` has names"
             )
             raise RecipeError(f"{item.mark.where}: field extends: there is no recipe '{name}'", hint)
-        yield shipped
+        yield item.mark, shipped
 
 
 def _part(name: str) -> list[Path]:
@@ -295,8 +318,10 @@ def stack_layer(folder: Path) -> Node:
     Raises:
         UsageError: a part is missing.
     """
+    mark = Mark("--stack", f"--stack {folder}")
     if not folder.is_dir():
-        raise UsageError(f"--stack {folder}: there is no such folder")
+        raise UsageError(f"{mark.where}: there is no such folder")
+    folder = Path(os.path.abspath(folder))
     parts = {
         "base": folder / "pipe",
         "image_encoder": folder / "clip",
@@ -309,14 +334,14 @@ def stack_layer(folder: Path) -> Node:
     ]
     if missing:
         raise UsageError(
-            f"--stack {folder}: lacks {' and '.join(missing)}",
+            f"{mark.where}: lacks {' and '.join(missing)}",
             "a stack holds pipe/ (diffusers SDXL), clip/ (image encoder) and faceid_plusv2.bin",
         )
     if (folder / "face").is_dir():
         parts["face"] = folder / "face"
     model: dict[Key, Plain] = {role: str(part) for role, part in parts.items()}
     model |= {"unet": None, "distillation": None, "loras": [], "vae": None, "scheduler": {"config": None}}
-    return mark_tree({"model": model}, Mark("--stack", f"--stack {folder}"))
+    return mark_tree({"model": model}, mark)
 
 
 def _override(tree: Node, override: str) -> Node:
@@ -324,7 +349,7 @@ def _override(tree: Node, override: str) -> Node:
     field, equals, text = override.partition("=")
     field = field.strip()
     mark = Mark("--set", f"--set {override if len(override) <= 80 else override[:77] + '...'}")
-    if not equals or not field:
+    if not equals or not all(field.split(".")):
         raise RecipeError(f"{mark.where}: must be field=VALUE", "for example --set guidance.text=[1,2,2,1]")
     if field == "extends":
         raise RecipeError(f"{mark.where}: 'extends' stands in a file only")
@@ -339,7 +364,7 @@ def _set(tree: Node, path: Sequence[str], value: Node, done: tuple[str, ...] = (
     here = (*done, part)
     if isinstance(tree.value, str) and done[:-1] == ("attention", "transforms"):
         tree = Node({"kind": tree}, tree.mark)  # `power` is short for `{kind: power}`
-    if isinstance(tree.value, list):
+    if isinstance(tree.value, list) and (part.isdecimal() or done in _LISTS):
         index = int(part) if part.isdecimal() and len(part) < 6 else -1
         item = tree.child(index)
         if item is None:
@@ -394,12 +419,16 @@ def _anchored(node: Node, folder: Path) -> Node:
         return Node({key: _anchored(child, folder) for key, child in value.items()}, node.mark)
     if isinstance(value, list):
         return Node([_anchored(child, folder) for child in value], node.mark)
-    if isinstance(value, str) and (value.startswith(("./", "../", "~")) or value.lower().endswith(_WEIGHTS)):
-        try:
-            return Node(str(folder / Path(value).expanduser()), node.mark)
-        except RuntimeError as error:
-            raise RecipeError(f"{node.mark.where}: there is no home folder for '{value}'") from error
+    if isinstance(value, str) and _is_path(value):
+        # Absolute, so that no store can take it for the name of an artefact.
+        return Node(os.path.abspath(folder / os.path.expanduser(value)), node.mark)
     return node
+
+
+def _is_path(reference: str) -> bool:
+    if reference.startswith("hub:"):
+        return False
+    return reference.startswith(("./", "../", "~", "/")) or reference.lower().endswith(_WEIGHTS)
 
 
 def _origins(value: Any, node: Node | None, prefix: str) -> Iterator[tuple[str, str]]:

@@ -70,11 +70,12 @@ def problems_of(error: ValidationError, tree: Node) -> list[Problem]:
 def _problem(detail: Any, tree: Node) -> Problem | None:
     kind, context = detail["type"], detail.get("ctx", {})
     # The last part of the location of a missing field is its name, which the tree cannot hold.
-    path, node, branch = _locate(detail["loc"][: -1 if kind == "missing" else None], tree)
-    if branch is not None and not _fits(branch, node):
-        return None if isinstance(node.value, dict | list) else _no_branch(path, node)
-    if branch == "HubReference" and not (set(mapping(node)) & set(schema.HubReference.model_fields)):
-        return _no_branch(path, node)
+    path, node, branches = _locate(detail["loc"][: -1 if kind == "missing" else None], tree)
+    for place, at, branch in branches:
+        if not _fits(branch, at):
+            return None if isinstance(at.value, dict | list) else _no_branch(place, at)
+        if branch == "HubReference" and not (set(mapping(at)) & set(schema.HubReference.model_fields)):
+            return _no_branch(place, at)
     if kind == "invalid_key":
         return Problem(node.mark.where, _dotted(path), "is not a name that a recipe knows")
     if kind == "missing":
@@ -83,33 +84,32 @@ def _problem(detail: Any, tree: Node) -> Problem | None:
     if kind == "extra_forbidden":
         return _unknown(path, node, detail["loc"])
     if kind == "field":
-        inner, inner_node, _ = _locate((*path, *context["field"].split(".")), tree)
-        if len(inner) < len(path) + context["field"].count(".") + 1:
-            inner = (*path, *context["field"].split("."))
-        return Problem(inner_node.mark.where, _dotted(inner), context["problem"], context.get("hint"))
+        parts = [int(part) if part.isdecimal() else part for part in context["field"].split(".")]
+        _, inner, _ = _locate(parts, node)
+        return Problem(inner.mark.where, _dotted((*path, *parts)), context["problem"])
     text, hint = _say(kind, context, detail["msg"], node, path)
     return Problem(node.mark.where, _dotted(path), text, hint)
 
 
-def _locate(loc: Iterable[Key], tree: Node) -> tuple[tuple[Key, ...], Node, str | None]:
+def _locate(
+    loc: Iterable[Key], tree: Node
+) -> tuple[tuple[Key, ...], Node, list[tuple[tuple[Key, ...], Node, str]]]:
     """Follow pydantic's location through the tree.
 
     Returns:
-        The path in the tree, the node there, and the union branch that pydantic tried last (a label in
-        the location that is no key of the tree), or None.
+        The path in the tree, the node there, and the union branches that pydantic tried on the way:
+        labels in the location that are no keys of the tree, each with the path and node that it is for.
     """
     path: tuple[Key, ...] = ()
-    node, branch = tree, None
+    node = tree
+    branches: list[tuple[tuple[Key, ...], Node, str]] = []
     for part in loc:
         child = node.child(part)
-        if child is None and isinstance(part, str) and part.isdigit():
-            child = node.child(int(part))
-            part = int(part)  # noqa: PLW2901
         if child is not None:
-            path, node, branch = (*path, part), child, None
-        elif isinstance(part, str) and not (part in _TRANSFORMS and isinstance(node.value, dict)):
-            branch = part
-    return path, node, branch
+            path, node = (*path, part), child
+        elif isinstance(part, str) and part not in _TRANSFORMS:
+            branches.append((path, node, part))
+    return path, node, branches
 
 
 def _fits(branch: str, node: Node) -> bool:

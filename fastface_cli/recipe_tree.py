@@ -93,7 +93,8 @@ def merge(below: Node | None, above: Node) -> Node:
         return above
     if "repo" in above.value or "function" in above.value:
         return above
-    if above.value and below.value and _by_number(above.value) != _by_number(below.value):
+    numbered = (_by_number(below.value), _by_number(above.value))
+    if numbered == (True, False) or (numbered == (False, True) and "repo" in below.value):
         return above
     merged = dict(below.value)
     for key, child in above.value.items():
@@ -102,7 +103,7 @@ def merge(below: Node | None, above: Node) -> Node:
 
 
 def _by_number(entries: dict[Key, Node]) -> bool:
-    return any(isinstance(key, int) for key in entries)
+    return bool(entries) and all(isinstance(key, int) for key in entries)
 
 
 def read_text(path: Path, shown: str) -> str:
