@@ -18,6 +18,10 @@ TIMESTEPS = 1000
 """T of the guidance functions: the training timesteps of SDXL."""
 
 
+CONFIG = "sdxl-base-config"
+"""Artefact that configures a base given as one checkpoint file."""
+
+
 class Section(BaseModel):
     """Base of every part of a recipe: unknown keys refused, values never coerced, nothing changes later."""
 
@@ -301,6 +305,7 @@ class Recipe(Section):
             "image_encoder": model.image_encoder,
             "face": model.face,
             "scheduler": model.scheduler.config,
+            "config": CONFIG if is_single_file(model.base) else None,
             **{f"lora.{i}": lora.file for i, lora in enumerate(model.loras)},
         }
         return {role: reference for role, reference in found.items() if reference is not None}
@@ -318,6 +323,12 @@ class Recipe(Section):
 def _fault(field: str, problem: str) -> PydanticCustomError:
     """A validation error that names the field (dotted, from the validating section) it is about."""
     return PydanticCustomError("field", "{problem}", {"field": field, "problem": problem})
+
+
+def is_single_file(base: Reference) -> bool:
+    """Whether a base is one checkpoint file, which carries no configuration and no tokenizer."""
+    name = base.file or "" if isinstance(base, HubReference) else base
+    return name.lower().endswith(".safetensors")
 
 
 def _by_step(value: ByStep | None, steps: int) -> Reference | None:

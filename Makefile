@@ -1,0 +1,31 @@
+# `make demo` and `make test` work from nothing; VENV=... uses an environment that exists already.
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(BIN)/fastface
+PYTEST := $(BIN)/python -m pytest
+
+.PHONY: demo test test-slow lint clean
+
+$(READY):
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,dlib]'
+
+demo: $(READY)  ## one picture with the miniature stack; prints its path
+	$(BIN)/fastface generate --recipe pocket --face examples/portrait.png \
+		--prompt "pencil drawing; a smiling woman" --seed 3 --force --output out/demo.png
+
+test: $(READY)  ## the suite, at most ten minutes on two cores
+	$(PYTEST) -q
+
+test-slow: $(READY)  ## full-size structure, kills, installs: at most thirty minutes
+	$(PYTEST) -q -m slow
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
