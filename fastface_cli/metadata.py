@@ -97,13 +97,33 @@ class Provenance:
         Raises:
             UsageError: one is not; the hint says how to name it.
         """
-        for part in self.local_parts:
-            if not any(part.field == field or part.field.startswith(f"{field}.") for field in given):
-                raise UsageError(
-                    f"this picture was made with the local file '{part.name}' as {part.field}, "
-                    f"and a picture does not carry where it lies",
-                    f"add --set {part.field}=PATH",
-                )
+        missing = [
+            part
+            for part in self.local_parts
+            if not any(part.field == field or part.field.startswith(f"{field}.") for field in given)
+        ]
+        if missing:
+            named = ", ".join(f"'{part.name}' as {part.field}" for part in missing)
+            raise UsageError(
+                f"this picture was made with local files ({named}), and it does not carry where they lie",
+                "add " + " ".join(f"--set {part.field}=PATH" for part in missing),
+            )
+
+    def changed_local_parts(self, recipe: Recipe) -> list[LocalPart]:
+        """The local parts whose stand-in in `recipe` has another content than the original had.
+
+        Args:
+            recipe: this one with the local parts named anew.
+        """
+        now: dict[str, str | None] = {}
+
+        def measure(field: str, reference: Any) -> Any:
+            if isinstance(reference, str) and not _public(reference):
+                now[field] = content_mark(Path(reference).expanduser())
+            return reference
+
+        _map_references(recipe.canonical()["model"], measure)
+        return [part for part in self.local_parts if part.mark and now.get(part.field) != part.mark]
 
 
 class _Stored(BaseModel):

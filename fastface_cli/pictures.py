@@ -256,9 +256,9 @@ def _caption(sheet: Image.Image, label: str, corner: tuple[int, int], width: int
 
     draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(size=height * 0.7)
-    text = " ".join(label.split())[:500].encode("utf-8", "replace").decode()
-    if not isinstance(font, ImageFont.FreeTypeFont):
-        text = text.encode("latin-1", "replace").decode("latin-1")  # the bitmap font knows no more
+    # Pillow's own font knows ASCII alone: an accent is dropped, another script becomes question marks.
+    plain = re.sub("[\u0300-\u036f]", "", unicodedata.normalize("NFKD", " ".join(label.split())[:500]))
+    text = plain.encode("ascii", "replace").decode()
     shown = text
     while shown and draw.textlength(shown, font=font) > width:
         text = text[:-1]

@@ -229,13 +229,24 @@ class TestPrivacy:
     def test_local_parts_must_be_named_anew(self, tmp_path: Path) -> None:
         made = recipe(base="./dreams.safetensors", loras=[{"file": "./ink.safetensors", "scale": 0.5}])
         found = again(tmp_path, run(made))
-        with pytest.raises(UsageError, match=r"'dreams\.safetensors' as model\.base") as caught:
+        with pytest.raises(UsageError, match=r"'dreams\.safetensors' as model\.base, 'ink") as caught:
             found.require_local_parts(["model.vae"])
-        assert caught.value.hint == "add --set model.base=PATH"
-        with pytest.raises(UsageError, match=r"model\.loras\.0\.file"):
+        assert caught.value.hint == "add --set model.base=PATH --set model.loras.0.file=PATH"
+        with pytest.raises(UsageError, match=r"\('ink\.safetensors' as model\.loras\.0\.file\)"):
             found.require_local_parts(["model.base"])
         found.require_local_parts(["model.base", "model.loras"])
         found.require_local_parts(["model"])
+
+    def test_other_content_under_the_same_name_is_noticed(self, tmp_path: Path) -> None:
+        base, other = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+        base.write_bytes(b"one")
+        other.write_bytes(b"one")
+        found = again(tmp_path, run(recipe(base=str(base), vae="./never-seen.safetensors")))
+        renewed = recipe(base=str(other), vae="./never-seen.safetensors")
+        assert found.changed_local_parts(renewed) == []
+        other.write_bytes(b"two")
+        assert [part.field for part in found.changed_local_parts(renewed)] == ["model.base"]
+        assert [part.field for part in found.changed_local_parts(recipe())] == ["model.base"]
 
     def test_names_of_the_manifest_and_pinned_hub_files_stay(self, tmp_path: Path) -> None:
         made = recipe(base=f"hub:someone/sdxl@{'1' * 40}:x.safetensors")

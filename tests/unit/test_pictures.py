@@ -340,6 +340,10 @@ class TestGrid:
         assert len(long.crop((131, 0, *long.size)).getcolors() or []) == 1
 
     def test_any_label(self) -> None:
+        accented, plain = (
+            grid([Image.new("RGB", (128, 128))], labels=[text]) for text in ("Mädchen", "Madchen")
+        )
+        assert accented.tobytes() == plain.tobytes()
         assert grid([small()], labels=["漢字 \n\ud800 🦊"]).width > 16
 
     def test_large_sheets_shrink(self) -> None:
