@@ -16,6 +16,7 @@ from .errors import RecipeError, nearest
 from .recipe import HubReference, Reference
 
 PACKAGE = Path(__file__).parent
+MANIFEST = PACKAGE / "manifest.yaml"
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".onnx")
 _HUB = re.compile(r"hub:(?P<repo>[\w.-]+/[\w.-]+)@(?P<commit>[0-9a-f]{40})(?::(?P<file>.+))?")
 
@@ -106,7 +107,7 @@ def read_manifest(text: str) -> Mapping[str, Artefact]:
 @functools.cache
 def manifest() -> Mapping[str, Artefact]:
     """The artefacts that ship with this version, by name."""
-    return read_manifest((PACKAGE / "manifest.yaml").read_text(encoding="utf-8"))
+    return read_manifest(MANIFEST.read_text(encoding="utf-8"))
 
 
 def resolve(reference: Reference, known: Mapping[str, Artefact] | None = None) -> Artefact:
@@ -232,14 +233,15 @@ def _file(path: str, size: str, sha256: str) -> RemoteFile:
 
 
 SDXL_FOLDERS = {"scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "vae"}
+_WEIGHTS = (".safetensors", ".bin", ".onnx")
 _TEXT = (".json", ".txt", ".model", ".jinja")
 
 
 def whole_selection(paths: list[str], folder: str = "") -> list[str]:
     """The files of a repository worth fetching when a whole folder is asked for.
 
-    In each folder one set of weights: safetensors before pickles, the fp16 variant before full precision; of
-    a diffusers pipeline the folders of SDXL only, and no single-file checkpoints beside them.
+    In each folder one set of weights: safetensors before pickles before ONNX, the fp16 variant before full
+    precision; of a diffusers pipeline the folders of SDXL only, and no single-file checkpoints beside them.
 
     Args:
         paths: every path of the repository.
@@ -256,10 +258,10 @@ def whole_selection(paths: list[str], folder: str = "") -> list[str]:
             continue
         if name.endswith(_TEXT) and not name.startswith("openvino"):
             chosen.append(path)
-        elif name.endswith((".safetensors", ".bin")) and not name.startswith(("flax", "openvino")):
+        elif name.endswith(_WEIGHTS) and not name.startswith(("flax", "openvino")):
             weights.setdefault(parent, []).append(path)
     for candidates in weights.values():
-        safe = [path for path in candidates if path.endswith(".safetensors")] or candidates
+        safe = next(found for suffix in _WEIGHTS if (found := [p for p in candidates if p.endswith(suffix)]))
         half = [path for path in safe if ".fp16" in path.rsplit("/", 1)[-1]]
         plain = [path for path in safe if not re.search(r"\.(non_ema|ema|bf16|fp32)[.-]", path)]
         chosen += half or plain or safe

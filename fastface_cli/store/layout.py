@@ -73,7 +73,9 @@ class Layout:
         """
         parts = PurePosixPath(path)
         if parts.is_absolute() or ".." in parts.parts or "\\" in path:
-            raise ModelUnavailableError(f"{artefact.name}: '{path}' is not a path inside a repository")
+            raise ModelUnavailableError(
+                f"{artefact.name}: '{path}' is not a path inside a repository", "check the recipe"
+            )
         return self.folder(artefact).joinpath(*parts.parts)
 
     def partial(self, artefact: Artefact, file: RemoteFile) -> Path | None:

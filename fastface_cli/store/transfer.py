@@ -230,7 +230,10 @@ def _token() -> str | bool:
 
 @contextlib.contextmanager
 def _quiet_hub() -> Iterator[None]:
-    """huggingface_hub neither prints nor waits for 10 MB before it hands over bytes."""
+    """huggingface_hub neither prints nor waits for 10 MB before it hands over bytes.
+
+    Whether the network may be used is the store's decision, whatever was set when the library was imported.
+    """
     from huggingface_hub import constants
     from huggingface_hub.utils import (  # type: ignore[attr-defined]
         are_progress_bars_disabled,
@@ -239,16 +242,17 @@ def _quiet_hub() -> Iterator[None]:
     )
 
     logger = logging.getLogger("huggingface_hub")
-    level, chunk, loud = logger.level, constants.DOWNLOAD_CHUNK_SIZE, not are_progress_bars_disabled()
+    level, loud = logger.level, not are_progress_bars_disabled()
+    chunk, offline = constants.DOWNLOAD_CHUNK_SIZE, constants.HF_HUB_OFFLINE
     logger.setLevel(logging.ERROR)
-    constants.DOWNLOAD_CHUNK_SIZE = CHUNK
+    constants.DOWNLOAD_CHUNK_SIZE, constants.HF_HUB_OFFLINE = CHUNK, False
     if loud:
         disable_progress_bars()
     try:
         yield
     finally:
         logger.setLevel(level)
-        constants.DOWNLOAD_CHUNK_SIZE = chunk
+        constants.DOWNLOAD_CHUNK_SIZE, constants.HF_HUB_OFFLINE = chunk, offline
         if loud:
             enable_progress_bars()
 
@@ -281,8 +285,6 @@ def explain(
     if status is not None:
         return SourceError(*_refused(status, error, artefact, subject, url))
     names = _names(error)
-    if "OfflineModeIsEnabled" in names:
-        return SourceError(f"{subject} is missing, and HF_HUB_OFFLINE forbids the network", "unset it")
     if isinstance(error, OSError) and error.errno is not None and not names & (_UNREACHABLE | _CUT):
         return disk_error(error, f"cannot write {subject}", partial)
     arrived = partial.stat().st_size if partial is not None and partial.exists() else 0

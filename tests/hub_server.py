@@ -1,0 +1,196 @@
+"""A real HTTP server on loopback that speaks the Hub's resolve protocol, and can be made to fail.
+
+Large files are redirected to a second server, as the Hub redirects to its CDN; both log what was asked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote, urlsplit
+
+COMMIT = "c0ffee" + "0" * 33 + "1"
+LARGE = 1000
+"""Files of at least this many bytes are kept like LFS files: named by SHA-256, served by the CDN."""
+
+
+@dataclass
+class Request:
+    """One request that was seen."""
+
+    method: str
+    path: str
+    range: str | None
+    authorization: str | None
+    cdn: bool
+
+
+@dataclass
+class Hub:
+    """What is served, and how it misbehaves; tests change the fields while it runs."""
+
+    files: dict[str, bytes] = field(default_factory=dict)
+    """`owner/name/path` -> content, all at COMMIT."""
+    plain: dict[str, bytes] = field(default_factory=dict)
+    """Paths served without any protocol, for files that are not on the Hub."""
+    status: dict[str, int] = field(default_factory=dict)
+    """`owner/name` or a plain path -> the HTTP status that every request for it gets."""
+    headers: dict[str, str] = field(default_factory=dict)
+    """Sent with each refusal."""
+    served: dict[str, bytes] = field(default_factory=dict)
+    """`owner/name/path` -> bytes that are sent in place of those announced."""
+    cuts: list[int] = field(default_factory=list)
+    """The next transfers of large files break off after this many bytes each."""
+    pause: float = 0.0
+    """Seconds between pieces of 64 kB."""
+    ranges: bool = True
+    """Whether Range is understood."""
+    token: str | None = None
+    """The token without which everything is refused."""
+    log: list[Request] = field(default_factory=list)
+    url: str = ""
+    cdn: str = ""
+
+    def asked(self, method: str = "GET", part: str = "") -> list[Request]:
+        """The requests of one method whose path contains `part`."""
+        return [one for one in self.log if one.method == method and part in one.path]
+
+
+@contextmanager
+def hub_server() -> Iterator[Hub]:
+    """Run a Hub and its CDN on loopback."""
+    hub = Hub()
+    servers = [ThreadingHTTPServer(("127.0.0.1", 0), _handler(hub, cdn)) for cdn in (False, True)]
+    for server in servers:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    hub.url, hub.cdn = (f"http://127.0.0.1:{server.server_address[1]}" for server in servers)
+    try:
+        yield hub
+    finally:
+        for server in servers:
+            server.shutdown()
+            server.server_close()
+
+
+def git_sha1(content: bytes) -> str:
+    """The name git gives to a file's content."""
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def _handler(hub: Hub, cdn: bool) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *_: object) -> None:
+            """Stay quiet."""
+
+        def do_HEAD(self) -> None:
+            self._answer()
+
+        def do_GET(self) -> None:
+            self._answer()
+
+        def _answer(self) -> None:
+            path = unquote(urlsplit(self.path).path)
+            hub.log.append(
+                Request(self.command, path, self.headers.get("Range"), self.headers.get("Authorization"), cdn)
+            )
+            if cdn:
+                key = path.removeprefix("/cdn/")
+                self._content(hub.served.get(key, hub.files[key]), cuttable=True)
+            elif path in hub.plain or path in hub.status:
+                if path in hub.status:
+                    self._refuse(hub.status[path])
+                else:
+                    self._content(hub.plain[path])
+            elif path.startswith("/api/models/"):
+                self._tree(*path.removeprefix("/api/models/").split("/tree/"))
+            else:
+                self._resolve(path.lstrip("/"))
+
+        def _resolve(self, path: str) -> None:
+            repo, _, rest = path.partition("/resolve/")
+            commit, _, file = rest.partition("/")
+            key = f"{repo}/{file}"
+            if repo in hub.status:
+                self._refuse(hub.status[repo])
+            elif hub.token and self.headers.get("Authorization") != f"Bearer {hub.token}":
+                self._refuse(401, {"X-Error-Code": "GatedRepo"})
+            elif commit != COMMIT:
+                self._refuse(404, {"X-Error-Code": "RevisionNotFound"})
+            elif key not in hub.files:
+                self._refuse(404, {"X-Error-Code": "EntryNotFound"})
+            else:
+                self._file(key, hub.files[key])
+
+        def _file(self, key: str, content: bytes) -> None:
+            about = {"X-Repo-Commit": COMMIT}
+            if len(content) < LARGE:
+                about["ETag"] = f'"{git_sha1(content)}"'
+                self._content(hub.served.get(key, content), about)
+                return
+            about |= {
+                "X-Linked-Etag": f'"{hashlib.sha256(content).hexdigest()}"',
+                "X-Linked-Size": str(len(content)),
+                "Location": f"{hub.cdn}/cdn/{key}",
+            }
+            self._head(302, about, 0)
+
+        def _tree(self, repo: str, _commit: str) -> None:
+            if repo in hub.status:
+                self._refuse(hub.status[repo])
+                return
+            entries = []
+            for key, content in hub.files.items():
+                if not key.startswith(repo + "/"):
+                    continue
+                entry = {
+                    "type": "file",
+                    "path": key.removeprefix(repo + "/"),
+                    "size": len(content),
+                    "oid": git_sha1(content),
+                }
+                if len(content) >= LARGE:
+                    sha256 = hashlib.sha256(content).hexdigest()
+                    entry["lfs"] = {"oid": sha256, "size": len(content), "pointerSize": 134}
+                entries.append(entry)
+            self._content(json.dumps(entries).encode(), {"Content-Type": "application/json"})
+
+        def _refuse(self, status: int, headers: dict[str, str] | None = None) -> None:
+            self._head(status, {**hub.headers, **(headers or {})}, 0)
+
+        def _head(self, status: int, headers: dict[str, str], length: int) -> None:
+            self.send_response(status)
+            for name, value in {**headers, "Content-Length": str(length)}.items():
+                self.send_header(name, value)
+            self.end_headers()
+
+        def _content(
+            self, content: bytes, headers: dict[str, str] | None = None, *, cuttable: bool = False
+        ) -> None:
+            asked = self.headers.get("Range")
+            start = int(asked.removeprefix("bytes=").split("-")[0]) if asked and hub.ranges else 0
+            extra = dict(headers or {})
+            if start:
+                extra["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+            self._head(206 if start else 200, extra, len(content) - start)
+            if self.command == "HEAD":
+                return
+            cut = hub.cuts.pop(0) if cuttable and hub.cuts else None
+            end = len(content) if cut is None else min(len(content), start + cut)
+            for place in range(start, end, 1 << 16):
+                self.wfile.write(content[place : min(place + (1 << 16), end)])
+                if hub.pause:
+                    threading.Event().wait(hub.pause)  # tests may replace time.sleep
+            if cut is not None:
+                self.wfile.flush()
+                self.close_connection = True
+                self.connection.close()
+
+    return Handler

@@ -1,0 +1,163 @@
+"""The manifest that ships, and how references and listings are understood."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from fastface_cli.manifest import PACKAGE, manifest, read_manifest, resolve, whole_selection
+from fastface_cli.recipe_files import load_recipe, recipe_names
+from fastface_cli.settings import Settings
+from fastface_cli.store import Store, human_bytes, licence_line
+
+
+@pytest.mark.parametrize("artefact", manifest().values(), ids=list(manifest()))
+def test_every_artefact_is_pinned_and_licensed(artefact) -> None:
+    assert artefact.commercial in ("yes", "no", "unclear")
+    assert artefact.licence
+    assert artefact.licence_link.startswith("https://")
+    assert artefact.summary
+    if artefact.commercial != "yes":
+        assert artefact.commercial_note
+    paths = [file.path for file in artefact.files]
+    assert len(set(paths)) == len(paths)
+    if artefact.local is not None:
+        assert artefact.packaged
+        assert artefact.local.is_relative_to(PACKAGE / "pocket" / "weights")
+        return
+    if artefact.repo is not None:
+        assert re.fullmatch(r"[0-9a-f]{40}", str(artefact.commit))
+    else:
+        assert len(artefact.files) == 1
+        assert artefact.files[0].sha256, "what is not on the Hub has no other hash"
+    for file in artefact.files:
+        assert file.sha256 is None or re.fullmatch(r"[0-9a-f]{64}", file.sha256)
+        assert file.expected_bytes > 0
+        if file.expected_bytes > 10_000_000:
+            assert file.sha256, "a large file is pinned"
+        if artefact.root:
+            assert file.path.startswith(artefact.root + "/")
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_that_ships_names_artefacts_of_the_manifest(name: str) -> None:
+    recipe = load_recipe(name).recipe
+    for reference in recipe.references().values():
+        assert reference in manifest()
+
+
+def total(*names: str) -> int:
+    return sum(manifest()[name].bytes for name in names)
+
+
+def test_sizes_add_up_to_what_is_published() -> None:
+    """The whole base as its publisher lists it, and the stack of the default recipe."""
+    doubles = 1680 + 642
+    base = total("sdxl-base", "sdxl-base-unet", "sdxl-base-vae") - doubles
+    assert base == 6_941_187_536
+    recipe = load_recipe("hyper-fastface").recipe
+    stack = sum(resolve(reference).bytes for reference in recipe.references().values())
+    assert 12.0e9 < stack < 12.2e9
+    assert stack - total("sdxl-vae-fp16-fix") + total("sdxl-base-vae") == pytest.approx(11.94e9, abs=1e7)
+
+
+def test_where_loaders_look(tmp_path: Path) -> None:
+    store = Store(Settings(home=tmp_path), offline=True)
+    names = manifest()
+
+    def inside(name: str) -> str:
+        path = store.path(names[name])
+        return path.relative_to(store.layout.folder(names[name])).as_posix()
+
+    assert inside("sdxl-base") == "."
+    assert inside("sdxl-base-unet") == "."
+    assert inside("sdxl-turbo-scheduler") == "."
+    assert inside("sdxl-base-vae") == "vae"
+    assert inside("sdxl-vae-fp16-fix") == "."
+    assert inside("ip-adapter-image-encoder") == "models/image_encoder"
+    assert inside("buffalo_l") == "models/buffalo_l"
+    assert inside("hyper-sdxl-4-step-lora") == "Hyper-SDXL-4steps-lora.safetensors"
+    assert inside("sdxl-lightning-4-step-unet") == "sdxl_lightning_4step_unet.safetensors"
+    assert store.path(names["pocket-clip"]) == PACKAGE / "pocket/weights/clip"
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (("commit: " + "a" * 40, "commit: main"), "40 hex digits"),
+        (("[x.bin, 5, " + "b" * 64, "[x.bin, 5, abc"), "not a SHA-256"),
+        (("repo: a/b, ", ""), "exactly one of"),
+        (("files: [[x.bin, 5, " + "b" * 64 + "]]", "files: []"), "names no file"),
+    ],
+)
+def test_a_manifest_that_is_not_well_formed(change: tuple[str, str], complaint: str) -> None:
+    entry = (
+        "{name: one, kind: lora, summary: s, repo: a/b, commit: " + "a" * 40 + ", licence: l, "
+        "files: [[x.bin, 5, " + "b" * 64 + "]]}"
+    )
+    text = "licences: {l: [MIT, 'https://x', yes, '']}\nartefacts:\n  - "
+    assert list(read_manifest(text + entry)) == ["one"]
+    with pytest.raises(ValueError, match="twice"):
+        read_manifest(f"{text}{entry}\n  - {entry}")
+    assert change[0] in entry
+    with pytest.raises(ValueError, match=complaint):
+        read_manifest(text + entry.replace(*change))
+
+
+def test_what_counts_as_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    for reference in ("./a", "../a", "/a", "~/a", "a.safetensors", "b/a.BIN", "a.onnx", r"C:\a", "models"):
+        artefact = resolve(reference)
+        assert artefact.local == Path(reference).expanduser()
+        assert not artefact.packaged
+
+
+def test_a_whole_repository_takes_one_set_of_weights() -> None:
+    sdxl = [
+        "model_index.json",
+        "sd_xl_base_1.0.safetensors",
+        "LICENSE.md",
+        "scheduler/scheduler_config.json",
+        "text_encoder/flax_model.msgpack",
+        "text_encoder/model.fp16.safetensors",
+        "text_encoder/model.safetensors",
+        "text_encoder/model.onnx",
+        "text_encoder/openvino_model.bin",
+        "tokenizer/merges.txt",
+        "unet/diffusion_pytorch_model-00001-of-00002.safetensors",
+        "unet/diffusion_pytorch_model-00002-of-00002.safetensors",
+        "unet/diffusion_pytorch_model.safetensors.index.json",
+        "vae/config.json",
+        "vae/diffusion_pytorch_model.bin",
+        "vae_1_0/diffusion_pytorch_model.safetensors",
+        "vae_decoder/model.onnx",
+    ]
+    assert whole_selection(sdxl) == [
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "text_encoder/model.fp16.safetensors",
+        "tokenizer/merges.txt",
+        "unet/diffusion_pytorch_model-00001-of-00002.safetensors",
+        "unet/diffusion_pytorch_model-00002-of-00002.safetensors",
+        "unet/diffusion_pytorch_model.safetensors.index.json",
+        "vae/config.json",
+        "vae/diffusion_pytorch_model.bin",
+    ]
+    assert whole_selection(sdxl, "vae") == ["vae/config.json", "vae/diffusion_pytorch_model.bin"]
+    assert whole_selection(["a.onnx", "b.onnx"]) == ["a.onnx", "b.onnx"]
+    assert whole_selection(["readme.md"], "elsewhere") == []
+
+
+def test_words_for_people() -> None:
+    assert [human_bytes(count) for count in (0, 999, 1000, 999_600, 1_487_555_181)] == [
+        "0 B",
+        "999 B",
+        "1 kB",
+        "1 MB",
+        "1.49 GB",
+    ]
+    assert "no commercial use" in licence_line(manifest()["buffalo_l"])
+    assert "commercial use unclear" in licence_line(manifest()["hyper-sdxl-4-step-lora"])
