@@ -22,8 +22,8 @@ app = typer.Typer(
     rich_markup_mode=None,  # boxes take longer to import than all the rest of --help
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command(name="generate")(generate.generate)
-app.command(name="download")(download.download)
+app.command(name="generate", short_help="Put a person into a picture.")(generate.generate)
+app.command(name="download", short_help="Fetch and check models.")(download.download)
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(cache.app, name="cache")
 

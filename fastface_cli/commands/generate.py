@@ -20,16 +20,6 @@ if TYPE_CHECKING:
     from ..pipeline import Picture, Pipeline, Request
     from ..recipe import Recipe
 
-EXAMPLES = """
-Examples:
-
-  fastface generate --recipe pocket --face me.jpg --prompt "a woman smiling"
-
-  fastface generate --face me.jpg --prompt "an astronaut reading in a cafe" --count 4 --seed 7 -o out/
-
-  fastface generate --from picture.png --face me.jpg
-"""
-
 
 @dataclass
 class Options:
@@ -142,9 +132,20 @@ def generate(
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures that share a UNet call.")] = 1,
     offline: Annotated[bool, typer.Option("--offline", help="Fetch nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
-    verbose: Annotated[int, typer.Option("--verbose", "-v", count=True, help="Say what is done.")] = 0,
+    verbose: Annotated[
+        int, typer.Option("--verbose", "-v", count=True, show_default=False, help="Say what is done.")
+    ] = 0,
 ) -> None:
-    """Put a person into a picture: a photo and a sentence in, that person in that scene out."""
+    """Put a person into a picture: a photo and a sentence in, that person in that scene out.
+
+    Examples:
+
+      fastface generate --recipe pocket --face me.jpg --prompt "a woman smiling"
+
+      fastface generate --face me.jpg --prompt "an astronaut in a cafe" --count 4 --seed 7 -o out/
+
+      fastface generate --from picture.png --face me.jpg
+    """
     flags: dict[str, tuple[Any, str]] = {}
     if steps is not None:
         flags["sampling.steps"] = (steps, "--steps")
@@ -226,6 +227,8 @@ def run(options: Options, report: Report) -> None:
         identity.save(options.save_identity, force=options.force)
     if work.expected_identity is not None and work.expected_identity != identity.digest():
         console.note("warning: this is not the identity that the picture was made with")
+    if options.seed is None and not options.as_json:
+        console.note(f"seed {work.seeds[0]}")
     if verbose:
         console.note(f"recipe {work.recipe.name}, digest {work.recipe.digest()[:12]}")
     began = time.perf_counter()
@@ -250,7 +253,8 @@ def prepare(options: Options, default_recipe: str) -> Work:
 
     provenance = _replayed(options)
     recipe = _recipe(options, provenance, default_recipe)
-    prompts = list(options.prompts)
+    # Bytes of an argument that are no UTF-8 come as lone surrogates, which no tokenizer takes.
+    prompts = [prompt.encode("utf-8", "replace").decode() for prompt in options.prompts]
     if options.prompts_file is not None:
         prompts += prompts_file(options.prompts_file)
     remembered = provenance.prompt if provenance else recipe.prompt
@@ -263,8 +267,6 @@ def prepare(options: Options, default_recipe: str) -> Work:
         seed = provenance.seed if provenance else recipe.seed
     if seed is None:
         seed = random_seed()
-        if not options.as_json:
-            console.note(f"seed {seed}")
     if not 0 <= seed < 2**63 - options.count:
         raise UsageError(f"seed {seed} is out of range", "a seed lies between 0 and 2^63")
     negative = options.negative_prompt
@@ -304,13 +306,16 @@ def _recipe(options: Options, provenance: Provenance | None, default: str) -> Re
         ).recipe
     given = [override.partition("=")[0].strip() for override in options.overrides]
     provenance.require_local_parts(given + (["model"] if options.stack else []))
-    return load_recipe_data(
+    recipe = load_recipe_data(
         provenance.recipe.canonical(),
         str(options.replay),
         overrides=options.overrides,
         flags=options.flags,
         stack=options.stack,
     ).recipe
+    for part in provenance.changed_local_parts(recipe):
+        console.note(f"warning: {part.field} is not the file '{part.name}' that the picture was made with")
+    return recipe
 
 
 def _replayed(options: Options) -> Provenance | None:
@@ -424,8 +429,8 @@ def finish(options: Options, work: Work, pictures: Sequence[Picture]) -> None:
 
         labels = [f"{picture.request.seed}  {picture.request.prompt}" for picture in pictures]
         sheet = grid([picture.image for picture in pictures], labels=labels)
-        path = _grid_path(work)
-        write_png(sheet, path, text=marker() if options.metadata else None, force=options.force)
+        text = marker() if options.metadata else None
+        path = write_png(sheet, _grid_path(work), text=text, force=options.force)
         if not options.as_json:
             console.line(str(path))
 
