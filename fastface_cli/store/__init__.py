@@ -3,15 +3,9 @@
 from __future__ import annotations
 
 from ..manifest import Artefact, RemoteFile, manifest, read_manifest, resolve
-from .store import (
-    Entry,
-    FileStatus,
-    Missing,
-    Store,
-    face_pack_folder,
-    human_bytes,
-    licence_line,
-)
+from .layout import face_pack_folder
+from .states import Entry, FileStatus, Missing, human_bytes, licence_line
+from .store import Store
 
 __all__ = [
     "Artefact",

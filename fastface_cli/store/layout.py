@@ -127,3 +127,20 @@ def remove_empty(folder: Path) -> None:
         remove_empty(child)
     with contextlib.suppress(OSError):
         folder.rmdir()
+
+
+def face_pack_folder(path: Path) -> Path:
+    """The folder that directly holds the .onnx files of a pack, which some zips nest one folder too deep.
+
+    Args:
+        path: a pack's folder, or one that holds it.
+
+    Raises:
+        ModelUnavailableError: there are no .onnx files.
+    """
+    for folder in (path, *sorted(child for child in path.glob("*") if child.is_dir())):
+        if any(folder.glob("*.onnx")):
+            return folder
+    raise ModelUnavailableError(
+        f"{path} holds no .onnx files", "check the path of the face pack in the recipe"
+    )

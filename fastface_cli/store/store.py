@@ -15,9 +15,8 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Literal
 
 from .. import console
 from ..errors import ModelUnavailableError
@@ -27,66 +26,10 @@ from . import transfer
 from .fetching import Bars, Fetcher, Job, WrongBytesError, fetch_all
 from .layout import Layout, blob_name, remove_empty, remove_file, source_of
 from .records import short_hash
+from .states import Entry, FileStatus, Missing, State, count_models, human_bytes, licence_line, offline_error
 
-__all__ = [
-    "Artefact",
-    "Entry",
-    "FileStatus",
-    "Missing",
-    "Store",
-    "face_pack_folder",
-    "human_bytes",
-    "licence_line",
-    "manifest",
-    "resolve",
-]
-
-State = Literal["present", "missing", "partial", "unverified", "bad"]
 MARGIN = 256 << 20
 """Bytes that stay free on the disk beyond what is fetched."""
-
-
-@dataclass(frozen=True)
-class FileStatus:
-    """One file of an artefact on this machine.
-
-    Args:
-        path: path inside the repository (for a place on this machine: that place).
-        bytes: its size, exact or approximate; 0 where nothing is known.
-        state: present (verified), missing, partial, unverified (there, hashed when needed), bad.
-        here: how many of its bytes are on this disk.
-        detail: what is wrong, where something is.
-    """
-
-    path: str
-    bytes: int
-    state: State
-    here: int
-    detail: str = ""
-
-
-@dataclass(frozen=True)
-class Missing:
-    """What an artefact still needs."""
-
-    artefact: Artefact
-    files: tuple[FileStatus, ...]
-
-    @property
-    def bytes(self) -> int:
-        """Bytes to fetch; approximate where a size is not known."""
-        return sum(max(file.bytes - file.here, 0) for file in self.files)
-
-
-@dataclass(frozen=True)
-class Entry:
-    """An artefact that takes room on this disk."""
-
-    artefact: Artefact
-    files: int
-    bytes: int
-    partial_bytes: int
-    complete: bool
 
 
 class Store:
@@ -166,7 +109,7 @@ class Store:
             missing = self.missing(wanted)
             if missing:
                 if self.offline:
-                    raise _offline(missing)
+                    raise offline_error(missing)
                 self._check_room(missing)
                 (listed or self._announce)(missing)
                 fetch_all(Fetcher(self.layout, bars), self._jobs(missing))
@@ -217,7 +160,7 @@ class Store:
             states = self.status(artefact)
             there = [file for file in states if file.state not in ("missing", "partial")]
             partial = sum(file.here for file in states if file.state == "partial")
-            if there or partial:
+            if self._own(artefact) & {file.path for file in states if file.here}:
                 size = sum(file.here for file in there)
                 found.append(Entry(artefact, len(there), size, partial, len(there) == len(states)))
         return found
@@ -306,7 +249,7 @@ class Store:
             found = sorted(path for path in self.path(artefact).rglob("*") if path.is_file())
             files = tuple(RemoteFile(path.relative_to(root).as_posix()) for path in found)
             if not files:
-                raise _offline([Missing(artefact, ())])
+                raise offline_error([Missing(artefact, ())])
         else:
             files = transfer.list_folder(artefact)
         place = self._listing(artefact)
@@ -343,7 +286,7 @@ class Store:
 
     def _announce(self, missing: Sequence[Missing]) -> None:
         total = human_bytes(sum(one.bytes for one in missing))
-        console.note(f"fetching {_models(len(missing))}, {total}, into {self.settings.home}")
+        console.note(f"fetching {count_models(len(missing))}, {total}, into {self.settings.home}")
         for one in missing:
             console.note(f"  {one.artefact.name}  {human_bytes(one.bytes)}  {licence_line(one.artefact)}")
 
@@ -360,15 +303,28 @@ class Store:
             for name, files in found.items()
         ]
 
+    def _own(self, artefact: Artefact) -> set[str]:
+        """Paths of an artefact that no other artefact of the manifest names; all, where there are none."""
+        paths = {file.path for file in self._files(artefact)}
+        others = (one for one in self.known.values() if one.name != artefact.name)
+        shared = {
+            file.path
+            for one in others
+            if one.repo is not None and (one.repo, one.commit) == (artefact.repo, artefact.commit)
+            for file in one.files
+        }
+        return paths - shared or paths
+
     def _removable(self, artefact: Artefact) -> list[RemoteFile]:
         """An artefact's files, but for those that another artefact that is here also needs."""
         strangers = {one.name: one for one in self._strangers()}
         files = {file.path: file for file in self._files(strangers.get(artefact.name, artefact))}
         files |= {file.path: file for file in self._files(artefact)}
+        named = set(files)
         for other in self.known.values():
             if other.name == artefact.name or (other.repo, other.commit) != (artefact.repo, artefact.commit):
                 continue
-            own = [file for file in other.files if file.path not in files]
+            own = [file for file in other.files if file.path not in named]
             if any(self.layout.place(other, file.path).is_file() for file in own):
                 for file in other.files:
                     files.pop(file.path, None)
@@ -388,48 +344,8 @@ class Store:
         return freed
 
 
-def human_bytes(count: float) -> str:
-    """A number of bytes for people, in powers of ten."""
-    for unit in ("B", "kB", "MB"):
-        if count < 999.5:
-            return f"{count:.0f} {unit}"
-        count /= 1000
-    return f"{count:.2f} GB"
-
-
-def licence_line(artefact: Artefact) -> str:
-    """The licence of an artefact and what it says of commercial use, in one line."""
-    use = {"yes": "commercial use allowed", "no": "no commercial use"}.get(
-        artefact.commercial, "commercial use unclear"
-    )
-    note = f", {artefact.commercial_note}" if artefact.commercial_note else ""
-    link = f" ({artefact.licence_link})" if artefact.licence_link else ""
-    return f"{artefact.licence}{link}: {use}{note}"
-
-
-def face_pack_folder(path: Path) -> Path:
-    """The folder that directly holds the .onnx files of a pack, which some zips nest one folder too deep.
-
-    Args:
-        path: a pack's folder, or one that holds it.
-
-    Raises:
-        ModelUnavailableError: there are no .onnx files.
-    """
-    for folder in (path, *sorted(child for child in path.glob("*") if child.is_dir())):
-        if any(folder.glob("*.onnx")):
-            return folder
-    raise ModelUnavailableError(
-        f"{path} holds no .onnx files", "check the path of the face pack in the recipe"
-    )
-
-
 def _unique(artefacts: Iterable[Artefact]) -> list[Artefact]:
     return list({artefact.name: artefact for artefact in artefacts}.values())
-
-
-def _models(count: int) -> str:
-    return "1 model" if count == 1 else f"{count} models"
 
 
 def _size(path: Path) -> int:
@@ -447,20 +363,6 @@ def _check_local(artefact: Artefact) -> None:
             f"this installation lacks {artefact.name} ({artefact.local})", "install fastface-cli again"
         )
     raise ModelUnavailableError(f"{artefact.local} does not exist", "check the path in the recipe")
-
-
-def _offline(missing: Sequence[Missing]) -> ModelUnavailableError:
-    names = ", ".join(
-        f"{one.artefact.name} ({human_bytes(one.bytes)})" if one.bytes else one.artefact.name
-        for one in missing
-    )
-    total = human_bytes(sum(one.bytes for one in missing))
-    plural = "is" if len(missing) == 1 else "are"
-    return ModelUnavailableError(
-        f"{_models(len(missing))} {plural} missing and the network is off: {names}; {total} in all",
-        "run `fastface download` for them without --offline and HF_HUB_OFFLINE; "
-        "`fastface generate --recipe pocket` needs no download",
-    )
 
 
 @contextlib.contextmanager

@@ -1,0 +1,92 @@
+"""What is here of an artefact and what is not, and how to say so."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from ..errors import ModelUnavailableError
+from ..manifest import Artefact
+
+State = Literal["present", "missing", "partial", "unverified", "bad"]
+
+
+@dataclass(frozen=True)
+class FileStatus:
+    """One file of an artefact on this machine.
+
+    Args:
+        path: path inside the repository (for a place on this machine: that place).
+        bytes: its size, exact or approximate; 0 where nothing is known.
+        state: present (verified), missing, partial, unverified (there, hashed when needed), bad.
+        here: how many of its bytes are on this disk.
+        detail: what is wrong, where something is.
+    """
+
+    path: str
+    bytes: int
+    state: State
+    here: int
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Missing:
+    """What an artefact still needs."""
+
+    artefact: Artefact
+    files: tuple[FileStatus, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes to fetch; approximate where a size is not known."""
+        return sum(max(file.bytes - file.here, 0) for file in self.files)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An artefact that takes room on this disk."""
+
+    artefact: Artefact
+    files: int
+    bytes: int
+    partial_bytes: int
+    complete: bool
+
+
+def human_bytes(count: float) -> str:
+    """A number of bytes for people, in powers of ten."""
+    for unit in ("B", "kB", "MB"):
+        if count < 999.5:
+            return f"{count:.0f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def licence_line(artefact: Artefact) -> str:
+    """The licence of an artefact and what it says of commercial use, in one line."""
+    use = {"yes": "commercial use allowed", "no": "no commercial use"}.get(
+        artefact.commercial, "commercial use unclear"
+    )
+    note = f", {artefact.commercial_note}" if artefact.commercial_note else ""
+    link = f" ({artefact.licence_link})" if artefact.licence_link else ""
+    return f"{artefact.licence}{link}: {use}{note}"
+
+
+def count_models(count: int) -> str:
+    return "1 model" if count == 1 else f"{count} models"
+
+
+def offline_error(missing: Sequence[Missing]) -> ModelUnavailableError:
+    names = ", ".join(
+        f"{one.artefact.name} ({human_bytes(one.bytes)})" if one.bytes else one.artefact.name
+        for one in missing
+    )
+    total = human_bytes(sum(one.bytes for one in missing))
+    plural = "is" if len(missing) == 1 else "are"
+    return ModelUnavailableError(
+        f"{count_models(len(missing))} {plural} missing and the network is off: {names}; {total} in all",
+        "run `fastface download` for them without --offline and HF_HUB_OFFLINE; "
+        "`fastface generate --recipe pocket` needs no download",
+    )

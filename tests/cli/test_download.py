@@ -1,0 +1,241 @@
+"""`fastface download` and `fastface cache`, through the command line, against a loopback Hub."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hub_server import COMMIT, hub_server
+from tiny_manifest import BIG, CONFIG, MODEL, Shop, fill, sha256, use_hub
+
+from fastface_cli import manifest as manifest_module
+from fastface_cli.cli import run
+
+Capture = pytest.CaptureFixture[str]
+
+RECIPE = """
+extends: hyper-fastface
+model:
+  base: tiny-base
+  unet: tiny-unet
+  distillation: {1: tiny-url, 4: tiny-lora}
+  vae: tiny-open
+  adapter: tiny-url
+  image_encoder: tiny-package
+  face: tiny-face
+"""
+
+
+@pytest.fixture
+def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shop]:
+    with hub_server() as hub:
+        fill(hub)
+        use_hub(monkeypatch, hub, tmp_path / "home")
+        found = Shop(hub, tmp_path / "home")
+        text = tmp_path / "manifest.yaml"
+        text.write_text(found.text, encoding="utf-8")
+        monkeypatch.setattr(manifest_module, "MANIFEST", text)
+        manifest_module.manifest.cache_clear()
+        yield found
+    manifest_module.manifest.cache_clear()
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> str:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(RECIPE, encoding="utf-8")
+    return str(path)
+
+
+def run_json(capsys: Capture, *arguments: str) -> tuple[int, dict[str, Any]]:
+    capsys.readouterr()
+    code = run([*arguments, "--json"])
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["schema"] == 1
+    assert printed["ok"] is (code == 0)
+    return code, printed
+
+
+def test_the_models_of_a_recipe(shop: Shop, recipe: str, capsys: Capture) -> None:
+    code, before = run_json(capsys, "download", recipe, "--dry-run")
+    assert code == 0
+    assert shop.hub.log == []
+    assert {one["name"] for one in before["artefacts"]} == {
+        f"tiny-{name}" for name in ("base", "unet", "lora", "open", "url", "package", "face")
+    }
+    assert before["missing_bytes"] > len(BIG)
+    assert run(["download", recipe]) == 0
+    told = capsys.readouterr()
+    assert f"tiny-lora: {shop.store().path(shop['lora'])}" in told.out.splitlines()
+    assert "no commercial use" in told.err
+    code, after = run_json(capsys, "download", recipe, "--dry-run")
+    assert after["missing_bytes"] == 0
+    assert {file["state"] for one in after["artefacts"] for file in one["files"]} == {"present"}
+
+
+def test_the_checkpoint_for_a_step_count(shop: Shop, recipe: str, capsys: Capture) -> None:
+    _, printed = run_json(capsys, "download", recipe, "--steps", "1", "--dry-run")
+    assert "tiny-lora" not in {one["name"] for one in printed["artefacts"]}
+    code, printed = run_json(capsys, "download", recipe, "--steps", "3", "--dry-run")
+    assert code == 2
+    assert "3" in printed["error"]["message"]
+
+
+def test_the_table_of_a_dry_run(shop: Shop, capsys: Capture) -> None:
+    shop.hub.cuts = [9_999, 2_000_000, *[0] * 40]
+    assert run(["download", "tiny-base", "tiny-lora"]) == 3
+    assert "goes on where it stopped" in capsys.readouterr().err
+    assert run(["download", "tiny-base", "tiny-lora", "tiny-open", "--dry-run"]) == 0
+    table = capsys.readouterr().out
+    base, lora, free = (next(row for row in table.splitlines() if name in row) for name in shop_names())
+    assert "2 of 2" in base
+    assert "0 of 1, 1 begun" in lora
+    assert "research only" in free
+    assert "4 MB in all, 2 MB to fetch; kept in" in table
+    assert "tiny-open: for non-commercial research" in table
+
+
+def shop_names() -> tuple[str, str, str]:
+    return "tiny-base", "tiny-lora", "tiny-open"
+
+
+def test_json_of_a_download(shop: Shop, capsys: Capture) -> None:
+    code, printed = run_json(capsys, "download", "tiny-lora")
+    assert code == 0
+    assert printed["artefacts"] == [{"name": "tiny-lora", "path": str(shop.store().path(shop["lora"]))}]
+
+
+@pytest.mark.parametrize(
+    ("status", "words"), [(401, "HTTP 401"), (404, "HTTP 404"), (429, "too many requests")]
+)
+def test_a_refusal_is_exit_code_3(shop: Shop, capsys: Capture, status: int, words: str) -> None:
+    shop.hub.status["tiny/lora"] = status
+    code, printed = run_json(capsys, "download", "tiny-lora")
+    assert code == 3
+    assert printed["error"]["kind"] == "models"
+    assert words in printed["error"]["message"]
+
+
+@pytest.mark.parametrize("way", ["flag", "environment"])
+def test_offline(shop: Shop, capsys: Capture, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    if way == "environment":
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert run(["download", "tiny-lora", *(["--offline"] if way == "flag" else [])]) == 3
+    told = capsys.readouterr()
+    assert "1 model is missing and the network is off: tiny-lora (4 MB)" in told.err
+    assert "Traceback" not in told.err
+    assert shop.hub.log == []
+
+
+def test_verify(shop: Shop, capsys: Capture) -> None:
+    assert run(["download", "tiny-base", "tiny-lora"]) == 0
+    code, printed = run_json(capsys, "download", "--verify")
+    assert code == 0
+    assert [file["state"] for file in printed["files"]] == ["present"] * 3
+    path = shop.store().path(shop["lora"])
+    path.write_bytes(BIG[::-1])
+    code, printed = run_json(capsys, "download", "tiny-lora", "--verify")
+    assert code == 3
+    assert [file["state"] for file in printed["files"]] == ["bad"]
+    assert "lora.safetensors has the wrong bytes" in printed["error"]["message"]
+    assert not path.exists()
+    assert run(["download", "tiny-lora", "--verify"]) == 0
+    assert "missing" in capsys.readouterr().out
+
+
+def test_names_that_nothing_has(shop: Shop, capsys: Capture) -> None:
+    code, printed = run_json(capsys, "download", "tiny-lroa")
+    assert code == 2
+    assert printed["error"]["hint"] == "did you mean 'tiny-lora'?"
+    code, printed = run_json(capsys, "download", "hyper-fastfaec")
+    assert code == 2
+    assert "hyper-fastface" in printed["error"]["hint"]
+    code, printed = run_json(capsys, "cache", "remove", "tiny-lroa", "--yes")
+    assert code == 2
+    assert printed["error"]["hint"] == "did you mean 'tiny-lora'?"
+
+
+def test_a_hub_reference(shop: Shop, capsys: Capture) -> None:
+    name = f"hub:tiny/base@{COMMIT}:vae/model.safetensors"
+    code, printed = run_json(capsys, "download", name)
+    assert code == 0
+    assert Path(printed["artefacts"][0]["path"]).read_bytes() == MODEL
+
+
+def test_cache_list_and_remove(shop: Shop, capsys: Capture) -> None:
+    assert run(["cache", "list"]) == 0
+    assert "nothing is downloaded" in capsys.readouterr().out
+    assert run(["download", "tiny-base", "tiny-lora", "tiny-url"]) == 0
+    code, printed = run_json(capsys, "cache", "list")
+    assert code == 0
+    assert {one["name"]: (one["bytes"], one["complete"]) for one in printed["artefacts"]} == {
+        "tiny-base": (len(CONFIG) + len(MODEL), True),
+        "tiny-lora": (len(BIG), True),
+        "tiny-url": (len(MODEL), True),
+    }
+    assert printed["bytes"] == len(CONFIG) + 2 * len(MODEL) + len(BIG)
+    assert run(["cache", "list"]) == 0
+    assert "4 MB in" in capsys.readouterr().out
+    code, printed = run_json(capsys, "cache", "remove", "tiny-lora", "--yes")
+    assert (code, printed["freed_bytes"]) == (0, len(BIG))
+    assert run(["cache", "remove", "--all", "--yes"]) == 0
+    assert "5 kB freed" not in capsys.readouterr().out
+    code, printed = run_json(capsys, "cache", "list")
+    assert printed["artefacts"] == []
+    assert list((shop.home / "hub").glob("models--*")) == []
+
+
+def test_cache_remove_wants_a_yes(shop: Shop, capsys: Capture) -> None:
+    assert run(["cache", "remove"]) == 2
+    assert run(["cache", "remove", "--all", "tiny-lora"]) == 2
+    assert run(["cache", "remove", "tiny-lora"]) == 2
+    assert "--yes" in capsys.readouterr().err
+
+
+def test_quarantined_files_are_shown_and_cleared(shop: Shop, capsys: Capture) -> None:
+    shop.hub.served["tiny/lora/lora.safetensors"] = bytes(len(BIG))
+    assert run(["download", "tiny-lora"]) == 3
+    assert sha256(BIG) in capsys.readouterr().err
+    assert run(["cache", "list"]) == 0
+    assert "4 MB with wrong bytes in" in capsys.readouterr().out
+    code, printed = run_json(capsys, "cache", "remove", "--all", "--yes")
+    assert (code, printed["freed_bytes"]) == (0, len(BIG))
+    assert list((shop.home / "quarantine").iterdir()) == []
+
+
+def test_hub_cache_of_the_environment(
+    shop: Shop, capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "shared"))
+    code, printed = run_json(capsys, "download", "tiny-lora")
+    assert code == 0
+    assert Path(printed["artefacts"][0]["path"]).is_relative_to(tmp_path / "shared")
+
+
+def test_help_and_commands_import_nothing_heavy() -> None:
+    heavy = [
+        "torch",
+        "diffusers",
+        "transformers",
+        "huggingface_hub",
+        "numpy",
+        "pooch",
+        "requests",
+        "insightface",
+    ]
+    code = (
+        "import sys; from fastface_cli.cli import run; run(['download', '--help']); "
+        "run(['cache', 'list']); run(['download', '--dry-run']); "
+        f"print([name for name in {heavy} if name in sys.modules], file=sys.stderr)"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ}
+    )
+    assert found.stderr.strip() == "[]"
+    assert "Example: fastface download hyper-fastface --dry-run" in found.stdout
