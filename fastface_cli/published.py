@@ -227,6 +227,7 @@ def _guidance(pipe: _Part, row: str, *, reset: bool) -> Node:
                 node, dcg.dotted("dcg_type"), "must be 1 (text first), 2 (independent) or 3 (identity first)"
             )
         order = ORDERS[node.value]
+    arguments = dcg.part("sch_kwargs", ("a", "b", "custom"))
     identity, text = ("a", "b") if order == "identity_first" else ("b", "a")
     reset_to = {"lcm": 1.5, "base": 5.0}.get(row, 1.0) if reset else None
     rescale = mark_tree(0.0, dcg.mark("term_postproc"))
@@ -235,8 +236,8 @@ def _guidance(pipe: _Part, row: str, *, reset: bool) -> Node:
     return Node(
         {
             "order": mark_tree(order, dcg.mark("dcg_type")),
-            "identity": _weight(pipe, dcg, identity, reset_to),
-            "text": _weight(pipe, dcg, text, reset_to),
+            "identity": _weight(pipe, dcg, arguments, identity, reset_to),
+            "text": _weight(pipe, dcg, arguments, text, reset_to),
             "renorm": mark_tree("renorm" in dcg.text("term_preproc", ""), dcg.mark("term_preproc")),
             "rescale": rescale,
         },
@@ -244,7 +245,7 @@ def _guidance(pipe: _Part, row: str, *, reset: bool) -> Node:
     )
 
 
-def _weight(pipe: _Part, dcg: _Part, letter: str, reset_to: float | None) -> Node:
+def _weight(pipe: _Part, dcg: _Part, arguments: _Part, letter: str, reset_to: float | None) -> Node:
     """Weight `a` or `b`: a constant, a list, or a function scaled by the constant."""
     key, chosen = f"guidance_scale_{letter}", f"{letter}_scheduler"
     scale = mark_tree(WEIGHT, pipe.node.mark)
@@ -257,7 +258,6 @@ def _weight(pipe: _Part, dcg: _Part, letter: str, reset_to: float | None) -> Nod
     name = _one_of(dcg.entries[chosen], dcg.dotted(chosen), SCHEDULERS)
     if name == "default":
         return scale
-    arguments = dcg.part("sch_kwargs", ("a", "b", "custom"))
     if name == "custom":
         lists = arguments.part("custom", ("a", "b"))
         if not lists.has(letter) or not isinstance(lists.entries[letter].value, list):

@@ -40,7 +40,9 @@ class HubReference(Section):
 Reference: TypeAlias = str | HubReference
 """Where a model part comes from: a name of the manifest, a local path, or a pinned Hub repository."""
 
-ByStep: TypeAlias = Reference | dict[int, Reference]
+ByStep: TypeAlias = (
+    Reference | Annotated[dict[Annotated[int, Field(ge=1, le=1000)], Reference], Field(min_length=1)]
+)
 """One reference for any step count, or one for each count that a checkpoint was distilled for."""
 
 

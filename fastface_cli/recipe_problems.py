@@ -19,6 +19,9 @@ from .recipe_tree import Key, Node, mapping
 SHOWN = 5
 """Errors listed before 'and N more'."""
 
+READ = 100
+"""Errors looked at: beyond so many, the number says nothing more."""
+
 _SECTIONS: dict[str, type[BaseModel]] = {
     name: found
     for name, found in inspect.getmembers(schema, inspect.isclass)
@@ -51,7 +54,7 @@ def to_error(problems: Iterable[Problem]) -> RecipeError:
     found = list(dict.fromkeys(problems))
     lines = [str(problem) for problem in found[:SHOWN]]
     if len(found) > SHOWN:
-        lines.append(f"... and {len(found) - SHOWN} more")
+        lines.append(f"... and {len(found) - SHOWN if len(found) < READ else 'many'} more")
     hint = next((problem.hint for problem in found if problem.hint), None)
     return RecipeError("\n".join(lines), hint)
 
@@ -63,6 +66,8 @@ def problems_of(error: ValidationError, tree: Node) -> list[Problem]:
         problem = _problem(detail, tree)
         if problem is not None and not any(problem.field.startswith(f"{field}.") for field in found):
             found.setdefault(problem.field, problem)
+        if len(found) == READ:
+            break
     # A union may reject every branch for reasons of its own; something must be said all the same.
     return list(found.values()) or [Problem(tree.mark.where, "", "is not a valid recipe")]
 
@@ -72,6 +77,8 @@ def _problem(detail: Any, tree: Node) -> Problem | None:
     # The last part of the location of a missing field is its name, which the tree cannot hold.
     path, node, branches = _locate(detail["loc"][: -1 if kind == "missing" else None], tree)
     for place, at, branch in branches:
+        if branch == "[key]":
+            return Problem(at.mark.where, _dotted(place), "a step count is a whole number from 1 to 1000")
         if not _fits(branch, at):
             return None if isinstance(at.value, dict | list) else _no_branch(place, at)
         if branch == "HubReference" and not (set(mapping(at)) & set(schema.HubReference.model_fields)):
@@ -126,7 +133,7 @@ def _fits(branch: str, node: Node) -> bool:
     return branch not in _LABELS and not branch.startswith(("list[", "dict["))
 
 
-_LABELS = {"str", "float", "int", "[key]", "literal['all']", *_SECTIONS}
+_LABELS = {"str", "float", "int", "literal['all']", *_SECTIONS}
 """Names that pydantic gives to union branches of this schema."""
 
 
@@ -277,4 +284,5 @@ def _quoting(node: Node) -> str | None:
 
 
 def _dotted(path: Iterable[Key]) -> str:
-    return ".".join(str(part) for part in path)
+    text = ".".join(str(part) for part in path)
+    return text if len(text) <= 120 else f"{text[:117]}..."

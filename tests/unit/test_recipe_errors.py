@@ -88,6 +88,9 @@ VALUES = [
     (f"model: {{vae: {{repo: a, commit: {'a' * 40}}}}}", 2, "model.vae.repo", "must be OWNER/NAME", None),
     ("model: {vae: {repo: a/b, commit: main}}", 2, "model.vae.commit", "40 hexadecimal digits", None),
     ("model: {unet: {x: y}}", 2, "model.unet", "or one of these for each step count", None),
+    ("model: {unet: {0: x}}", 2, "model.unet.0", "a step count is a whole number from 1 to 1000", None),
+    ("model: {unet: {4: y, x: y}}", 2, "model.unet.x", "a step count is a whole number from 1 to 1000", None),
+    ("model: {unet: {}}", 2, "model.unet", "or one of these for each step count, not a mapping", None),
     ("model: {unet: {4: 5}}", 2, "model.unet.4", "must be a name, a path", None),
     ("model: {base: null}", 2, "model.base", "not null", None),
     ("model:\n  scheduler: {kind: dimm}", 3, "model.scheduler.kind", "must be one of ddim", "ddim"),
@@ -187,6 +190,12 @@ def test_several_mistakes_are_listed_and_the_rest_counted(tmp_path):
     assert len(error.message.split("\n")) == 6
     assert error.message.split("\n")[0] == f"{path}:2: field wrong0: unknown key"
     assert error.message.endswith("... and 3 more")
+
+
+def test_a_page_of_mistakes_is_cut_short(tmp_path):
+    error = failure(tmp_path / "a.yaml", f"{HYPER}guidance: {{text: [{'x, ' * 5000}]}}\n{'k' * 900}: 1\n")
+    assert len(error.message) < 2000
+    assert error.message.endswith("... and many more")
 
 
 def test_a_bad_value_in_a_parent_names_the_parent(tmp_path):
