@@ -65,9 +65,8 @@ class Hub:
 def hub_server() -> Iterator[Hub]:
     """Run a Hub and its CDN on loopback."""
     hub = Hub()
-    servers = [ThreadingHTTPServer(("127.0.0.1", 0), _handler(hub, cdn)) for cdn in (False, True)]
+    servers = [_Server(("127.0.0.1", 0), _handler(hub, cdn)) for cdn in (False, True)]
     for server in servers:
-        server.daemon_threads = True
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     hub.url, hub.cdn = (f"http://127.0.0.1:{server.server_address[1]}" for server in servers)
     try:
@@ -81,6 +80,13 @@ def hub_server() -> Iterator[Hub]:
 def git_sha1(content: bytes) -> str:
     """The name git gives to a file's content."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, *_: object) -> None:
+        """A client that goes away is what some tests are about."""
 
 
 def _handler(hub: Hub, cdn: bool) -> type[BaseHTTPRequestHandler]:

@@ -40,7 +40,7 @@ class Record:
             return False
         return (
             self.sha256 is not None
-            and self.path == str(path)
+            and self.path == str(path.absolute())
             and (self.bytes, self.mtime_ns) == (stat.st_size, stat.st_mtime_ns)
         )
 
@@ -73,7 +73,7 @@ class Records:
     def seen(self, source: str, path: Path, sha256: str, etag: str | None = None) -> None:
         """Remember that the bytes of `path` were hashed just now."""
         stat = path.stat()
-        self.write(Record(source, sha256, etag, str(path), stat.st_size, stat.st_mtime_ns))
+        self.write(Record(source, sha256, etag, str(path.absolute()), stat.st_size, stat.st_mtime_ns))
 
     def all(self) -> Iterator[Record]:
         """Every record that can be read."""

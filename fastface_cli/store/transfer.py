@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from .. import __version__
+from .. import __version__, console
 from ..errors import ModelUnavailableError
 from ..manifest import Artefact, RemoteFile, whole_selection
 
@@ -82,12 +82,16 @@ def announce(artefact: Artefact, file: RemoteFile) -> Announcement:
                 found = get_hf_file_metadata(url, token=_token(), endpoint=endpoint())
                 break
             except Exception as error:
-                if attempt == RETRIES or _status(error) not in _BUSY:
+                status = _status(error)
+                if attempt == RETRIES or status not in _BUSY:
                     raise
-                time.sleep(_pause(error, attempt))
-    if not found.etag:
-        raise ModelUnavailableError(
-            f"{urlsplit(url).netloc} does not answer like the Hugging Face Hub: {file.path} has no etag",
+                pause = _pause(error, attempt)
+                console.note(f"{urlsplit(url).netloc} is busy (HTTP {status}); trying again in {pause:g} s")
+                time.sleep(pause)
+    if not found.etag or found.commit_hash != artefact.commit:
+        raise SourceError(
+            f"{urlsplit(url).netloc} does not answer like the Hugging Face Hub when asked for {file.path} "
+            f"of {artefact.name}",
             "check HF_ENDPOINT and the proxy of your network",
         )
     return Announcement(url, found.etag, found.size)
@@ -108,7 +112,7 @@ def fetch(artefact: Artefact, file: RemoteFile, said: Announcement, partial: Pat
     headers = build_hf_headers(token=_token(), library_name="fastface", library_version=__version__)
     headers["Accept-Encoding"] = "identity"
     started = partial.stat().st_size if partial.exists() else 0
-    if said.size is not None and started > said.size:
+    if started and (said.size is None or started > said.size):
         partial.unlink()
         report(-started)
         started = 0

@@ -630,3 +630,22 @@ def test_records_survive_nonsense(shop: Shop) -> None:
     assert states(store, shop, "lora") == ["unverified"]
     store.ensure([shop["lora"]], progress=False)
     assert states(store, shop, "lora") == ["present"]
+
+
+def test_a_server_that_is_not_a_hub(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A captive portal answers everything with a page of its own."""
+    monkeypatch.setenv("HF_ENDPOINT", f"{shop.hub.url}/portal")
+    path = f"/portal/tiny/open/resolve/{COMMIT}/config.json"
+    shop.hub.plain[path] = b"<html>log in first</html>"
+    message = failure(shop.store(), shop["open"]).message
+    assert "does not answer like the Hugging Face Hub" in message
+    assert not (shop.store().path(shop["open"]) / "config.json").exists()
+
+
+def test_a_relative_home(shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shop.home = Path("home")
+    shop.store().ensure([shop["lora"]], progress=False)
+    shop.hub.log.clear()
+    shop.home = tmp_path / "home"
+    assert states(shop.store(), shop, "lora") == ["present"]
