@@ -1,0 +1,87 @@
+"""On a CUDA device: the same latents as on the CPU, in every scheduler, and clean failure.
+
+Run with `pytest -m gpu tests/gpu`.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastface_cli.errors import DeviceError
+from fastface_cli.pipeline import Pipeline, Request
+from fastface_cli.recipe import Recipe
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+]
+
+KINDS = [("ddim", "trailing"), ("euler", "trailing"), ("euler_ancestral", "trailing"), ("lcm", None)]
+
+
+def recipe_of(kind: str, spacing: str | None, size: int = 128) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "name": "gpu",
+            "model": {
+                "base": "base",
+                "adapter": "adapter",
+                "image_encoder": "encoder",
+                "face": "face",
+                "scheduler": {"kind": kind, "spacing": spacing},
+            },
+            "sampling": {"steps": 4, "width": size, "height": size},
+            "guidance": {"identity": [1.0, 1.5, 1.5, 1.0], "text": [1.0, 3.0, 3.0, 1.0], "rescale": 0.75},
+            "attention": {
+                "transforms": ["power", "adaptive_softmask", "scale"],
+                "invert_token_0": True,
+                "blend": {},
+            },
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def parts(miniature):
+    return {role: miniature[role] for role in ("base", "adapter", "image_encoder")}
+
+
+@pytest.fixture
+def exact():
+    """Without TF32, so that a GPU's float32 can be compared."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.mark.parametrize(("kind", "spacing"), KINDS)
+def test_cuda_makes_what_the_cpu_makes(kind, spacing, parts, person, exact):
+    recipe = recipe_of(kind, spacing)
+    requests = [Request("a person", 5, person), Request("a dog", 6, person, "blur", 0.4)]
+    cpu = list(Pipeline.load(recipe, parts, device="cpu", dtype="float32").generate(requests))
+    cuda = list(Pipeline.load(recipe, parts, device="cuda", dtype="float32").generate(requests, batch_size=2))
+    for one, other in zip(cpu, cuda, strict=True):
+        error = float((one.latents - other.latents).norm() / one.latents.norm())
+        assert error <= 2e-3
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_is_finite_and_close(dtype, parts, person):
+    recipe = recipe_of("ddim", "trailing")
+    request = Request("a person", 5, person)
+    exact = next(Pipeline.load(recipe, parts, device="cuda", dtype="float32").generate([request]))
+    half = next(Pipeline.load(recipe, parts, device="cuda", dtype=dtype).generate([request]))
+    assert half.latents.isfinite().all()
+    assert float((half.latents - exact.latents).norm() / exact.latents.norm()) <= 0.2
+
+
+def test_out_of_memory_is_one_sentence(parts, person):
+    pipeline = Pipeline.load(recipe_of("ddim", "trailing", 4096), parts, device="cuda", dtype="float32")
+    torch.cuda.set_per_process_memory_fraction(0.001)
+    try:
+        with pytest.raises(DeviceError, match="out of memory"):
+            next(pipeline.generate([Request("a person", 5, person)]))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
