@@ -16,7 +16,12 @@ ROOT = Path(__file__).parents[2]
 def call(*command: str | Path, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "FASTFACE"))}
     return subprocess.run(
-        [str(part) for part in command], cwd=cwd, env={**clean, **env}, capture_output=True, text=True
+        [str(part) for part in command],
+        cwd=cwd,
+        env={**clean, **env},
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 
