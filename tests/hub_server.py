@@ -44,6 +44,8 @@ class Hub:
     """Sent with each refusal."""
     served: dict[str, bytes] = field(default_factory=dict)
     """`owner/name/path` -> bytes that are sent in place of those announced."""
+    etags: dict[str, str] = field(default_factory=dict)
+    """`owner/name/path` of a small file -> its etag in place of git's SHA-1."""
     cuts: list[int] = field(default_factory=list)
     """The next transfers of large files break off after this many bytes each."""
     pause: float = 0.0
@@ -138,7 +140,7 @@ def _handler(hub: Hub, cdn: bool) -> type[BaseHTTPRequestHandler]:
         def _file(self, key: str, content: bytes) -> None:
             about = {"X-Repo-Commit": COMMIT}
             if len(content) < LARGE:
-                about["ETag"] = f'"{git_sha1(content)}"'
+                about["ETag"] = f'"{hub.etags.get(key, git_sha1(content))}"'
                 self._content(hub.served.get(key, content), about)
                 return
             about |= {

@@ -22,7 +22,7 @@ def source_of(artefact: Artefact, file: RemoteFile) -> str:
 def blob_name(etag: str) -> str:
     """The file name of an etag; what is no plain word is hashed, so that no server can choose a path."""
     plain = re.fullmatch(r"[0-9A-Za-z][0-9A-Za-z_-]{0,127}", etag)
-    return etag if plain else hashlib.sha256(etag.encode()).hexdigest()
+    return etag if plain else f"etag-{hashlib.sha256(etag.encode()).hexdigest()}"
 
 
 class Layout:
@@ -107,16 +107,24 @@ def remove_file(place: Path, repo: Path | None) -> int:
     """
     if not os.path.lexists(place):
         return 0
-    blob = place.resolve()
-    linked = place.is_symlink()
-    freed = 0 if linked else place.stat().st_size
+    if not place.is_symlink():
+        freed = place.stat().st_size
+        place.unlink()
+        return freed
+    blob = _target(place)
     place.unlink()
-    if linked and repo is not None and blob.is_file() and blob.parent == (repo / "blobs").resolve():
-        others = (other for other in (repo / "snapshots").rglob("*") if other.is_symlink())
-        if not any(other.resolve() == blob for other in others):
-            freed = blob.stat().st_size
-            blob.unlink()
+    if repo is None or blob.parent != Path(os.path.abspath(repo / "blobs")) or not os.path.lexists(blob):
+        return 0
+    if any(_target(other) == blob for other in (repo / "snapshots").rglob("*") if other.is_symlink()):
+        return 0
+    freed = 0 if blob.is_symlink() else blob.stat().st_size
+    blob.unlink()
     return freed
+
+
+def _target(link_: Path) -> Path:
+    """What a link points at, one step far: a blob may itself be a link into a store of its program."""
+    return Path(os.path.abspath(link_.parent / os.readlink(link_)))
 
 
 def remove_empty(folder: Path) -> None:

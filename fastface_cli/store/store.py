@@ -52,6 +52,7 @@ class Store:
         self.offline = transfer.is_offline() if offline is None else offline
         self.known = manifest() if known is None else known
         self.layout = Layout(settings)
+        self._found: dict[str, tuple[RemoteFile, ...]] = {}
 
     def path(self, artefact: Artefact) -> Path:
         """What a loader opens: `Layout.path` says what that is for each kind. It need not exist yet."""
@@ -139,16 +140,12 @@ class Store:
             for file in self._removable(artefact):
                 freed += remove_file(self.layout.place(artefact, file.path), repo)
                 freed += self._remove_leftovers(artefact, file)
-            if repo is None:
-                folder = self.layout.folder(artefact)
-                freed += _size(folder)
-                shutil.rmtree(folder, ignore_errors=True)
-            else:
+            if repo is not None:
                 remove_empty(repo)
-            if artefact.archive is not None:
-                packed = self.settings.home / "files" / artefact.name
-                freed += _size(packed)
-                shutil.rmtree(packed, ignore_errors=True)
+            elsewhere = self.settings.home / "files" / artefact.name
+            if elsewhere.is_dir():
+                freed += _size(elsewhere)
+                shutil.rmtree(elsewhere)
         return freed
 
     def entries(self) -> list[Entry]:
@@ -229,8 +226,8 @@ class Store:
 
     def _files(self, artefact: Artefact) -> tuple[RemoteFile, ...]:
         """The files of an artefact; of a whole Hub folder those of the listing that was kept."""
-        if not artefact.whole:
-            return artefact.files
+        if not artefact.whole or artefact.name in self._found:
+            return self._found.get(artefact.name, artefact.files)
         try:
             kept = json.loads(self._listing(artefact).read_text(encoding="utf-8"))
             return tuple(RemoteFile(**one) for one in kept)
@@ -247,11 +244,13 @@ class Store:
         if self.offline:
             root = self.layout.folder(artefact)
             found = sorted(path for path in self.path(artefact).rglob("*") if path.is_file())
-            files = tuple(RemoteFile(path.relative_to(root).as_posix()) for path in found)
-            if not files:
+            if not found:
                 raise offline_error([Missing(artefact, ())])
-        else:
-            files = transfer.list_folder(artefact)
+            self._found[artefact.name] = tuple(
+                RemoteFile(path.relative_to(root).as_posix()) for path in found
+            )
+            return
+        files = transfer.list_folder(artefact)
         place = self._listing(artefact)
         place.parent.mkdir(parents=True, exist_ok=True)
         temporary = place.with_name(f"{place.stem}.{os.getpid()}.tmp")

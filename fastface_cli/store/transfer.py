@@ -294,8 +294,9 @@ def explain(
     arrived = partial.stat().st_size if partial is not None and partial.exists() else 0
     if names & _CUT or "Consistency check" in str(error) or (arrived and names & _UNREACHABLE):
         return SourceError(
-            f"the transfer of {subject} from {host} broke off after {arrived:,} bytes",
-            "run the same command again: it goes on where it stopped",
+            f"the transfer of {subject} from {host} broke off"
+            + (f" after {arrived:,} bytes" if arrived else ""),
+            "run the same command again" + (": it goes on where it stopped" if arrived else ""),
         )
     if names & _UNREACHABLE:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

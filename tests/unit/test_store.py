@@ -649,3 +649,24 @@ def test_a_relative_home(shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyP
     shop.hub.log.clear()
     shop.home = tmp_path / "home"
     assert states(shop.store(), shop, "lora") == ["present"]
+
+
+def test_a_snapshot_found_offline_is_completed_online(shop: Shop) -> None:
+    """What happens to lie in the cache stands in for the whole only as long as nobody can be asked."""
+    shop.store().ensure([shop["base"]], progress=False)
+    artefact = resolve(f"hub:tiny/base@{COMMIT}", shop.known)
+    shop.store(offline=True).ensure([artefact], progress=False)
+    folder = shop.store().ensure([artefact], progress=False)[artefact.name]
+    assert (folder / "unet/model.safetensors").read_bytes() == MODEL
+
+
+def test_a_mirror_with_etags_of_its_own(shop: Shop) -> None:
+    """An etag that is no hash names the blob without becoming a path or a hash."""
+    shop.hub.etags["tiny/open/config.json"] = "../../../W:weak/strange"
+    store = shop.store()
+    store.ensure([shop["open"]], progress=False)
+    (blob,) = (shop.home / "hub/models--tiny--open/blobs").glob("etag-*")
+    assert blob.read_bytes() == CONFIG
+    for record in (shop.home / "records").iterdir():
+        record.unlink()
+    assert [one.state for one in store.verify(shop["open"], progress=False)] == ["present", "present"]
