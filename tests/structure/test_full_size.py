@@ -1,0 +1,53 @@
+"""Every part in its published size, each loaded in a process of its own by the code that a user runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+UNET, TEXT, TEXT_2, VAE = 2_567_463_684, 123_060_480, 694_659_840, 83_653_863
+EXPECTED = {
+    "base_unet": {"parameters": UNET},
+    "turbo": {"parameters": UNET},
+    "lightning": {"parameters": UNET},
+    "text_encoders": {"parameters": TEXT, "parameters_2": TEXT_2},
+    "vaes": {"parameters": VAE},
+    "image_encoder": {"parameters": 632_076_800},
+    "hyper": {"modules": 788},
+    "lcm": {"modules": 788},
+    "adapter": {"fused": 560, "own": 140},
+    "single_file": {
+        "bytes": 6_938_041_144,
+        "parameters": UNET,
+        "text_encoder": TEXT,
+        "text_encoder_2": TEXT_2,
+        "vae": VAE,
+    },
+    "whole": {"own": 140, "branches": [1, 1, 1, 1]},
+}
+
+
+@pytest.mark.parametrize("case", EXPECTED)
+def test_loads_in_full_size(case: str, tmp_path: Path) -> None:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(Path(__file__).with_name("full_size.py")), case, str(tmp_path)]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=environment, timeout=900, check=False
+        )
+    finally:
+        for path in tmp_path.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found.pop("peak_gib") < 12
+    assert found == EXPECTED[case]
