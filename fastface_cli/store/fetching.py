@@ -17,7 +17,7 @@ from .. import console
 from ..errors import ModelUnavailableError
 from ..manifest import Artefact, RemoteFile
 from . import transfer
-from .layout import Layout, blob_name, link, source_of
+from .layout import Layout, blob_name, check_room, link, source_of
 from .records import Record, file_sha256, mismatch, move_aside, short_hash
 
 
@@ -173,6 +173,7 @@ class Fetcher:
 
     def _transfer(self, job: Job, said: transfer.Announcement, partial: Path) -> bool:
         here = partial.stat().st_size if partial.exists() else 0
+        check_room(partial.parent, (said.size or job.file.expected_bytes) - here)
         with self.bars.one(job.file.path, said.size or job.file.expected_bytes, here) as report:
             return transfer.fetch(job.artefact, job.file, said, partial, report)
 

@@ -6,12 +6,17 @@ import contextlib
 import hashlib
 import os
 import re
+import shutil
 from pathlib import Path, PurePosixPath
 
 from ..errors import ModelUnavailableError
 from ..manifest import Artefact, RemoteFile
 from ..settings import Settings
 from .records import Records
+from .states import human_bytes
+
+MARGIN = 256 << 20
+"""Bytes that stay free on the disk beyond what is fetched."""
 
 
 def source_of(artefact: Artefact, file: RemoteFile) -> str:
@@ -84,6 +89,25 @@ class Layout:
             return self.place(artefact, file.path + ".part")
         etag = file.sha256 or self.records.read(source_of(artefact, file)).etag
         return self.repo(artefact) / "blobs" / f"{blob_name(etag)}.incomplete" if etag else None
+
+
+def check_room(folder: Path, need: int) -> None:
+    """Refuse what will not fit on the disk.
+
+    Args:
+        folder: an existing folder on that disk.
+        need: bytes to be written.
+
+    Raises:
+        ModelUnavailableError: less than that and MARGIN is free.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < need + MARGIN:
+        raise ModelUnavailableError(
+            f"{human_bytes(need + MARGIN)} are needed in {folder}, but {human_bytes(free)} are free",
+            "free some room (`fastface cache list` shows what is there), or set FASTFACE_HOME "
+            "to a folder on a larger disk",
+        )
 
 
 def link(place: Path, blob: Path) -> None:

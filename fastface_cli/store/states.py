@@ -64,6 +64,11 @@ def human_bytes(count: float) -> str:
     return f"{count:.2f} GB"
 
 
+def human_size(count: int) -> str:
+    """The size of something to fetch, which is 0 where nobody has said it yet."""
+    return human_bytes(count) if count else "size not known"
+
+
 def licence_line(artefact: Artefact) -> str:
     """The licence of an artefact and what it says of commercial use, in one line."""
     use = {"yes": "commercial use allowed", "no": "no commercial use"}.get(
@@ -83,10 +88,11 @@ def offline_error(missing: Sequence[Missing]) -> ModelUnavailableError:
         f"{one.artefact.name} ({human_bytes(one.bytes)})" if one.bytes else one.artefact.name
         for one in missing
     )
-    total = human_bytes(sum(one.bytes for one in missing))
+    total = human_size(sum(one.bytes for one in missing))
     plural = "is" if len(missing) == 1 else "are"
     return ModelUnavailableError(
-        f"{count_models(len(missing))} {plural} missing and the network is off: {names}; {total} in all",
+        f"{count_models(len(missing))} {plural} missing and the network is off: {names}"
+        + (f"; {total} in all" if len(missing) > 1 else ""),
         "run `fastface download` for them without --offline and HF_HUB_OFFLINE; "
         "`fastface generate --recipe pocket` needs no download",
     )

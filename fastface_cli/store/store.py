@@ -24,12 +24,9 @@ from ..manifest import Artefact, RemoteFile, manifest, resolve
 from ..settings import Settings
 from . import transfer
 from .fetching import Bars, Fetcher, Job, WrongBytesError, fetch_all
-from .layout import Layout, blob_name, remove_empty, remove_file, source_of
+from .layout import Layout, blob_name, check_room, remove_empty, remove_file, source_of
 from .records import short_hash
-from .states import Entry, FileStatus, Missing, State, count_models, human_bytes, licence_line, offline_error
-
-MARGIN = 256 << 20
-"""Bytes that stay free on the disk beyond what is fetched."""
+from .states import Entry, FileStatus, Missing, State, count_models, human_size, licence_line, offline_error
 
 
 class Store:
@@ -275,19 +272,13 @@ class Store:
             device = folder.stat().st_dev
             needs[device] = (folder, needs.get(device, (folder, 0))[1] + one.bytes)
         for folder, need in needs.values():
-            free = shutil.disk_usage(folder).free
-            if free < need + MARGIN:
-                raise ModelUnavailableError(
-                    f"{human_bytes(need + MARGIN)} are needed in {folder}, but {human_bytes(free)} are free",
-                    "free some room (`fastface cache list` shows what is there), or set FASTFACE_HOME "
-                    "to a folder on a larger disk",
-                )
+            check_room(folder, need)
 
     def _announce(self, missing: Sequence[Missing]) -> None:
-        total = human_bytes(sum(one.bytes for one in missing))
+        total = human_size(sum(one.bytes for one in missing))
         console.note(f"fetching {count_models(len(missing))}, {total}, into {self.settings.home}")
         for one in missing:
-            console.note(f"  {one.artefact.name}  {human_bytes(one.bytes)}  {licence_line(one.artefact)}")
+            console.note(f"  {one.artefact.name}  {human_size(one.bytes)}  {licence_line(one.artefact)}")
 
     def _strangers(self) -> list[Artefact]:
         """Hub references that recipes named by themselves, one artefact for each repository and commit."""

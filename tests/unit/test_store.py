@@ -402,6 +402,17 @@ def test_a_disk_that_is_too_small(shop: Shop, monkeypatch: pytest.MonkeyPatch) -
     assert shop.hub.log == []
 
 
+def test_a_disk_that_is_too_small_for_a_file_of_unknown_size(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shop.hub.files["other/style/pastel.safetensors"] = BIG
+    artefact = resolve(f"hub:other/style@{COMMIT}:pastel.safetensors")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": (256 << 20) + 2_000_000})())
+    assert "are needed in" in failure(shop.store(), artefact).message
+    assert "size not known" in capsys.readouterr().err
+    assert shop.hub.asked("GET") == []
+
+
 def test_a_disk_that_fills_up(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> int:
         raise OSError(28, "No space left on device")
