@@ -22,7 +22,7 @@ from .settings import Settings, load_settings
 if TYPE_CHECKING:
     from PIL import Image
 
-    from .faces import FaceAnalyser
+    from .faces import InsightFaceAnalyser
     from .identity import Identity
     from .pipeline import Pipeline
 
@@ -140,7 +140,7 @@ class FastFace:
         self.progress = progress
         self.log = log
         self._paths: dict[str, Path] = {}
-        self._analyser: FaceAnalyser | None = None
+        self._analyser: InsightFaceAnalyser | None = None
         self._pipeline: Pipeline | None = None
 
     def paths(self, *, faces: bool) -> Mapping[str, Path]:
@@ -180,8 +180,10 @@ class FastFace:
         from .pipeline import pick_device
 
         if self._analyser is None:
-            kind = pick_device(self.device).type
-            self._analyser = load_face_models(self.paths(faces=True)["face"], device=kind)
+            device = str(pick_device(self.device))
+            self._analyser = load_face_models(self.paths(faces=True)["face"], device=device)
+            if self._analyser.note:
+                self.log(self._analyser.note)
         given = [Path(photo) if isinstance(photo, str) else photo for photo in photos]
         return make_identity(given, self._analyser, face_index=face_index, face_box=face_box, log=self.log)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -183,6 +183,10 @@ def identity_attention(query: Tensor, key: Tensor, value: Tensor, chain: Chain |
     return torch.where(broken, out, moved).to(query.dtype)
 
 
+KeysAndValues: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Of the text, then of the identity: key, value, key, value."""
+
+
 @dataclass
 class Conditions:
     """What the rows of a UNet call attend to, and the state of the run: nothing of it outlives the run.
@@ -204,10 +208,9 @@ class Conditions:
     chains: dict[Block, Chain | None] = field(default_factory=dict)
     speaks: bool = field(init=False)
     """False where every adapter scale is 0: the identity half is left out."""
-    projected: dict[int, tuple[Tensor, Tensor, Tensor, Tensor]] = field(default_factory=dict)
-    picked: dict[tuple[int, tuple[tuple[bool, bool], ...]], tuple[Tensor, Tensor, Tensor, Tensor]] = field(
-        default_factory=dict
-    )
+    projected: dict[int, KeysAndValues] = field(default_factory=dict)
+    picked: dict[int, tuple[tuple[tuple[bool, bool], ...], KeysAndValues]] = field(default_factory=dict)
+    """By layer: the branches that rows were last picked for, and those rows."""
 
     def __post_init__(self) -> None:
         self.speaks = bool((self.scale != 0).any())
@@ -222,10 +225,10 @@ class Conditions:
 
     def keys_and_values(
         self, layer: AttentionLayer, to_k_ip: torch.nn.Module, to_v_ip: torch.nn.Module
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> KeysAndValues:
         """Text keys and values, identity keys and values of the rows: [rows, heads, tokens, d] each."""
-        where = (id(layer), self.branches)
-        if where not in self.picked:
+        branches, rows = self.picked.get(id(layer), ((), None))
+        if rows is None or branches != self.branches:
             if id(layer) not in self.projected:
                 self.projected[id(layer)] = (
                     _heads(layer.to_k(self.text), layer.heads),
@@ -234,13 +237,9 @@ class Conditions:
                     _heads(to_v_ip(self.identity), layer.heads),
                 )
             tk, tv, ik, iv = self.projected[id(layer)]
-            self.picked[where] = (
-                tk[self.text_rows],
-                tv[self.text_rows],
-                ik[self.identity_rows],
-                iv[self.identity_rows],
-            )
-        return self.picked[where]
+            rows = (tk[self.text_rows], tv[self.text_rows], ik[self.identity_rows], iv[self.identity_rows])
+            self.picked[id(layer)] = (self.branches, rows)
+        return rows
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:

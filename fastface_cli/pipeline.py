@@ -40,7 +40,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from . import attention, guidance
-from .errors import DeviceError, ModelUnavailableError, RecipeError, UsageError
+from .errors import DeviceError, FastFaceError, ModelUnavailableError, RecipeError, UsageError
 from .recipe import Block, Recipe
 
 if TYPE_CHECKING:
@@ -336,9 +336,9 @@ class Trace:
     """What the loop of a batch left behind."""
 
     initial_latents: Tensor
+    """[images, 4, h, w]"""
     latents: list[Tensor] = field(default_factory=list)
-    predictions: list[Tensor] = field(default_factory=list)
-    """Per step [branches, images, 4, h, w]; filled only on request."""
+    """After each step, [images, 4, h, w]."""
 
 
 class Pipeline:
@@ -457,8 +457,12 @@ class Pipeline:
     def encode_prompt(self, text: str | None) -> tuple[Tensor, Tensor]:
         """Text conditioning: [tokens, width] and pooled [width]; None gives zeros (no negative prompt)."""
         if text is None:
-            embeds, pooled = self.encode_prompt("")
-            return torch.zeros_like(embeds), torch.zeros_like(pooled)
+            first, second = self.parts.text_encoder.config, self.parts.text_encoder_2.config
+            width = first.hidden_size + second.hidden_size
+            zeros = torch.zeros(
+                self.parts.tokenizer.model_max_length, width, device=self.device, dtype=self.dtype
+            )
+            return zeros, zeros.new_zeros(second.projection_dim)
         self._warn_if_cut(text)
         embeds, _, pooled, _ = self.parts.encode_prompt(
             text, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
@@ -559,7 +563,6 @@ class Pipeline:
         steps: Sequence[guidance.Step],
         *,
         on_step: Callable[[int], None] = lambda _: None,
-        keep_predictions: bool = False,
     ) -> tuple[Trace, Tensor]:
         """The sampling loop over one batch: the latents of every step, and the timesteps.
 
@@ -595,8 +598,6 @@ class Pipeline:
                     return_dict=False,
                 )[0]
                 predicted = predicted.reshape(len(chosen), images, *predicted.shape[1:])
-                if keep_predictions:
-                    trace.predictions.append(predicted.float())
                 guided = guidance.combine(predicted, step, self.recipe.guidance)
                 latents = scheduler.step(guided, t, latents, **extra, return_dict=False)[0]
                 trace.latents.append(latents)
@@ -663,10 +664,12 @@ def to_pil(image: Tensor) -> Image.Image:
     """[3, H, W] in [0, 1] to an 8-bit RGB picture.
 
     Raises:
-        RuntimeError: the picture holds numbers that are not finite.
+        FastFaceError: the picture holds numbers that are not finite.
     """
     if not image.isfinite().all():
-        raise RuntimeError("the decoder produced numbers that are not finite; try --dtype float32")
+        raise FastFaceError(
+            "the picture holds numbers that are not finite", "try --dtype float32 or bfloat16"
+        )
     return Image.fromarray((image * 255).round().byte().permute(1, 2, 0).cpu().numpy())
 
 
