@@ -72,7 +72,7 @@ def list_(
 
 @app.command()
 def remove(
-    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Models to remove.")] = None,
+    names: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="Models to remove.")] = None,
     everything: Annotated[bool, typer.Option("--all", help="Remove all of them.")] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object; needs --yes.")] = False,

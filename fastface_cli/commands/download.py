@@ -17,7 +17,7 @@ def download(
     names: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[RECIPE|MODEL]...",
+            metavar="RECIPE|MODEL",
             help="Recipes or models; left out, the default recipe.",
             show_default=False,
         ),
