@@ -12,7 +12,7 @@ import typer
 
 from . import __version__, console
 from .commands import cache, download, generate, recipes
-from .errors import FastFaceError, UsageError
+from .errors import FastFaceError, UsageError, unexpected
 
 app = typer.Typer(
     name="fastface",
@@ -32,7 +32,15 @@ class _Interrupted(BaseException):
     """Ctrl-C; not KeyboardInterrupt, which Typer would turn into exit code 1."""
 
 
+class _Stopped(FastFaceError):
+    """What is told of it."""
+
+    exit_code = 130
+    kind = "interrupted"
+
+
 def _interrupt(_signal: int, _frame: FrameType | None) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends the process where it stands
     raise _Interrupted
 
 
@@ -63,27 +71,52 @@ def run(argv: list[str] | None = None) -> int:
     except SystemExit as exit_:
         code = exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
         if code == UsageError.exit_code and "--json" in arguments:
-            # Typer has said on stderr what is wrong with the arguments.
-            console.print_json({"ok": False, **_failure(UsageError("the arguments are not valid"))})
+            _print_failure(arguments, UsageError(_said(exit_)), {})
         return code
-    except _Interrupted:
-        console.note("interrupted")
-        return 130
-    except FastFaceError as error:
-        if os.environ.get("FASTFACE_DEBUG") == "1":
+    except BrokenPipeError:
+        return _closed_pipe()
+    except (_Interrupted, Exception) as error:
+        if os.environ.get("FASTFACE_DEBUG") == "1" and not isinstance(error, _Interrupted):
             raise
-        if "--json" in arguments:
-            console.print_json({"ok": False, **_failure(error)})
-        console.print_error(error)
-        return error.exit_code
+        failure = _failure(error)
+        try:
+            if "--json" in arguments:
+                _print_failure(arguments, failure, getattr(error, "partial", {}))
+            if isinstance(error, _Interrupted):
+                console.note("interrupted")
+            else:
+                console.print_error(failure)
+        except BrokenPipeError:
+            _closed_pipe()
+        return failure.exit_code
     return 0
 
 
-def _failure(error: FastFaceError) -> dict[str, Any]:
-    return {
-        **error.partial,
-        "error": {"kind": error.kind, "code": error.exit_code, "message": error.message, "hint": error.hint},
-    }
+def _failure(error: BaseException) -> FastFaceError:
+    """What to tell of whatever was raised."""
+    if isinstance(error, FastFaceError):
+        return error
+    if isinstance(error, _Interrupted):
+        return _Stopped("interrupted")
+    return unexpected(error)
+
+
+def _print_failure(arguments: list[str], error: FastFaceError, partial: dict[str, Any]) -> None:
+    """The one JSON object of a failed command; that of `generate` always lists the pictures it made."""
+    empty = {"images": []} if arguments[:1] == ["generate"] else {}
+    console.print_json({"ok": False, **empty, **partial, "error": error.record()})
+
+
+def _said(exit_: SystemExit) -> str:
+    """What Typer has said on stderr about the arguments, in one line."""
+    say = getattr(exit_.__context__, "format_message", None)
+    return " ".join(str(say()).split()) if say else "the arguments are not valid"
+
+
+def _closed_pipe() -> int:
+    """Nobody reads stdout any more: go quietly, as `head` expects."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1
 
 
 def main() -> None:

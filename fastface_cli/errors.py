@@ -25,6 +25,10 @@ class FastFaceError(Exception):
         self.partial: dict[str, Any] = {}
         """What was done before it went wrong, for `--json`."""
 
+    def record(self) -> dict[str, Any]:
+        """As JSON output tells it."""
+        return {"kind": self.kind, "code": self.exit_code, "message": self.message, "hint": self.hint}
+
 
 class UsageError(FastFaceError):
     """The command line, a recipe or an input file is not what it must be."""
@@ -58,6 +62,15 @@ class NoFaceError(FastFaceError):
 
     exit_code = 5
     kind = "no_face"
+
+
+def unexpected(error: BaseException) -> FastFaceError:
+    """An exception that nobody foresaw, as one sentence."""
+    lines = str(error).strip().splitlines()
+    said = f": {lines[0][:300]}" if lines else ""
+    return FastFaceError(
+        f"unexpected {type(error).__name__}{said}", "set FASTFACE_DEBUG=1 to see where it comes from"
+    )
 
 
 def nearest(name: str, valid: Iterable[str]) -> str | None:

@@ -206,16 +206,7 @@ def record(line: int, result: Mapping[str, Any] | FastFaceError) -> dict[str, An
         result: the record of the picture (path, prompt, seed, ...), or why there is none.
     """
     if isinstance(result, FastFaceError):
-        return {
-            "line": line,
-            "ok": False,
-            "error": {
-                "kind": result.kind,
-                "code": result.exit_code,
-                "message": result.message,
-                "hint": result.hint,
-            },
-        }
+        return {"line": line, "ok": False, "error": result.record()}
     return {"line": line, "ok": True, **result, "error": None}
 
 
