@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .. import console
-from ..errors import FastFaceError, UsageError
+from ..errors import UsageError
 
 if TYPE_CHECKING:
     from ..identity import Identity
@@ -196,8 +196,9 @@ def generate(
     report = Report()
     try:
         run(options, report)
-    except FastFaceError as error:
-        error.partial = {"images": report.images}
+    except BaseException as error:
+        # Whatever ended the run: the JSON tells of the pictures that are there.
+        vars(error)["partial"] = {"images": report.images}
         raise
     if as_json:
         console.print_json({"ok": True, "images": report.images, "error": None})
@@ -267,8 +268,8 @@ def prepare(options: Options, default_recipe: str) -> Work:
         seed = provenance.seed if provenance else recipe.seed
     if seed is None:
         seed = random_seed()
-    if not 0 <= seed < 2**63 - options.count:
-        raise UsageError(f"seed {seed} is out of range", "a seed lies between 0 and 2^63")
+    if not 0 <= seed <= 2**63 - options.count:
+        raise UsageError(f"seed {seed} is out of range", "seeds lie between 0 and 2^63 - 1")
     negative = options.negative_prompt
     if negative is None:
         negative = provenance.negative_prompt if provenance else recipe.negative_prompt
