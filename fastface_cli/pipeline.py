@@ -9,7 +9,9 @@ from __future__ import annotations
 import copy
 import gc
 import logging
+import re
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -114,20 +116,33 @@ def _loading(what: str, path: Path) -> Iterator[None]:
     except (ModelUnavailableError, MemoryError, torch.OutOfMemoryError, KeyboardInterrupt):
         raise
     except Exception as error:
-        reason = str(error).strip().splitlines()
         raise ModelUnavailableError(
-            f"cannot load the {what} from {path}: {reason[0][:300] if reason else type(error).__name__}",
-            "`fastface download --verify` checks the files of a recipe",
+            f"cannot load the {what} from {path}: {_reason(error)}",
+            "is it whole, and of the right kind? `fastface download --verify` checks what was fetched",
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """What a loader says, without its advice to programmers."""
+    if isinstance(error, KeyError):
+        return f"it lacks {error}"
+    if isinstance(error, AttributeError | TypeError):
+        return "its content has another form"
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    said = " ".join(lines[:2]) if lines and lines[0].endswith(":") else "".join(lines[:1])
+    sentence = re.split(r"\.\s", said, maxsplit=1)[0]
+    return sentence[:300].rstrip(".") or type(error).__name__
 
 
 def _strict(report: Mapping[str, Any], what: str, allowed: tuple[str, ...] = ()) -> None:
     """Refuse weights that do not fill the model: a loader would otherwise leave random numbers in it."""
     missing = [key for key in report.get("missing_keys", ()) if not key.endswith(allowed)]
-    wrong = list(report.get("mismatched_keys", ()))
+    wrong = [key if isinstance(key, str) else key[0] for key in report.get("mismatched_keys", ())]
     if missing or wrong:
-        named = ", ".join(str(key) for key in (missing + wrong)[:3])
-        raise ValueError(f"the {what} lacks or mis-shapes {len(missing) + len(wrong)} tensors ({named}, ...)")
+        found = sorted(missing) + sorted(wrong)
+        named = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
+        counts = f"{len(missing)} tensors are missing, {len(wrong)} have another shape"
+        raise ValueError(f"{what}: {counts} ({named})")
 
 
 def load_unet(base: Path, unet: Path | None, dtype: torch.dtype) -> UNet2DConditionModel:
@@ -186,6 +201,7 @@ def load_text_encoders(
                 use_safetensors=True,
                 local_files_only=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # _strict names them
             )
             _strict(report, subfolder, ("position_ids",))
             models.append(model.eval())
@@ -193,7 +209,17 @@ def load_text_encoders(
             CLIPTokenizer.from_pretrained(base, subfolder=name, local_files_only=True)
             for name in ("tokenizer", "tokenizer_2")
         ]
+        for tokenizer, model in zip(tokenizers, models, strict=True):
+            _check_tokenizer(tokenizer, model.config)
         return models[0], models[1], tokenizers[0], tokenizers[1]
+
+
+def _check_tokenizer(tokenizer: CLIPTokenizer, config: Any) -> None:
+    """Refuse one whose files are not all there: it would load all the same, and make other tokens."""
+    if tokenizer.model_max_length != config.max_position_embeddings:
+        raise ValueError("the tokenizer does not cut prompts at the length that its encoder reads")
+    if max(tokenizer("a")["input_ids"]) >= config.vocab_size:
+        raise ValueError("the tokenizer makes tokens that its encoder does not know")
 
 
 def load_vae(base: Path, vae: Path | None, dtype: torch.dtype) -> AutoencoderKL | AutoencoderTiny:
@@ -229,6 +255,7 @@ def load_image_encoder(folder: Path, dtype: torch.dtype) -> CLIPVisionModelWithP
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # _strict names them
         )
         _strict(report, "image encoder", ("position_ids",))
         return model.eval()
@@ -239,6 +266,9 @@ def load_scheduler(recipe: Recipe, base: Path, config: Path | None) -> Any:
     folder = config or base
     with _loading("scheduler configuration", folder):
         settings = DDIMScheduler.load_config(folder, subfolder="scheduler", local_files_only=True)
+        if "beta_schedule" not in settings:
+            # The class's own defaults would step in, and with them other noise levels.
+            raise ValueError("it does not say its beta_schedule")
         spacing = recipe.model.scheduler.spacing
         changes = {} if spacing is None else {"timestep_spacing": spacing}
         return SCHEDULERS[recipe.model.scheduler.kind].from_config(settings, **changes)
@@ -694,15 +724,17 @@ def _memory_errors(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _quiet_libraries() -> Iterator[None]:
-    """Loaders warn about what we do on purpose (no image encoder folder, no safety checker)."""
+    """Loaders warn about what we do on purpose (no image encoder folder), and repeat what they raise."""
     loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
     levels = [logger.level for logger in loggers]
     bars = transformers_logging.is_progress_bar_enabled()
     for logger in loggers:
-        logger.setLevel(logging.ERROR)
+        logger.setLevel(logging.CRITICAL)
     transformers_logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         if bars:
             transformers_logging.enable_progress_bar()
