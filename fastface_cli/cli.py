@@ -32,7 +32,7 @@ class _Interrupted(BaseException):
     """Ctrl-C; not KeyboardInterrupt, which Typer would turn into exit code 1."""
 
 
-class _Stopped(FastFaceError):
+class _StoppedError(FastFaceError):
     """What is told of it."""
 
     exit_code = 130
@@ -97,13 +97,13 @@ def _failure(error: BaseException) -> FastFaceError:
     if isinstance(error, FastFaceError):
         return error
     if isinstance(error, _Interrupted):
-        return _Stopped("interrupted")
+        return _StoppedError("interrupted")
     return unexpected(error)
 
 
 def _print_failure(arguments: list[str], error: FastFaceError, partial: dict[str, Any]) -> None:
     """The one JSON object of a failed command; that of `generate` always lists the pictures it made."""
-    empty = {"images": []} if arguments[:1] == ["generate"] else {}
+    empty: dict[str, Any] = {"images": []} if arguments[:1] == ["generate"] else {}
     console.print_json({"ok": False, **empty, **partial, "error": error.record()})
 
 
