@@ -22,11 +22,13 @@ from hypothesis import strategies as st
 from original_names import original
 from safetensors.torch import load_file, save
 
+import fastface_cli
 from fastface_cli.sdxl import MINIATURE, PUBLISHED, Stack, config_text
 from fastface_cli.structure import (
     PARTS,
     PT,
     Layout,
+    lora_layout,
     part_layouts,
     random_tensor,
     safetensors_header,
@@ -217,27 +219,53 @@ def test_the_miniature_has_every_kind_of_tensor(part: str) -> None:
         assert layout.parameters < 3e6
 
 
-def _configured(golden: Path) -> Stack:
-    def read(name: str) -> dict[str, object]:
-        config: dict[str, object] = json.loads((golden / name / "config.json").read_text())
+def _found(path: Path, prefix: str = "") -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    return {
+        name if name.startswith(prefix) else prefix + name: (tuple(tensor.shape), tensor.dtype)
+        for name, tensor in load_file(path).items()
+    }
+
+
+def _check_stack(pipe: Path, clip: Path, adapter: Path, dtype: torch.dtype) -> Stack:
+    """A stack on disk has the layouts that follow from its own configurations."""
+
+    def read(folder: Path) -> dict[str, object]:
+        config: dict[str, object] = json.loads((folder / "config.json").read_text())
         return config
 
-    parts = {name: read(f"pipe/{name}") for name in ("unet", "text_encoder", "text_encoder_2", "vae")}
-    return Stack(**parts, image_encoder=read("clip"), adapter_rank=4)
+    pickled = torch.load(adapter, weights_only=True)
+    stack = Stack(
+        **{name: read(pipe / name) for name in ("unet", "text_encoder", "text_encoder_2", "vae")},
+        image_encoder=read(clip),
+        adapter_rank=len(pickled["ip_adapter"]["0.to_q_lora.down.weight"]),
+    )
+    for name, layout in part_layouts("base", stack, dtype).items():
+        # transformers 5 writes CLIPTextModel without the prefix, and reads both
+        prefix = "text_model." if name.startswith("text_encoder/") else ""
+        assert _found(pipe / name, prefix) == layout.tensors
+    (layout,) = part_layouts("adapter", stack, dtype).values()
+    assert layout.tensors == {
+        f"{part}.{name}": (tuple(tensor.shape), tensor.dtype)
+        for part, tensors in pickled.items()
+        for name, tensor in tensors.items()
+    }
+    (layout,) = part_layouts("image_encoder", stack).values()
+    vision = {name: shape for name, (shape, _) in _found(clip / "model.safetensors").items()}
+    named = {name: shape for name, (shape, _) in layout.tensors.items()}
+    assert vision == {name: shape for name, shape in named.items() if not name.endswith("position_ids")}
+    return stack
 
 
 def test_the_golden_stack_has_these_layouts(golden: Path) -> None:
-    stack = _configured(golden)
-    for name, layout in part_layouts("base", stack, torch.float32).items():
-        written = load_file(golden / "pipe" / name)
-        found = {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in written.items()}
-        if name == "text_encoder/model.safetensors":  # as transformers 5 writes it
-            found = {f"text_model.{key}": spec for key, spec in found.items()}
-        assert found == layout.tensors
-    (adapter,) = part_layouts("adapter", stack, torch.float32).values()
-    written = torch.load(golden / "faceid_plusv2.bin", weights_only=True)
-    assert adapter.tensors == {
-        f"{part}.{key}": (tuple(tensor.shape), tensor.dtype)
-        for part, tensors in written.items()
-        for key, tensor in tensors.items()
-    }
+    stack = _check_stack(golden / "pipe", golden / "clip", golden / "faceid_plusv2.bin", torch.float32)
+    assert stack.adapter_rank == 4
+
+
+def test_the_pocket_stack_has_these_layouts() -> None:
+    """What loads without a network has the form of what loads with one."""
+    weights = Path(fastface_cli.__file__).parent / "pocket" / "weights"
+    adapter = weights / "ip-adapter-faceid-plusv2_pocket.bin"
+    stack = _check_stack(weights / "pipe", weights / "clip", adapter, torch.float16)
+    lora = _found(weights / "Pocket-4steps-lora.safetensors")
+    rank = next(shape[0] for name, (shape, _) in lora.items() if name.endswith("lora_down.weight"))
+    assert lora == lora_layout(stack.unet, rank).tensors
