@@ -13,7 +13,7 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
+from diffusers.models.attention_processor import IPAdapterAttnProcessor
 from diffusers.models.embeddings import IPAdapterFaceIDPlusImageProjection
 from PIL import Image
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from training.common import Ema, Options, Run, autocast, descend, device, load_p
 
 BATCH = 64
 TOKENS = 4
-RANK = 8
+RANK = 6
 VIEWS = 4
 """Reference views a portrait: as it is, mirrored, and two in other light and sharpness."""
 IDENTITY_DROPOUT = 0.12
@@ -98,7 +98,7 @@ class Adapter(nn.Module):
         for name, processor in base.attn_processors.items():
             if name.endswith("attn2.processor"):
                 attention = base.get_submodule(name.removesuffix(".processor"))
-                own = IPAdapterAttnProcessor2_0(attention.inner_dim, width, num_tokens=(TOKENS,), scale=1.0)
+                own = IPAdapterAttnProcessor(attention.inner_dim, width, num_tokens=(TOKENS,), scale=1.0)
                 # Starting from the text's own keys and values saves most of the way.
                 for mine, text in ((own.to_k_ip[0], attention.to_k), (own.to_v_ip[0], attention.to_v)):
                     mine.weight.data.copy_(text.layer.weight.data)

@@ -88,8 +88,9 @@ class Ema:
         """Move the average one step; early on it follows closely, so that short runs work."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        for name, parameter in module.named_parameters():
-            self.shadow[name].lerp_(parameter, 1 - decay)
+        current = dict(module.named_parameters())
+        averages, values = list(self.shadow.values()), [current[name].detach() for name in self.shadow]
+        torch._foreach_lerp_(averages, values, 1 - decay)
 
     @torch.no_grad()
     def copy_to(self, module: nn.Module) -> None:
@@ -126,6 +127,10 @@ class Run:
                 if name in state:
                     part.load_state_dict(state[name])
             print(f"{path.stem}: resumed at step {self.step}, {self.seconds / 60:.1f} min", flush=True)
+        for part in parts.values():
+            if isinstance(part, torch.optim.Optimizer):
+                for group in part.param_groups:
+                    group["fused"], group["foreach"] = True, False
         signal.signal(signal.SIGTERM, self._stop)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:

@@ -42,21 +42,11 @@ from training.common import Options, options
 TARGET = Path(__file__).resolve().parent.parent / "fastface_cli" / "pocket" / "weights"
 LORA = "Pocket-4steps-lora.safetensors"
 ADAPTER = "ip-adapter-faceid-plusv2_pocket.bin"
+HEAD_RANK = 64
+"""Rank of the recogniser's last layer in its file: 0.8 MB less, held-out cosine 0.9058 for 0.9064."""
 LIMIT = 30_000_000
 """Most bytes that all files together may have."""
 
-SCHEDULER = {
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    "interpolation_type": "linear",
-    "num_train_timesteps": 1000,
-    "prediction_type": "epsilon",
-    "steps_offset": 1,
-    "timestep_spacing": "leading",
-    "trained_betas": None,
-    "use_karras_sigmas": False,
-}
 PUBLISHED_SCHEDULER = {
     "_class_name": "EulerDiscreteScheduler",
     "_diffusers_version": "0.19.0.dev0",
@@ -121,11 +111,23 @@ def to_onnx(network: nn.Module, example: torch.Tensor, path: Path, outputs: list
     halve_onnx(path)
 
 
+def factorised(layer: Any, rank: int) -> nn.Sequential:
+    """A linear layer as the product of two narrow ones, by singular values."""
+    u, s, v = torch.linalg.svd(layer.weight.data, full_matrices=False)
+    first = nn.Linear(layer.in_features, rank, bias=False)
+    second = nn.Linear(rank, layer.out_features)
+    first.weight.data = v[:rank].contiguous()
+    second.weight.data = (u[:, :rank] * s[:rank]).contiguous()
+    second.bias.data = layer.bias.data
+    return nn.Sequential(first, second)
+
+
 def export_face(settings: Options, folder: Path, draft: bool) -> None:
     """Detector and recogniser, in the layout of InsightFace's packs."""
     folder.mkdir(parents=True, exist_ok=True)
     have = settings.work / "recogniser.pt"
     network = recogniser.trained(settings.work) if have.exists() or not draft else recogniser.Recogniser()
+    network.head = factorised(network.head, HEAD_RANK)
     to_onnx(network, torch.zeros(1, 3, 112, 112), folder / "rec_pocket.onnx", ["embedding"], free=False)
     have = settings.work / "detector.pt"
     finder = detector.trained(settings) if have.exists() or not draft else detector.Detector()
@@ -147,8 +149,7 @@ def export_pipe(settings: Options, folder: Path, draft: bool) -> None:
     else:
         pictures = vae.build(size)
     base = unet.trained(work, size) if (work / "unet.pt").exists() or not draft else unet.build(size)
-    # Keys that this scheduler class does not know are in SDXL's file all the same; it is rewritten below.
-    scheduler = EulerDiscreteScheduler(**SCHEDULER)
+    scheduler = EulerDiscreteScheduler.from_config(PUBLISHED_SCHEDULER)
     pipe = StableDiffusionXLPipeline(
         vae=pictures.cpu(),
         text_encoder=towers.text_1.cpu(),

@@ -17,7 +17,7 @@ from torch import Tensor
 from training import data, low_rank, unet
 from training.common import Ema, Run, autocast, descend, device, load_part, options
 
-RANK = 8
+RANK = 4
 BATCH = 64
 GUIDANCE = 2.0
 STATIONS = (999, 749, 499, 249, -1)

@@ -1,0 +1,47 @@
+"""Every stage in order, each as its own process: a kill loses minutes, running it again goes on."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+STAGES: tuple[tuple[str, float], ...] = (
+    ("data", 0),
+    ("recogniser", 16),
+    ("detector", 25),
+    ("clip", 10),
+    ("vae", 45),
+    ("latents", 0),
+    ("unet", 60),
+    ("decoder", 30),
+    ("lora", 25),
+    ("adapter", 45),
+    ("export", 0),
+    ("report", 0),
+)
+"""Stage and minutes, for two CPU cores; a GPU needs a tenth of it."""
+
+
+def main() -> None:
+    """Run the stages; options are handed on to each, ``--share`` scales all the budgets."""
+    parser = argparse.ArgumentParser(prog="python -m training.all")
+    parser.add_argument("--work", type=Path, default=Path("~/.cache/fastface-training").expanduser())
+    parser.add_argument("--portraits", type=Path, default=Path("../shared/portraits"))
+    parser.add_argument("--size", type=int, choices=(128, 256), default=128)
+    parser.add_argument("--share", type=float, default=1.0, help="multiplies every stage's minutes")
+    parser.add_argument("--from", dest="first", choices=[name for name, _ in STAGES], default=STAGES[0][0])
+    arguments = parser.parse_args()
+    names = [name for name, _ in STAGES]
+    for name, minutes in STAGES[names.index(arguments.first) :]:
+        command = [sys.executable, "-m", f"training.{name}", "--work", str(arguments.work)]
+        command += ["--portraits", str(arguments.portraits), "--size", str(arguments.size)]
+        if minutes:
+            command += ["--minutes", str(minutes * arguments.share)]
+        print("$", " ".join(command), flush=True)
+        subprocess.run(command, check=True)
+
+
+if __name__ == "__main__":
+    main()
