@@ -258,30 +258,23 @@ def prepare(options: Options, default_recipe: str) -> Work:
     prompts = [prompt.encode("utf-8", "replace").decode() for prompt in options.prompts]
     if options.prompts_file is not None:
         prompts += prompts_file(options.prompts_file)
-    remembered = provenance.prompt if provenance else recipe.prompt
-    if not prompts and remembered is not None:
-        prompts = [remembered]
+    said = recipe if provenance is None else _as_run(options, provenance)
+    if not prompts and said.prompt is not None:
+        prompts = [said.prompt]
     if not prompts:
         raise UsageError("there is no prompt", 'say what to make: --prompt "a portrait in a garden"')
-    seed = options.seed
-    if seed is None:
-        seed = provenance.seed if provenance else recipe.seed
+    seed = said.seed if options.seed is None else options.seed
     if seed is None:
         seed = random_seed()
     if not 0 <= seed <= 2**63 - options.count:
         raise UsageError(f"seed {seed} is out of range", "seeds lie between 0 and 2^63 - 1")
-    negative = options.negative_prompt
-    if negative is None:
-        negative = provenance.negative_prompt if provenance else recipe.negative_prompt
-    scales = options.scales
-    if not scales:
-        scales = [provenance.adapter_scale if provenance else recipe.adapter.scale]
+    negative = said.negative_prompt if options.negative_prompt is None else options.negative_prompt
     work = Work(
         recipe=recipe,
         prompts=prompts,
         negative_prompt=negative,
         seeds=[seed + index for index in range(options.count)],
-        scales=scales,
+        scales=options.scales or [said.adapter.scale],
         paths=[],
         expected_identity=provenance.identity_digest if provenance else None,
     )
@@ -299,7 +292,7 @@ def prepare(options: Options, default_recipe: str) -> Work:
 
 
 def _recipe(options: Options, provenance: Provenance | None, default: str) -> Recipe:
-    from ..recipe_files import load_recipe, load_recipe_data
+    from ..recipe_files import load_recipe
 
     if provenance is None:
         return load_recipe(
@@ -307,16 +300,28 @@ def _recipe(options: Options, provenance: Provenance | None, default: str) -> Re
         ).recipe
     given = [override.partition("=")[0].strip() for override in options.overrides]
     provenance.require_local_parts(given + (["model"] if options.stack else []))
-    recipe = load_recipe_data(
-        provenance.recipe.canonical(),
+    recipe = _changed(options, provenance.recipe)
+    for part in provenance.changed_local_parts(recipe):
+        console.note(f"warning: {part.field} is not the file '{part.name}' that the picture was made with")
+    return recipe
+
+
+def _as_run(options: Options, provenance: Provenance) -> Recipe:
+    """What a replay takes where no flag says otherwise: prompts, seed and adapter scale of the picture."""
+    return _changed(options, provenance.as_run())
+
+
+def _changed(options: Options, recipe: Recipe) -> Recipe:
+    """A recipe read from a picture, with the changes of this call."""
+    from ..recipe_files import load_recipe_data
+
+    return load_recipe_data(
+        recipe.canonical(),
         str(options.replay),
         overrides=options.overrides,
         flags=options.flags,
         stack=options.stack,
     ).recipe
-    for part in provenance.changed_local_parts(recipe):
-        console.note(f"warning: {part.field} is not the file '{part.name}' that the picture was made with")
-    return recipe
 
 
 def _replayed(options: Options) -> Provenance | None:
