@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,10 +16,12 @@ from .. import console
 from ..errors import UsageError
 
 if TYPE_CHECKING:
+    from ..api import FastFace
     from ..identity import Identity
     from ..metadata import Provenance
     from ..pipeline import Picture, Pipeline, Request
     from ..recipe import Recipe
+    from ..settings import Settings
 
 
 @dataclass
@@ -81,6 +84,11 @@ class Report:
     """What has been done so far; printed as JSON also when the run fails half way."""
 
     images: list[dict[str, Any]] = field(default_factory=list)
+    grid: Path | None = None
+
+    def record(self) -> dict[str, Any]:
+        """Its part of the JSON object."""
+        return {"images": self.images} | ({"grid": str(self.grid)} if self.grid else {})
 
 
 def generate(
@@ -198,30 +206,21 @@ def generate(
         run(options, report)
     except BaseException as error:
         # Whatever ended the run: the JSON tells of the pictures that are there.
-        vars(error)["partial"] = {"images": report.images}
+        vars(error)["partial"] = report.record()
         raise
     if as_json:
-        console.print_json({"ok": True, "images": report.images, "error": None})
+        console.print_json({"ok": True, **report.record(), "error": None})
 
 
 def run(options: Options, report: Report) -> None:
     """One call of the command: cheap checks first, then device, models, face, pictures."""
-    from ..api import FastFace, check_device
     from ..settings import load_settings
 
     settings = load_settings()
     verbose = max(options.verbose, settings.verbosity)
     work = prepare(options, settings.recipe)
     identity, photos = people(options)
-    device = check_device(work.recipe, options.device or settings.device)
-    face = FastFace(
-        work.recipe,
-        device=device,
-        dtype=options.dtype,
-        offline=True if options.offline else None,
-        progress=True,
-        log=console.note,
-    )
+    face = ready(options, work.recipe, settings)
     if identity is None:
         identity = face.identity(*photos, face_index=options.face_index, face_box=options.face_box)
     if options.save_identity is not None:
@@ -235,10 +234,33 @@ def run(options: Options, report: Report) -> None:
     began = time.perf_counter()
     pipeline = face.pipeline
     if verbose:
-        console.note(f"models loaded in {time.perf_counter() - began:.1f} s on {device}, {pipeline.dtype}")
+        took = time.perf_counter() - began
+        console.note(f"models loaded in {took:.1f} s on {face.device}, {pipeline.dtype}")
         print_plan(pipeline.plan())
     pictures = make(options, work, pipeline, identity, report)
-    finish(options, work, pictures)
+    finish(options, work, pictures, report)
+
+
+def ready(options: Options, recipe: Recipe, settings: Settings) -> FastFace:
+    """The recipe made ready to run, its device and dtype checked before any model is fetched.
+
+    Raises:
+        DeviceError: no such device, or a full-size stack and no GPU.
+        UsageError: no such dtype.
+    """
+    from ..api import FastFace, check_device
+    from ..pipeline import pick_device, pick_dtype
+
+    device = check_device(recipe, options.device or settings.device)
+    pick_dtype(options.dtype, pick_device(device))
+    return FastFace(
+        recipe,
+        device=device,
+        dtype=options.dtype,
+        offline=True if options.offline else None,
+        progress=True,
+        log=console.note,
+    )
 
 
 def prepare(options: Options, default_recipe: str) -> Work:
@@ -254,8 +276,7 @@ def prepare(options: Options, default_recipe: str) -> Work:
 
     provenance = _replayed(options)
     recipe = _recipe(options, provenance, default_recipe)
-    # Bytes of an argument that are no UTF-8 come as lone surrogates, which no tokenizer takes.
-    prompts = [prompt.encode("utf-8", "replace").decode() for prompt in options.prompts]
+    prompts = [_text(prompt) for prompt in options.prompts]
     if options.prompts_file is not None:
         prompts += prompts_file(options.prompts_file)
     said = recipe if provenance is None else _as_run(options, provenance)
@@ -268,7 +289,7 @@ def prepare(options: Options, default_recipe: str) -> Work:
         seed = random_seed()
     if not 0 <= seed <= 2**63 - options.count:
         raise UsageError(f"seed {seed} is out of range", "seeds lie between 0 and 2^63 - 1")
-    negative = said.negative_prompt if options.negative_prompt is None else options.negative_prompt
+    negative = said.negative_prompt if options.negative_prompt is None else _text(options.negative_prompt)
     work = Work(
         recipe=recipe,
         prompts=prompts,
@@ -283,11 +304,18 @@ def prepare(options: Options, default_recipe: str) -> Work:
         for index, (prompt, seed, scale) in enumerate(work.cells(), start=1)
     ]
     work.paths = plan_paths(options.output, count=len(fields), fields=fields, force=options.force)
-    for extra in (options.save_identity, options.save_latents):
-        if extra is not None:
-            check_target(extra, force=options.force)
-    if options.grid:
-        check_target(_grid_path(work), force=options.force)
+    taken = {os.path.abspath(path) for path in work.paths}
+    for flag, extra in (
+        ("--save-identity", options.save_identity),
+        ("--save-latents", options.save_latents),
+        ("--grid", _grid_path(work) if options.grid else None),
+    ):
+        if extra is None:
+            continue
+        check_target(extra, force=options.force)
+        if os.path.abspath(extra) in taken:
+            raise UsageError(f"{flag} and another output both go to {extra}", "choose another name")
+        taken.add(os.path.abspath(extra))
     return work
 
 
@@ -340,6 +368,7 @@ def people(options: Options) -> tuple[Identity | None, list[Path]]:
     Raises:
         UsageError: neither or both are given, or a file cannot be read.
     """
+    from ..face_search import check_choice
     from ..identity import Identity
     from ..photos import read_photo
 
@@ -351,6 +380,7 @@ def people(options: Options) -> tuple[Identity | None, list[Path]]:
         raise UsageError(
             "there is no person", "give a photo with --face me.jpg, or --identity me.safetensors"
         )
+    check_choice(options.face_index, options.face_box)
     for photo in options.faces:
         read_photo(photo)
     return None, options.faces
@@ -415,7 +445,7 @@ def describe_picture(picture: Picture, path: Path) -> dict[str, Any]:
     }
 
 
-def finish(options: Options, work: Work, pictures: Sequence[Picture]) -> None:
+def finish(options: Options, work: Work, pictures: Sequence[Picture], report: Report) -> None:
     """What is made of all pictures together: contact sheet and latents."""
     if options.save_latents is not None:
         import torch
@@ -436,9 +466,9 @@ def finish(options: Options, work: Work, pictures: Sequence[Picture]) -> None:
         labels = [f"{picture.request.seed}  {picture.request.prompt}" for picture in pictures]
         sheet = grid([picture.image for picture in pictures], labels=labels)
         text = marker() if options.metadata else None
-        path = write_png(sheet, _grid_path(work), text=text, force=options.force)
+        report.grid = write_png(sheet, _grid_path(work), text=text, force=options.force)
         if not options.as_json:
-            console.line(str(path))
+            console.line(str(report.grid))
 
 
 def _grid_path(work: Work) -> Path:
@@ -454,6 +484,11 @@ def print_plan(steps: Sequence[Any]) -> None:
             f"computes {named}"
         )
     console.note(f"{sum(len(step.branches) for step in steps)} UNet samples a picture")
+
+
+def _text(argument: str) -> str:
+    """Bytes of an argument that are no UTF-8 come as lone surrogates, which no tokenizer takes."""
+    return argument.encode("utf-8", "replace").decode()
 
 
 def _size(text: str) -> tuple[int, int]:

@@ -10,7 +10,7 @@ import typer
 
 from .. import console
 from ..errors import DeviceError, FastFaceError, ModelUnavailableError, UsageError
-from .generate import Options, Report, Work, make, people, prepare
+from .generate import Options, Report, Work, make, people, prepare, ready
 
 if TYPE_CHECKING:
     from ..api import FastFace
@@ -105,17 +105,7 @@ class _Bench:
 
     def _face(self, work: Work) -> FastFace:
         if self.face is None:
-            from ..api import FastFace, check_device
-
-            options = self.options
-            self.face = FastFace(
-                work.recipe,
-                device=check_device(work.recipe, options.device or self.settings.device),
-                dtype=options.dtype,
-                offline=True if options.offline else None,
-                progress=True,
-                log=console.note,
-            )
+            self.face = ready(self.options, work.recipe, self.settings)
         return self.face
 
     def _identity(self, options: Options, work: Work) -> Identity:
