@@ -22,9 +22,12 @@ from transformers import CLIPImageProcessor
 from training import clip, data, low_rank, recogniser, unet
 from training.common import Ema, Options, Run, autocast, descend, device, load_part, options
 
-BATCH = 64
+BATCH = 32
 TOKENS = 4
 RANK = 6
+ADAPTER_SCALE = 0.8
+LORA_SCALE = 0.6
+"""The scales at which the recipes run the adapter; trained so, they need no extrapolation."""
 VIEWS = 4
 """Reference views a portrait: as it is, mirrored, and two in other light and sharpness."""
 IDENTITY_DROPOUT = 0.12
@@ -92,13 +95,15 @@ class Adapter(nn.Module):
             embed_dims=width, output_dims=width, hidden_dims=96, heads=2, id_embeddings_dim=recogniser.WIDTH
         )
         self.projection.shortcut = True
-        self.wrapped = [low_rank.inject(base, ENDINGS, RANK)]
+        self.wrapped = [low_rank.inject(base, ENDINGS, RANK, LORA_SCALE)]
         self.additions = low_rank.Additions(self.wrapped[0])
         processors = {}
         for name, processor in base.attn_processors.items():
             if name.endswith("attn2.processor"):
                 attention = base.get_submodule(name.removesuffix(".processor"))
-                own = IPAdapterAttnProcessor(attention.inner_dim, width, num_tokens=(TOKENS,), scale=1.0)
+                own = IPAdapterAttnProcessor(
+                    attention.inner_dim, width, num_tokens=(TOKENS,), scale=ADAPTER_SCALE
+                )
                 # Starting from the text's own keys and values saves most of the way.
                 for mine, text in ((own.to_k_ip[0], attention.to_k), (own.to_v_ip[0], attention.to_v)):
                     mine.weight.data.copy_(text.layer.weight.data)

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 
 class LowRank(nn.Module):
-    """A frozen layer plus ``up(down(x))``; up starts at zero, so nothing changes at first."""
+    """A frozen layer plus ``scale * up(down(x))``; up starts at zero, so nothing changes at first."""
 
-    def __init__(self, layer: nn.Linear | nn.Conv2d, rank: int) -> None:
+    def __init__(self, layer: nn.Linear | nn.Conv2d, rank: int, scale: float = 1.0) -> None:
         super().__init__()
-        self.layer = layer
+        self.layer, self.scale = layer, scale
         if isinstance(layer, nn.Conv2d):
             kernel, stride, padding = layer.kernel_size, layer.stride, layer.padding
             self.down: nn.Module = nn.Conv2d(layer.in_channels, rank, kernel, stride, padding, bias=False)  # type: ignore[arg-type]
@@ -29,10 +29,10 @@ class LowRank(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.layer(x)
-        return y + self.up(self.down(x)) if self.enabled else y
+        return y + self.scale * self.up(self.down(x)) if self.enabled else y
 
 
-def inject(model: nn.Module, endings: tuple[str, ...], rank: int) -> dict[str, LowRank]:
+def inject(model: nn.Module, endings: tuple[str, ...], rank: int, scale: float = 1.0) -> dict[str, LowRank]:
     """Wrap every layer whose dotted name ends so; returns the wrappers by name."""
     names = [
         name
@@ -45,7 +45,7 @@ def inject(model: nn.Module, endings: tuple[str, ...], rank: int) -> dict[str, L
         parent = model.get_submodule(parent_name)
         layer = model.get_submodule(name)
         assert isinstance(layer, nn.Linear | nn.Conv2d)
-        wrapped[name] = LowRank(layer, rank)
+        wrapped[name] = LowRank(layer, rank, scale)
         # ModuleList entries and plain attributes alike are registered under their last name.
         parent._modules[leaf] = wrapped[name]
     return wrapped

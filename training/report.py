@@ -71,7 +71,8 @@ def detector_rows(portraits: data.Portraits, weights: Path, judge: Judge | None)
             hits += bool(near)
             extra += len(found) - len(near)
             errors += [min(near)] if near else []
-        text = f"{hits / len(portraits.held_out):.1%}, {extra} extra boxes, points off by {np.mean(errors):.1%} of the eyes"
+        share, off = hits / len(portraits.held_out), float(np.mean(errors))
+        text = f"{share:.1%}, {extra} extra boxes, points off by {off:.1%} of the eyes"
         rows.append((f"detector, held-out portraits, detector size {size}", text, "at least 99%"))
         picture = get_image("t1")
         boxes, _ = app.det_model.detect(picture)

@@ -1,0 +1,130 @@
+"""The training code's pure parts; the training itself is measured by ``make pocket-report``."""
+
+from __future__ import annotations
+
+import random
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from training import captions, common, data, decoder, low_rank, styles, tokenizer, vae
+from training.lora import STATIONS, Walk, kohya_name
+
+
+@pytest.fixture
+def picture() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
+
+
+@pytest.fixture
+def fact() -> captions.Facts:
+    return captions.Facts("female", "young", "asian", True, False, "black", "long", "grey")
+
+
+@pytest.mark.parametrize("name", list(styles.STYLES))
+def test_styles_keep_the_shape_and_change_the_picture(name: str, picture: np.ndarray) -> None:
+    operation, descriptions = styles.STYLES[name]
+    styled = operation(picture)
+    assert styled.shape == picture.shape
+    assert styled.dtype == np.uint8
+    assert (styled != picture).any()
+    assert len(descriptions) >= 3
+
+
+def test_captions_put_the_style_before_a_semicolon(fact: captions.Facts) -> None:
+    generator = random.Random(1)
+    for name, (_, descriptions) in styles.STYLES.items():
+        before, _, after = captions.caption(fact, name, generator).partition("; ")
+        assert before in descriptions
+        assert after
+
+
+def test_tokenizer_reads_any_text_and_ends_with_its_highest_id(fact: captions.Facts) -> None:
+    words = tokenizer.build([fact], seed=0)
+    ids = words("A Zebra, éé 北!").input_ids
+    assert ids[0] == len(words) - 2
+    assert ids[-1] == len(words) - 1 == max(ids)
+    assert len(words("woman").input_ids) == 3
+
+
+def test_alignment_is_insightfaces() -> None:
+    face_align = pytest.importorskip("insightface.utils.face_align")
+    generator = np.random.default_rng(3)
+    points = (data.ALIGNED * 1.7 + generator.normal(0, 4, (5, 2)) + 30).astype(np.float32)
+    np.testing.assert_allclose(data.alignment(points), face_align.estimate_norm(points), atol=1e-3)
+
+
+def test_held_out_portraits_are_two_hundred() -> None:
+    assert sum(data.is_held_out(index) for index in range(3780)) == 200
+
+
+def test_low_rank_starts_as_nothing_and_can_be_switched_off() -> None:
+    model = torch.nn.ModuleDict({"to_q": torch.nn.Linear(4, 4), "conv1": torch.nn.Conv2d(4, 4, 3, padding=1)})
+    x = torch.randn(2, 4)
+    before = model["to_q"](x)
+    wrapped = low_rank.inject(model, ("to_q", "conv1"), 2)
+    assert set(wrapped) == {"to_q", "conv1"}
+    assert torch.equal(model["to_q"](x), before)
+    assert isinstance(wrapped["to_q"].up.weight, torch.Tensor)
+    wrapped["to_q"].up.weight.data.fill_(1)
+    assert not torch.equal(model["to_q"](x), before)
+    low_rank.enable(wrapped, False)
+    assert torch.equal(model["to_q"](x), before)
+
+
+def test_walk_is_the_products_scheduler() -> None:
+    from diffusers import DDIMScheduler
+
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        timestep_spacing="trailing",
+    )
+    scheduler.set_timesteps(4)
+    assert scheduler.timesteps.tolist() == list(STATIONS[:-1])
+    x, noise, walk = torch.randn(1, 4, 2, 2), torch.randn(1, 4, 2, 2), Walk()
+    for start, end in pairwise(STATIONS):
+        expected = scheduler.step(noise, start, x, return_dict=False)[0]
+        torch.testing.assert_close(walk.step(x, noise, start, end), expected)
+
+
+def test_kohya_names_are_the_published_ones() -> None:
+    name = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+    assert kohya_name(name) == "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"
+
+
+def test_folding_whitens_latents_and_changes_no_picture() -> None:
+    torch.manual_seed(0)
+    model = vae.build(32).eval()
+    pictures = torch.rand(2, 3, 32, 32) * 2 - 1
+    with torch.no_grad():
+        latents = model.encode(pictures).latent_dist.mean
+        decoded = model.decode(latents).sample
+        mean, std = torch.tensor([0.3, -0.2, 0.1, 0.0]), torch.tensor([2.0, 0.5, 1.5, 1.0])
+        decoder.fold(model, mean, std)
+        white = model.encode(pictures).latent_dist.mean
+        torch.testing.assert_close(white, (latents - mean[:, None, None]) / std[:, None, None])
+        torch.testing.assert_close(model.decode(white).sample, decoded, atol=1e-4, rtol=1e-3)
+
+
+def test_a_run_resumes_where_it_was_killed(tmp_path: Path) -> None:
+    def run(minutes: float) -> common.Run:
+        model = torch.nn.Linear(2, 2)
+        optimiser = torch.optim.AdamW(model.parameters())
+        parts = {"model": model, "ema": common.Ema(model), "optimiser": optimiser}
+        return common.Run(tmp_path / "stage.pt", minutes, parts)
+
+    first = run(1)
+    for step in first.steps():
+        if step == 4:
+            first.stopped = True
+    again = run(1)
+    assert again.step == 5
+    assert again.seconds == pytest.approx(first.seconds)
