@@ -127,7 +127,7 @@ def export_face(settings: Options, folder: Path, draft: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     have = settings.work / "recogniser.pt"
     network = recogniser.trained(settings.work) if have.exists() or not draft else recogniser.Recogniser()
-    network.head = factorised(network.head, HEAD_RANK)
+    network.add_module("head", factorised(network.head, HEAD_RANK))
     to_onnx(network, torch.zeros(1, 3, 112, 112), folder / "rec_pocket.onnx", ["embedding"], free=False)
     have = settings.work / "detector.pt"
     finder = detector.trained(settings) if have.exists() or not draft else detector.Detector()
