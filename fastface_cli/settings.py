@@ -54,7 +54,10 @@ def load_settings() -> Settings:
         try:
             read = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-            raise UsageError(f"cannot read the settings file {path}: {error}", "mend or remove it") from error
+            reason = " ".join(str(error).split())
+            raise UsageError(
+                f"cannot read the settings file {path}: {reason}", "mend or remove it"
+            ) from error
         if not isinstance(read, dict):
             raise UsageError(f"the settings file {path} must hold 'name: value' lines")
         values = read
@@ -74,7 +77,9 @@ def load_settings() -> Settings:
         first = error.errors()[0]
         field = str(first["loc"][0])
         near = nearest(field, Settings.model_fields)
-        raise UsageError(
-            f"setting '{field}' ({path} or FASTFACE_{field.upper()}): {first['msg']}",
-            f"did you mean '{near}'?" if near and near != field else None,
-        ) from error
+        if first["type"] == "extra_forbidden":
+            raise UsageError(
+                f"there is no setting '{field}' ({path})",
+                f"did you mean '{near}'?" if near else f"settings are {', '.join(Settings.model_fields)}",
+            ) from error
+        raise UsageError(f"setting '{field}' ({path} or FASTFACE_{field.upper()}): {first['msg']}") from error
