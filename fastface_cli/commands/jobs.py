@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from .. import console
-from ..errors import DeviceError, FastFaceError, ModelUnavailableError, UsageError
+from ..errors import DeviceError, FastFaceError, ModelUnavailableError, UsageError, unexpected
 from .generate import Options, Report, Work, make, people, prepare, ready
 
 if TYPE_CHECKING:
@@ -38,14 +38,20 @@ def run_jobs(options: Options) -> None:
         else:
             try:
                 result = record(job.line, bench.run(job))
-            except FastFaceError as error:
-                if bench.pipeline is None and isinstance(error, ModelUnavailableError | DeviceError):
+            except Exception as error:
+                failure = error if isinstance(error, FastFaceError) else unexpected(error)
+                own = bool(job.set or job.face)
+                if (
+                    bench.pipeline is None
+                    and not own
+                    and isinstance(error, ModelUnavailableError | DeviceError)
+                ):
                     raise  # no line could be run
-                result = record(job.line, error)
+                result = record(job.line, failure)
         failed += not result["ok"]
         console.print_json(result)
     if failed:
-        console.note(f"{failed} lines failed")
+        console.note(f"{failed} line{'s' * (failed > 1)} failed")
         raise typer.Exit(1)
 
 
@@ -123,5 +129,9 @@ class _Bench:
     def _pipeline(self, work: Work) -> Pipeline:
         face = self._face(work)
         if self.pipeline is None:
-            self.pipeline = face.pipeline
+            try:
+                self.pipeline = face.pipeline
+            except FastFaceError:
+                self.face = None  # the next line may ask for other models
+                raise
         return self.pipeline.with_recipe(work.recipe, face.paths(faces=False))
