@@ -99,6 +99,7 @@ def transfer_progress(*, quiet: bool = False) -> Progress:
         console=console,
         disable=quiet or not console.is_terminal,
         transient=True,
+        redirect_stdout=sys.stdout.isatty(),  # a pipe or a file gets its lines past the display
     )
 
 
@@ -115,4 +116,5 @@ def step_progress(*, quiet: bool = False) -> Progress:
         console=console,
         disable=quiet or not console.is_terminal,
         transient=True,
+        redirect_stdout=sys.stdout.isatty(),  # a pipe or a file gets its lines past the display
     )
