@@ -121,6 +121,9 @@ def _closed_pipe() -> int:
 
 def main() -> None:
     """Entry point of the `fastface` command."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started us
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  for the rest of the process
     signal.signal(signal.SIGINT, _interrupt)
     # Libraries say while they are imported what only a developer wants to know.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

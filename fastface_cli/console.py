@@ -49,7 +49,13 @@ def note(text: str) -> None:
 
 def print_json(value: dict[str, Any]) -> None:
     """One versioned JSON object on stdout."""
-    line(json.dumps({"schema": SCHEMA, **value}, ensure_ascii=False))
+    value = {"schema": SCHEMA, **value}
+    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:  # file names that are no text, terminals that know few letters
+        text = json.dumps(value)
+    line(text)
 
 
 def print_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
