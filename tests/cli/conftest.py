@@ -1,0 +1,74 @@
+"""What tests of `fastface generate` share: a local stack, two people, and the command in this process."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+from fastface_cli import cli
+
+
+class Ended(NamedTuple):
+    """How a call of the command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> dict[str, Any]:
+        """The one JSON object on stdout; anything more is an error."""
+        data: dict[str, Any] = json.loads(self.out)
+        return data
+
+
+@pytest.fixture(scope="session")
+def layout(miniature: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The random miniature as `--stack` takes it."""
+    folder = tmp_path_factory.mktemp("layout")
+    for name, part in (("pipe", "base"), ("clip", "image_encoder"), ("faceid_plusv2.bin", "adapter")):
+        (folder / name).symlink_to(miniature[part])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def me(person, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The identity of a person, as a file."""
+    return person.save(tmp_path_factory.mktemp("me") / "me.safetensors")
+
+
+@pytest.fixture(scope="session")
+def somebody(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The identity of another person, as a file."""
+    from fastface_cli.identity import Identity
+
+    embedding = np.zeros((1, 512), np.float32)
+    embedding[0, 7] = 1
+    other = Identity(embedding, np.full((1, 224, 224, 3), 90, np.uint8), np.ones(1, np.float32))
+    return other.save(tmp_path_factory.mktemp("somebody") / "somebody.safetensors")
+
+
+@pytest.fixture(scope="session")
+def stack(layout: Path) -> list[str]:
+    """Flags that run the miniature in a moment."""
+    return ["--stack", str(layout), "--device", "cpu", "--size", "64"]
+
+
+Call = Callable[..., Ended]
+
+
+@pytest.fixture
+def generate(capfd: pytest.CaptureFixture[str]) -> Call:
+    """`fastface generate ...` in this process."""
+
+    def generate(*arguments: object) -> Ended:
+        capfd.readouterr()
+        code = cli.run(["generate", *map(str, arguments)])
+        return Ended(code, *capfd.readouterr())
+
+    return generate
