@@ -157,9 +157,9 @@ def _slug(value: str | float) -> str:
     text = f"{value:g}" if isinstance(value, float) else unicodedata.normalize("NFC", value)
     text = re.sub(r"[^\w.+-]+", "-", text.strip())
     text = text.encode("utf-8", "ignore")[:80].decode("utf-8", "ignore")
-    text = re.sub(r"\.{2,}", ".", text).lstrip(".").rstrip("-.")
+    text = re.sub(r"\.{2,}", ".", text).rstrip("-.")
     if isinstance(value, str):
-        text = text.lstrip("-")
+        text = text.lstrip("-.")
     if not text:
         return "picture"
     return f"{text}_" if _RESERVED.fullmatch(text) else text

@@ -527,6 +527,12 @@ def test_steps_without_a_checkpoint_name_the_choices(generate, me):
     assert "choose one of 1, 2, 4, 8" in ended.json["error"]["message"]
 
 
+def test_a_prompt_in_a_name_cannot_leave_its_folder_or_hide(generate, stack, me, tmp_path):
+    ended = generate(*stack, "--steps", 1, "--identity", me, "--prompt", "../../etc/x", "--seed", 1,
+                     "-o", f"{tmp_path}/{{prompt}}-{{seed:03}}.png")  # fmt: skip
+    assert ended == (0, f"{tmp_path / 'etc-x-001.png'}\n", "")
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_on_a_cpu(dtype, generate, stack, me, tmp_path):
     ended = generate(*stack, "--dtype", dtype, "--steps", 1, "--identity", me, "--prompt", "", "--seed", 1,
