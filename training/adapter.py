@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPImageProcessor
 
-from training import clip, data, low_rank, recogniser, unet
+from training import clip, data, decoder, low_rank, recogniser, unet, vae
 from training.common import Ema, Options, Run, autocast, descend, device, load_part, options
 
 BATCH = 32
@@ -30,6 +30,11 @@ LORA_SCALE = 0.6
 """The scales at which the recipes run the adapter; trained so, they need no extrapolation."""
 VIEWS = 4
 """Reference views a portrait: as it is, mirrored, and two in other light and sharpness."""
+SEEN = 6
+"""Pictures a step whose face the recogniser looks at."""
+PERSON_WEIGHT = 0.1
+LATEST = 850
+"""Above this timestep a predicted picture is too vague to have a face."""
 IDENTITY_DROPOUT = 0.12
 TEXT_DROPOUT = 0.1
 ENDINGS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -180,6 +185,40 @@ def trained(work: Path, size: int) -> Adapter:
     return adapter
 
 
+class Likeness:
+    """How unlike the wanted person the picture is that a noise prediction amounts to.
+
+    The noise alone says little about who it is; the decoded prediction, seen by the recogniser, does.
+    """
+
+    def __init__(self, settings: Options, portraits: data.Portraits) -> None:
+        self.portraits = portraits
+        self.faces = vae.FaceLoss(settings, portraits)
+        self.decoder = decoder.trained(settings.work, settings.size)
+        self.alphas = unet.schedule().alphas_cumprod
+
+    def __call__(
+        self,
+        noisy: Tensor,
+        predicted: Tensor,
+        timesteps: Tensor,
+        index: np.ndarray,
+        chosen: Tensor,
+        flip: Tensor,
+    ) -> Tensor:
+        """One minus the cosine to the teacher's embedding, weighted by how clear the picture is; a scalar."""
+        alphas = self.alphas.to(noisy.device)[timesteps[chosen]][:, None, None, None]
+        clean = (noisy[chosen] - (1 - alphas).sqrt() * predicted[chosen].float()) / alphas.sqrt()
+        wanted = index[chosen.cpu().numpy()]
+        with autocast():
+            pictures = self.decoder.decode(clean.clamp(-4, 4)).sample
+            crops = self.faces.crops(pictures.float(), torch.from_numpy(wanted), flip)
+            found = self.faces.network.embed(self.faces.network.features(crops)[-1]).float()
+        person = torch.from_numpy(self.portraits.embeddings[wanted]).to(found.device)
+        distance: Tensor = (alphas.flatten().sqrt() * (1 - (found * person).sum(1))).mean()
+        return distance
+
+
 def main() -> None:
     """Train within the budget."""
     settings = options("adapter", 30)
@@ -196,9 +235,10 @@ def main() -> None:
     pictures = unet.Pictures(settings, portraits, 900_000 + run.step)
     scheduler = unet.schedule()
     torch.manual_seed(settings.seed + 3 + run.step)
-    smooth = 0.0
+    smooth = smooth_unlike = 0.0
+    likeness = Likeness(settings, portraits)
     for _ in run.steps():
-        clean, index, texts = pictures.draw(BATCH, TEXT_DROPOUT)
+        clean, index, slots, texts = pictures.draw(BATCH, TEXT_DROPOUT)
         text_states, added = conditions(texts)
         view = pictures.draws.integers(0, VIEWS, BATCH)
         person = torch.from_numpy(embeddings[index, view]).to(clean.device)
@@ -206,7 +246,8 @@ def main() -> None:
         drop = torch.rand(BATCH, device=clean.device) < IDENTITY_DROPOUT
         person[drop] = 0
         seen[drop] = nothing
-        timesteps = torch.randint(0, 1000, (BATCH,), device=clean.device)
+        # Who it is gets decided early, at high noise: draw more of it.
+        timesteps = (1000 * torch.rand(BATCH, device=clean.device) ** 0.6).long()
         noise = torch.randn_like(clean)
         with autocast():
             tokens = adapter.tokens(person, seen)
@@ -214,10 +255,17 @@ def main() -> None:
             context = (text_states, [tokens[:, None]])
             predicted = base(noisy, timesteps, context, added_cond_kwargs=added).sample
         loss = unet.denoising_loss(predicted, noise, timesteps, scheduler)
-        descend(loss, optimiser, run.rate(1e-3, warm_up=100))
+        clear = torch.from_numpy(slots < 2).to(drop.device) & ~drop & (timesteps < LATEST)
+        chosen = clear.nonzero().flatten()[:SEEN]
+        unlike = torch.zeros((), device=clean.device)
+        if len(chosen):
+            flip = torch.from_numpy(slots == 1)[chosen.cpu()]
+            unlike = likeness(noisy, predicted, timesteps, index, chosen, flip)
+        descend(loss + PERSON_WEIGHT * unlike, optimiser, run.rate(1e-3, warm_up=100))
         ema.update(adapter)
         smooth = loss.item() if smooth == 0 else 0.98 * smooth + 0.02 * loss.item()
-        run.log(50, loss=smooth)
+        smooth_unlike = 0.97 * smooth_unlike + 0.03 * unlike.item()
+        run.log(50, loss=smooth, unlike=smooth_unlike)
 
 
 if __name__ == "__main__":

@@ -130,7 +130,7 @@ def main() -> None:
     seen: list[tuple[Tensor, list[str]]] = []
     for _ in run.steps():
         if run.step % REFRESH == 0 or not seen:
-            _, _, texts = pictures.draw(BATCH, 0.05)
+            *_, texts = pictures.draw(BATCH, 0.05)
             states, added = conditions(texts)
             low_rank.enable(wrapped, False)
             stations = teach(model, walk, states, added, torch.randn(BATCH, 4, side, side, device=device()))

@@ -98,8 +98,8 @@ class Pictures:
         weight = np.array([(1.0 if f.smile else 2.2) * (1.0 if f.sex == "female" else 1.5) for f in facts])
         self.chances = weight / weight.sum()
 
-    def draw(self, count: int, dropout: float) -> tuple[Tensor, np.ndarray, list[str]]:
-        """Latents [n, 4, h, w], portrait indices [n] and captions, "" where the text is dropped."""
+    def draw(self, count: int, dropout: float) -> tuple[Tensor, np.ndarray, np.ndarray, list[str]]:
+        """Latents [n, 4, h, w], portraits [n], their slots [n] and captions, "" where dropped."""
         index = self.draws.choice(self.portraits.train, count, p=self.chances)
         slot = np.where(
             self.draws.random(count) < 0.5,
@@ -112,7 +112,7 @@ class Pictures:
             style = data.STYLE_NAMES[latents.content(int(i), int(s))[0]]
             dropped = self.sentences.random() < dropout
             texts.append("" if dropped else captions.caption(self.facts[i], style, self.sentences))
-        return torch.from_numpy(values).to(device()), index, texts
+        return torch.from_numpy(values).to(device()), index, slot, texts
 
 
 def denoising_loss(predicted: Tensor, noise: Tensor, timesteps: Tensor, scheduler: DDPMScheduler) -> Tensor:
@@ -144,7 +144,7 @@ def main() -> None:
     scheduler = schedule()
     smooth = 0.0
     for _ in run.steps():
-        clean, _, texts = pictures.draw(BATCH, TEXT_DROPOUT)
+        clean, _, _, texts = pictures.draw(BATCH, TEXT_DROPOUT)
         states, added = conditions(texts)
         timesteps = torch.randint(0, 1000, (BATCH,), device=clean.device)
         noise = torch.randn_like(clean)
