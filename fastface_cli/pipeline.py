@@ -55,6 +55,8 @@ SCHEDULERS = {
     "lcm": LCMScheduler,
 }
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+NO_MEMORY = "out of memory|ALLOC_FAILED|can't allocate memory"
+"""How MPS, the CUDA libraries and the CPU's allocator say in a plain RuntimeError that memory lacks."""
 BLOCKS: tuple[Block, ...] = ("down", "mid", "up")
 
 
@@ -102,10 +104,11 @@ def pick_dtype(wanted: str | None, device: torch.device) -> torch.dtype:
 
 
 def _variant(folder: Path, stem: str) -> str | None:
-    """`fp16` where the folder holds that variant of its weights and no plain one, else None."""
-    plain = (folder / f"{stem}.safetensors").exists()
-    half = (folder / f"{stem}.fp16.safetensors").exists()
-    return "fp16" if half and not plain else None
+    """`fp16` where the folder holds that variant of its weights, else None.
+
+    In a Hub cache that other programs share, a plain file may lie beside it that was never verified.
+    """
+    return "fp16" if (folder / f"{stem}.fp16.safetensors").exists() else None
 
 
 @contextmanager
@@ -113,9 +116,11 @@ def _loading(what: str, path: Path) -> Iterator[None]:
     """Turn whatever a loader raises over a broken file into one sentence that names it."""
     try:
         yield
-    except (ModelUnavailableError, MemoryError, torch.OutOfMemoryError, KeyboardInterrupt):
+    except (ModelUnavailableError, MemoryError):
         raise
     except Exception as error:
+        if _is_out_of_memory(error):
+            raise
         raise ModelUnavailableError(
             f"cannot load the {what} from {path}: {_reason(error)}",
             "is it whole, and of the right kind? `fastface download --verify` checks what was fetched",
@@ -479,7 +484,8 @@ class Pipeline:
                 raise RecipeError(
                     f"{name} differs from that of the models that are loaded", "run it by itself"
                 )
-        scheduler = load_scheduler(recipe, _configured(paths), paths.get("scheduler"))
+        with _quiet_libraries():
+            scheduler = load_scheduler(recipe, _configured(paths), paths.get("scheduler"))
         return Pipeline(recipe, self.parts, self.projection, scheduler, self.log)
 
     # -------------------------------------------------------------------------------------- conditions
@@ -493,10 +499,11 @@ class Pipeline:
                 self.parts.tokenizer.model_max_length, width, device=self.device, dtype=self.dtype
             )
             return zeros, zeros.new_zeros(second.projection_dim)
-        self._warn_if_cut(text)
-        embeds, _, pooled, _ = self.parts.encode_prompt(
-            text, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
-        )
+        with _quiet_libraries():  # they would say at length what we say in a line
+            self._warn_if_cut(text)
+            embeds, _, pooled, _ = self.parts.encode_prompt(
+                text, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+            )
         return embeds[0], pooled[0]
 
     def _warn_if_cut(self, text: str) -> None:
@@ -540,7 +547,12 @@ class Pipeline:
 
     def _fresh_scheduler(self) -> Any:
         scheduler = copy.deepcopy(self.scheduler)
-        scheduler.set_timesteps(self.recipe.sampling.steps, device=self.device)
+        steps, extra = self.recipe.sampling.steps, {}
+        if isinstance(scheduler, LCMScheduler):
+            # It picks its steps among those that it was distilled on, and refuses to make more of them.
+            extra = {"original_inference_steps": max(steps, scheduler.config.original_inference_steps)}
+        # On the CPU: schedulers read single timesteps, and each of them would wait for the device.
+        scheduler.set_timesteps(steps, **extra)
         return scheduler
 
     def generate(
@@ -570,11 +582,12 @@ class Pipeline:
             with torch.inference_mode(), _memory_errors(self.device):
                 steps = self.plan(prune=prune)
                 trace, timesteps = self.sample(group, steps, on_step=on_step)
-                images = [self.decode(latents) for latents in trace.latents[-1]]
+                # Pictures on the CPU end the wait for the device, which the time below must contain.
+                images = [to_pil(self.decode(latents)) for latents in trace.latents[-1]]
             seconds = (time.perf_counter() - began) / len(group)
             for index, (request, image) in enumerate(zip(group, images, strict=True)):
                 yield Picture(
-                    image=to_pil(image),
+                    image=image,
                     request=request,
                     adapter_scale=self._scale(request),
                     unet_samples=sum(len(step.branches) for step in steps),
@@ -708,12 +721,21 @@ def _is_stochastic(scheduler: Any) -> bool:
     return isinstance(scheduler, EulerAncestralDiscreteScheduler | LCMScheduler)
 
 
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether memory is what lacks."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and re.search(NO_MEMORY, str(error)) is not None
+    )
+
+
 @contextmanager
 def _memory_errors(device: torch.device) -> Iterator[None]:
     """Out of memory becomes one sentence and exit code 4."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()

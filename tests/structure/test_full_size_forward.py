@@ -1,0 +1,103 @@
+"""The UNet of the published size, called as the loop calls it, on tensors without numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
+
+from fastface_cli import attention
+from fastface_cli.attention import Conditions, IdentityAttnProcessor
+from fastface_cli.guidance import BRANCHES
+from fastface_cli.pipeline import BLOCKS
+from fastface_cli.recipe import AdaptiveSoftmask, Attention, Blend, Power, Scale
+from fastface_cli.sdxl import PUBLISHED
+
+META = torch.device("meta")
+METHODS = {
+    "plain": Attention(),
+    "am1": Attention(transforms=[Power(kind="power"), Scale(kind="scale")]),
+    "am2": Attention(
+        transforms=[AdaptiveSoftmask(kind="adaptive_softmask"), Scale(kind="scale")],
+        invert_token_0=True,
+        blend=Blend(),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def unet() -> UNet2DConditionModel:
+    """With the adapter's processors in it, as `load_ip_adapter` puts them there."""
+    with META:
+        model = UNet2DConditionModel.from_config(PUBLISHED.unet).half().eval().requires_grad_(False)
+        processors = {}
+        for name, own in model.attn_processors.items():
+            layer = model.get_submodule(name.removesuffix(".processor"))
+            width = layer.to_q.out_features
+            processors[name] = (
+                IPAdapterAttnProcessor2_0(width, 2048, num_tokens=(4,)).half()
+                if layer.is_cross_attention
+                else own
+            )
+        model.set_attn_processor(processors)
+    return model
+
+
+@pytest.mark.parametrize(("method", "branches"), [("plain", 1), ("am1", 2), ("am2", 3)])
+def test_a_step_of_two_pictures_at_1024(
+    unet: UNet2DConditionModel, method: str, branches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = 2
+    seen: list[tuple[tuple[int, ...], tuple[int, ...], bool]] = []
+    identity_attention = attention.identity_attention
+
+    def spy(query, key, value, chain, count):
+        seen.append((tuple(query.shape), tuple(key.shape), chain is None))
+        return identity_attention(query, key, value, chain, count)
+
+    monkeypatch.setattr(attention, "identity_attention", spy)
+    # Whether any scale speaks is a number, which nothing without numbers can tell.
+    conditions = Conditions(
+        text=torch.empty(2 * images, 77, 2048, dtype=torch.float16, device=META),
+        identity=torch.empty(2 * images, 4, 2048, dtype=torch.float16, device=META),
+        scale=torch.ones(images),
+        images=images,
+    )
+    conditions.scale = conditions.scale.to(META)
+    rows = branches * images
+    with torch.no_grad(), attention.installed(unet, conditions):
+        mine = sum(isinstance(one, IdentityAttnProcessor) for one in unet.attn_processors.values())
+        conditions.select(
+            BRANCHES["identity_first"][3 - branches :],
+            {block: attention.resolve(METHODS[method], block, 0, 4) for block in BLOCKS},
+        )
+        (found,) = unet(
+            torch.empty(rows, 4, 128, 128, dtype=torch.float16, device=META),
+            torch.tensor(999),
+            encoder_hidden_states=conditions.text[conditions.text_rows],
+            added_cond_kwargs={
+                "text_embeds": torch.empty(rows, 1280, dtype=torch.float16, device=META),
+                "time_ids": torch.empty(rows, 6, dtype=torch.float16, device=META),
+            },
+            return_dict=False,
+        )
+    assert (found.shape, found.dtype) == ((rows, 4, 128, 128), torch.float16)
+    assert mine == len(seen) == 70
+    shapes = {query for query, _, _ in seen}
+    assert shapes == {(rows, 10, 4096, 64), (rows, 20, 1024, 64)}
+    assert {key for _, key, _ in seen} == {(rows, 10, 4, 64), (rows, 20, 4, 64)}
+    plain = sum(is_plain for _, _, is_plain in seen)
+    assert plain == (70 if method == "plain" else 10)  # the mid block is left alone
+
+
+def test_a_picture_at_1024_is_within_what_a_quantile_takes() -> None:
+    """The largest map of three branches; torch.quantile refuses more than the limit at once."""
+    assert attention.QUANTILE_LIMIT > 3 * 10 * 4096 * 4
+
+
+def test_more_pictures_than_a_quantile_takes_are_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    maps = torch.rand(6, 2, 50, 4, generator=torch.Generator().manual_seed(0))
+    whole = attention.quantile(maps, 0.65)
+    monkeypatch.setattr(attention, "QUANTILE_LIMIT", 100)
+    assert torch.equal(attention.quantile(maps, 0.65), whole)
