@@ -32,7 +32,7 @@ VIEWS = 4
 """Reference views a portrait: as it is, mirrored, and two in other light and sharpness."""
 SEEN = 6
 """Pictures a step whose face the recogniser looks at."""
-PERSON_WEIGHT = 0.1
+PERSON_WEIGHT = 0.4
 LATEST = 850
 """Above this timestep a predicted picture is too vague to have a face."""
 IDENTITY_DROPOUT = 0.12
