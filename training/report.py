@@ -194,6 +194,17 @@ def vae_rows(portraits: data.Portraits, weights: Path, judge: Judge | None) -> l
     return rows
 
 
+def claim_rows(portraits: data.Portraits, weights: Path, judge: Judge | None) -> list[Row]:
+    """Generated pictures of every recipe, through the product; they need the judge."""
+    from training import generation
+    from training.common import Options
+
+    if judge is None:
+        return []
+    settings = Options(portraits.work, portraits.folder, Path(), portraits.size, 3, 0, 0)
+    return generation.claim_rows(settings, portraits, weights, judge, describe_all(judge, portraits))
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(prog="python -m training.report")
@@ -201,7 +212,7 @@ def main() -> None:
     parser.add_argument("--portraits", type=Path, default=Path("../shared/portraits"))
     parser.add_argument("--weights", type=Path, default=TARGET)
     parser.add_argument("--size", type=int, default=128)
-    parser.add_argument("--parts", default="detector,recogniser,vae")
+    parser.add_argument("--parts", default="detector,recogniser,vae,claims")
     parser.add_argument("--no-judge", action="store_true", help="leave out what needs dlib")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
@@ -211,6 +222,7 @@ def main() -> None:
         "detector": detector_rows,
         "recogniser": recogniser_rows,
         "vae": vae_rows,
+        "claims": claim_rows,
     }
     print("| measured on 200 held-out portraits | found | wanted |\n|---|---|---|")
     for name in arguments.parts.split(","):
