@@ -300,19 +300,28 @@ def block_of(name: str) -> Block:
     return "down" if name.startswith("down") else "up" if name.startswith("up") else "mid"
 
 
+def identity_layers(unet: torch.nn.Module) -> list[tuple[Block, AttentionLayer]]:
+    """The cross-attention layers that hold an adapter, each with the part of the UNet it belongs to."""
+    return [
+        (block_of(name), layer)
+        for name, layer in unet.named_modules()
+        if isinstance(getattr(layer, "processor", None), IPAdapterAttnProcessor2_0)
+    ]
+
+
 @contextmanager
-def installed(unet: Any, conditions: Conditions) -> Iterator[None]:
-    """For the time of the context the UNet's identity attention reads `conditions`; then all is as before."""
-    before = dict(unet.attn_processors)
-    unet.set_attn_processor(
-        {
-            name: IdentityAttnProcessor(processor, block_of(name), conditions)
-            if isinstance(processor, IPAdapterAttnProcessor2_0)
-            else processor
-            for name, processor in before.items()
-        }
-    )
+def installed(layers: Sequence[tuple[Block, AttentionLayer]], conditions: Conditions) -> Iterator[None]:
+    """For the time of the context identity attention reads `conditions`; then all is as before.
+
+    Args:
+        layers: of `identity_layers`, found once: walking through a UNet takes longer than a small step.
+        conditions: of the run.
+    """
+    before = [layer.processor for _, layer in layers]
     try:
+        for (block, layer), loaded in zip(layers, before, strict=True):
+            layer.processor = IdentityAttnProcessor(loaded, block, conditions)
         yield
     finally:
-        unet.set_attn_processor(before)
+        for (_, layer), loaded in zip(layers, before, strict=True):
+            layer.processor = loaded

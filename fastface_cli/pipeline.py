@@ -398,6 +398,7 @@ class Pipeline:
         self.recipe = recipe
         self.parts = parts
         self.unet, self.vae = parts.unet, parts.vae
+        self.layers = attention.identity_layers(parts.unet)
         self.projection = projection
         self.scheduler = scheduler
         self.log = log
@@ -624,7 +625,7 @@ class Pipeline:
         extra = {"generator": generators} if _is_stochastic(scheduler) else {}
         branches = guidance.BRANCHES[self.recipe.guidance.order]
         trace = Trace(latents.clone())
-        with attention.installed(self.unet, conditions):
+        with attention.installed(self.layers, conditions):
             for step, t in zip(steps, scheduler.timesteps, strict=True):
                 chosen = [branches[index] for index in step.branches]
                 conditions.select(chosen, self._chains(step.index, len(steps)))

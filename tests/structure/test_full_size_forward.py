@@ -66,7 +66,7 @@ def test_a_step_of_two_pictures_at_1024(
     )
     conditions.scale = conditions.scale.to(META)
     rows = branches * images
-    with torch.no_grad(), attention.installed(unet, conditions):
+    with torch.no_grad(), attention.installed(attention.identity_layers(unet), conditions):
         mine = sum(isinstance(one, IdentityAttnProcessor) for one in unet.attn_processors.values())
         conditions.select(
             BRANCHES["identity_first"][3 - branches :],
