@@ -6,7 +6,6 @@ the layout exists before the training does.
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 import tempfile
@@ -23,6 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPVisionModelWithProjection
 
+from fastface_cli.sdxl import PUBLISHED, config_text
+from fastface_cli.structure import LORA_TARGETS
 from training import (
     adapter,
     captions,
@@ -46,26 +47,6 @@ HEAD_RANK = 64
 """Rank of the recogniser's last layer in its file: 0.8 MB less, held-out cosine 0.9058 for 0.9064."""
 LIMIT = 30_000_000
 """Most bytes that all files together may have."""
-
-PUBLISHED_SCHEDULER = {
-    "_class_name": "EulerDiscreteScheduler",
-    "_diffusers_version": "0.19.0.dev0",
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    "clip_sample": False,
-    "interpolation_type": "linear",
-    "num_train_timesteps": 1000,
-    "prediction_type": "epsilon",
-    "sample_max_value": 1.0,
-    "set_alpha_to_one": False,
-    "skip_prk_steps": True,
-    "steps_offset": 1,
-    "timestep_spacing": "leading",
-    "trained_betas": None,
-    "use_karras_sigmas": False,
-}
-"""SDXL's scheduler file, key for key."""
 
 
 def halve_onnx(path: Path) -> None:
@@ -149,7 +130,7 @@ def export_pipe(settings: Options, folder: Path, draft: bool) -> None:
     else:
         pictures = vae.build(size)
     base = unet.trained(work, size) if (work / "unet.pt").exists() or not draft else unet.build(size)
-    scheduler = EulerDiscreteScheduler.from_config(PUBLISHED_SCHEDULER)
+    scheduler = EulerDiscreteScheduler.from_config(PUBLISHED.scheduler)
     pipe = StableDiffusionXLPipeline(
         vae=pictures.cpu(),
         text_encoder=towers.text_1.cpu(),
@@ -162,9 +143,7 @@ def export_pipe(settings: Options, folder: Path, draft: bool) -> None:
         add_watermarker=False,
     )
     pipe.to(dtype=torch.float16).save_pretrained(folder / "pipe", variant="fp16")
-    (folder / "pipe" / "scheduler" / "scheduler_config.json").write_text(
-        json.dumps(PUBLISHED_SCHEDULER, indent=2) + "\n"
-    )
+    (folder / "pipe" / "scheduler" / "scheduler_config.json").write_text(config_text(PUBLISHED.scheduler))
     towers.vision.cpu().half().save_pretrained(folder / "clip")
 
 
@@ -174,7 +153,7 @@ def export_additions(settings: Options, folder: Path, draft: bool) -> None:
     if (work / "lora.pt").exists() or not draft:
         low = lora.trained(work, size)
     else:
-        low = low_rank.Additions(low_rank.inject(unet.build(size), lora.ENDINGS, lora.RANK))
+        low = low_rank.Additions(low_rank.inject(unet.build(size), LORA_TARGETS, lora.RANK))
     save_file(lora.file_layout(low), folder / LORA)
     if (work / "adapter.pt").exists() or not draft:
         identity = adapter.trained(work, size)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastface_cli.structure import LORA_TARGETS
 from training import data, low_rank, unet
 from training.common import Ema, Run, autocast, descend, device, load_part, options
 
@@ -24,22 +25,6 @@ STATIONS = (999, 749, 499, 249, -1)
 SUBSTEPS = 5
 REFRESH = 12
 """Student steps for each new batch of teacher walks."""
-ENDINGS = (
-    "to_q",
-    "to_k",
-    "to_v",
-    "to_out.0",
-    "proj_in",
-    "proj_out",
-    "ff.net.0.proj",
-    "ff.net.2",
-    "conv1",
-    "conv2",
-    "conv_shortcut",
-    "samplers.0.conv",
-    "time_emb_proj",
-)
-"""The layers that the published distillation LoRAs change."""
 
 
 class Walk:
@@ -106,7 +91,7 @@ def file_layout(additions: low_rank.Additions) -> dict[str, Tensor]:
 
 def trained(work: Path, size: int) -> low_rank.Additions:
     """The additions of the checkpoint, averaged weights."""
-    additions = low_rank.Additions(low_rank.inject(unet.build(size), ENDINGS, RANK))
+    additions = low_rank.Additions(low_rank.inject(unet.build(size), LORA_TARGETS, RANK))
     additions.load_state_dict(load_part(work / "lora.pt", "ema"))
     return additions
 
@@ -115,7 +100,7 @@ def main() -> None:
     """Train within the budget."""
     settings = options("lora", 20)
     model: Any = unet.trained(settings.work, settings.size)
-    wrapped = low_rank.inject(model, ENDINGS, RANK)
+    wrapped = low_rank.inject(model, LORA_TARGETS, RANK)
     additions = low_rank.Additions(wrapped).to(device())
     conditions = unet.Conditions(settings)
     optimiser = torch.optim.AdamW(additions.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0)
