@@ -6,9 +6,9 @@ Source: FastFace (arXiv 2505.21144), section 3. Identity attention is `A = softm
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -19,15 +19,18 @@ from torch import Tensor
 
 from .recipe import AdaptiveSoftmask, Attention, Block, Blocks, PerBlock, Power, Scale, Softmask, per_step
 
-QUANTILE_LIMIT = 16_000_000
-"""torch.quantile refuses tensors with more elements."""
+LEAST_QUANTILE = 17 * 2.0**-24
+"""1e-6, as float16 has it."""
+
+Number: TypeAlias = float | Tensor
+"""A number of a schedule: a float, or a tensor [] where a compiled step must not be bound to its value."""
 
 
 @dataclass(frozen=True)
 class Chain:
     """Attention manipulation of one kind of block at one step, with every number resolved."""
 
-    transforms: tuple[tuple[Power | Scale | Softmask | AdaptiveSoftmask, dict[str, float]], ...]
+    transforms: tuple[tuple[Power | Scale | Softmask | AdaptiveSoftmask, Mapping[str, Number]], ...]
     tokens: tuple[int, ...]
     invert_token_0: bool
     joint: bool
@@ -58,6 +61,31 @@ def resolve(attention: Attention, block: Block, step: int, steps: int) -> Chain 
     )
 
 
+Chains: TypeAlias = dict[Block, Chain | None]
+"""What is done in each part of the UNet."""
+
+
+def as_tensors(steps: Sequence[Chains], device: torch.device) -> list[Chains]:
+    """The chains of every step with their numbers as tensors on `device`, sent there in one go."""
+    numbers = [
+        number
+        for chains in steps
+        for chain in chains.values()
+        if chain is not None
+        for _, named in chain.transforms
+        for number in named.values()
+    ]
+    sent = iter(torch.tensor(numbers, dtype=torch.float32).to(device).unbind())
+
+    def converted(chain: Chain | None) -> Chain | None:
+        if chain is None:
+            return None
+        transforms = tuple((one, {name: next(sent) for name in named}) for one, named in chain.transforms)
+        return replace(chain, transforms=transforms)
+
+    return [{block: converted(chain) for block, chain in chains.items()} for chains in steps]
+
+
 def _at(value: PerBlock, block: Block, step: int, steps: int) -> float:
     chosen = getattr(value, block) if isinstance(value, Blocks) else value
     return per_step(chosen, steps)[step]
@@ -79,8 +107,11 @@ def normalise(attention: Tensor, images: int, *, joint: bool) -> Tensor:
     return ((split - low) / spread).reshape(attention.shape)
 
 
-def quantile(attention: Tensor, level: float) -> Tensor:
-    """Quantile over positions, rounded to float16 as published, at least 1e-6.
+def quantile(attention: Tensor, level: Number) -> Tensor:
+    """Quantile over positions, interpolated linearly, rounded to float16 as published, at least 1e-6.
+
+    torch.quantile is not used: it refuses large tensors, and looks at the value of `level`, which no compiled
+    graph can.
 
     Args:
         attention: [rows, heads, positions, tokens], float32.
@@ -89,11 +120,20 @@ def quantile(attention: Tensor, level: float) -> Tensor:
     Returns:
         [rows, heads, 1, tokens], float32.
     """
-    if attention.numel() <= QUANTILE_LIMIT:
-        found = torch.quantile(attention, level, dim=-2, keepdim=True)
-    else:
-        found = torch.stack([torch.quantile(row, level, dim=-2, keepdim=True) for row in attention])
-    return found.half().clamp_min(1e-6).float()
+    ordered = attention.sort(dim=-2).values
+    rank = torch.as_tensor(level, dtype=torch.float32, device=attention.device) * (attention.shape[-2] - 1)
+    below = rank.floor()
+    low = ordered.index_select(-2, below.long().reshape(1))
+    high = ordered.index_select(-2, rank.ceil().long().reshape(1))
+    return round_to_half(torch.lerp(low, high, rank - below)).clamp_min(LEAST_QUANTILE)
+
+
+def round_to_half(x: Tensor) -> Tensor:
+    """`x.half().float()` for numbers below 65504, by arithmetic: compilers drop a cast there and back."""
+    # A half has 11 bits from the first that is set, and none below 2^-24.
+    lowest_bit = (torch.frexp(x).exponent - 11).clamp_min(-24)
+    unit = torch.ldexp(torch.ones_like(x), lowest_bit)
+    return (x / unit).round() * unit
 
 
 def manipulate(attention: Tensor, chain: Chain, images: int) -> Tensor:
@@ -128,7 +168,7 @@ def _replace(a: Tensor, index: int, column: Tensor) -> Tensor:
 def _apply(
     a: Tensor,
     transform: Power | Scale | Softmask | AdaptiveSoftmask,
-    numbers: dict[str, float],
+    numbers: Mapping[str, Number],
     images: int,
     *,
     joint: bool,
@@ -183,16 +223,28 @@ def identity_attention(query: Tensor, key: Tensor, value: Tensor, chain: Chain |
     return torch.where(broken, out, moved).to(query.dtype)
 
 
-KeysAndValues: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
-"""Of the text, then of the identity: key, value, key, value."""
+@dataclass(frozen=True)
+class Rows:
+    """What the rows of one UNet call attend to; the UNet hands it on as `encoder_hidden_states`."""
+
+    text: Tensor
+    """[rows, tokens, width]"""
+    identity: Tensor
+    """[rows, 4, width]"""
+    projected: tuple[tuple[Tensor, Tensor], ...]
+    """Keys and values of text and identity by group of layers, [2, layers, rows, heads, tokens, d] each;
+    none where every layer projects its own."""
+    scale: Tensor
+    """[rows, 1, 1, 1]: adapter scale."""
+    images: int
+    chains: Chains
+    speaks: bool
+    """False leaves the identity half out."""
 
 
 @dataclass
 class Conditions:
-    """What the rows of a UNet call attend to, and the state of the run: nothing of it outlives the run.
-
-    Keys and values are projected once a run for every distinct condition and then picked by row.
-    """
+    """What the images of a run attend to; nothing of it outlives the run."""
 
     text: Tensor
     """[2 x images, tokens, width]: negative prompts of all images, then prompts."""
@@ -201,45 +253,38 @@ class Conditions:
     scale: Tensor
     """[images]: adapter scale of each image."""
     images: int
+    speaks: bool = True
+    """False where every adapter scale is 0: the identity half may be left out then."""
+    projected: tuple[tuple[Tensor, Tensor], ...] = ()
+    """Of `project`; empty where every UNet call projects again."""
     text_rows: Tensor = field(init=False)
-    identity_rows: Tensor = field(init=False)
-    row_scale: Tensor = field(init=False)
+    """Rows of `text` of the branches last selected."""
+    selected: Rows | None = None
     branches: tuple[tuple[bool, bool], ...] = ()
-    chains: dict[Block, Chain | None] = field(default_factory=dict)
-    speaks: bool = field(init=False)
-    """False where every adapter scale is 0: the identity half is left out."""
-    projected: dict[int, KeysAndValues] = field(default_factory=dict)
-    picked: dict[int, tuple[tuple[tuple[bool, bool], ...], KeysAndValues]] = field(default_factory=dict)
-    """By layer: the branches that rows were last picked for, and those rows."""
 
-    def __post_init__(self) -> None:
-        self.speaks = bool((self.scale != 0).any())
-
-    def select(self, branches: Sequence[tuple[bool, bool]], chains: dict[Block, Chain | None]) -> None:
-        """Say what the next UNet call computes: (identity, prompt) of each branch, and the manipulation."""
-        self.branches, self.chains = tuple(branches), chains
-        image = torch.arange(self.images, device=self.text.device)
-        self.identity_rows = torch.cat([image + self.images * identity for identity, _ in branches])
-        self.text_rows = torch.cat([image + self.images * prompt for _, prompt in branches])
-        self.row_scale = self.scale.repeat(len(branches))[:, None, None, None]
-
-    def keys_and_values(
-        self, layer: AttentionLayer, to_k_ip: torch.nn.Module, to_v_ip: torch.nn.Module
-    ) -> KeysAndValues:
-        """Text keys and values, identity keys and values of the rows: [rows, heads, tokens, d] each."""
-        branches, rows = self.picked.get(id(layer), ((), None))
-        if rows is None or branches != self.branches:
-            if id(layer) not in self.projected:
-                self.projected[id(layer)] = (
-                    _heads(layer.to_k(self.text), layer.heads),
-                    _heads(layer.to_v(self.text), layer.heads),
-                    _heads(to_k_ip(self.identity), layer.heads),
-                    _heads(to_v_ip(self.identity), layer.heads),
-                )
-            tk, tv, ik, iv = self.projected[id(layer)]
-            rows = (tk[self.text_rows], tv[self.text_rows], ik[self.identity_rows], iv[self.identity_rows])
-            self.picked[id(layer)] = (self.branches, rows)
-        return rows
+    def select(self, branches: Sequence[tuple[bool, bool]], chains: Chains) -> Rows:
+        """What the next UNet call computes: (identity, prompt) of each branch, and the manipulation."""
+        if self.selected is not None and tuple(branches) == self.branches:
+            self.selected = replace(self.selected, chains=chains)
+            return self.selected
+        self.branches = tuple(branches)
+        image = torch.arange(self.images)
+        where = self.text.device
+        identity_rows = torch.cat([image + self.images * identity for identity, _ in branches]).to(where)
+        self.text_rows = torch.cat([image + self.images * prompt for _, prompt in branches]).to(where)
+        self.selected = Rows(
+            text=self.text[self.text_rows],
+            identity=self.identity[identity_rows],
+            projected=tuple(
+                (text.index_select(2, self.text_rows), identity.index_select(2, identity_rows))
+                for text, identity in self.projected
+            ),
+            scale=self.scale.repeat(len(branches))[:, None, None, None],
+            images=self.images,
+            chains=chains,
+            speaks=self.speaks,
+        )
+        return self.selected
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:
@@ -248,25 +293,33 @@ def _heads(x: Tensor, heads: int) -> Tensor:
 
 
 class IdentityAttnProcessor(IPAdapterAttnProcessor2_0):  # type: ignore[misc]
-    """Decoupled cross-attention whose conditions and manipulation come from the run.
+    """Decoupled cross-attention whose conditions and manipulation come with the call, as `Rows`.
 
-    Takes over the adapter's projections of a loaded `IPAdapterAttnProcessor2_0`; copies no weight.
+    Takes over the adapter's projections of a loaded `IPAdapterAttnProcessor2_0`; copies no weight, keeps no
+    state. `group` and `index` say where `Rows.projected` holds the layer's keys and values.
     """
 
-    def __init__(self, loaded: IPAdapterAttnProcessor2_0, block: Block, conditions: Conditions) -> None:
+    def __init__(self, loaded: IPAdapterAttnProcessor2_0, block: Block, group: int, index: int) -> None:
         # Not the parent's constructor: it would allocate projections only to have them replaced.
         torch.nn.Module.__init__(self)
         self.hidden_size, self.cross_attention_dim = loaded.hidden_size, loaded.cross_attention_dim
         self.num_tokens, self.scale = loaded.num_tokens, loaded.scale
         self.to_k_ip, self.to_v_ip = loaded.to_k_ip, loaded.to_v_ip
         self.block: Block = block
-        self.conditions = conditions
+        self.group, self.index = group, index
+
+    def project(self, attn: AttentionLayer, text: Tensor, identity: Tensor) -> list[list[Tensor]]:
+        """Key and value of the text, key and value of the identity: [rows, heads, tokens, d] each."""
+        return [
+            [_heads(to(text), attn.heads) for to in (attn.to_k, attn.to_v)],
+            [_heads(to(identity), attn.heads) for to in (self.to_k_ip[0], self.to_v_ip[0])],
+        ]
 
     def __call__(
         self,
         attn: AttentionLayer,
         hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
+        encoder_hidden_states: Rows | None = None,
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
         **_: Any,
@@ -276,20 +329,25 @@ class IdentityAttnProcessor(IPAdapterAttnProcessor2_0):  # type: ignore[misc]
         Args:
             attn: the cross-attention layer, as SDXL builds it (no norms, no residual of its own).
             hidden_states: [rows, positions, width].
-            encoder_hidden_states: unused; the run holds the conditions of all rows.
+            encoder_hidden_states: what the rows attend to.
             attention_mask: must be None, as it is in SDXL.
             temb: unused.
         """
-        if attention_mask is not None:
-            raise ValueError("identity attention takes no attention mask")
-        run = self.conditions
+        rows = encoder_hidden_states
+        if rows is None or attention_mask is not None:
+            raise ValueError("identity attention takes rows and no attention mask")
         query = _heads(attn.to_q(hidden_states), attn.heads)
-        text_key, text_value, key, value = run.keys_and_values(attn, self.to_k_ip[0], self.to_v_ip[0])
+        if rows.projected:
+            text, identity = rows.projected[self.group]
+            text_key, text_value = text[0, self.index], text[1, self.index]
+            key, value = identity[0, self.index], identity[1, self.index]
+        else:
+            (text_key, text_value), (key, value) = self.project(attn, rows.text, rows.identity)
         out = F.scaled_dot_product_attention(query, text_key, text_value)
-        if run.speaks:
-            chain = run.chains.get(self.block)
-            identity = identity_attention(query, key, value, chain, run.images)
-            out = out + run.row_scale.to(out.dtype) * identity
+        if rows.speaks:
+            chain = rows.chains.get(self.block)
+            found = identity_attention(query, key, value, chain, rows.images)
+            out = out + rows.scale.to(out.dtype) * found
         hidden_states = out.transpose(1, 2).flatten(2)
         projected: Tensor = attn.to_out[0](hidden_states)
         return projected  # to_out[1] is dropout, which does nothing at inference
@@ -300,7 +358,10 @@ def block_of(name: str) -> Block:
     return "down" if name.startswith("down") else "up" if name.startswith("up") else "mid"
 
 
-def identity_layers(unet: torch.nn.Module) -> list[tuple[Block, AttentionLayer]]:
+Layers: TypeAlias = Sequence[tuple[Block, AttentionLayer]]
+
+
+def identity_layers(unet: torch.nn.Module) -> Layers:
     """The cross-attention layers that hold an adapter, each with the part of the UNet it belongs to."""
     return [
         (block_of(name), layer)
@@ -309,18 +370,48 @@ def identity_layers(unet: torch.nn.Module) -> list[tuple[Block, AttentionLayer]]
     ]
 
 
+def processors(layers: Layers) -> list[IdentityAttnProcessor]:
+    """One for each layer, with what is loaded there; layers of one shape form a group."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    made = []
+    for position, (block, layer) in enumerate(layers):
+        members = groups.setdefault((layer.heads, layer.inner_kv_dim), [])
+        group = list(groups).index((layer.heads, layer.inner_kv_dim))
+        made.append(IdentityAttnProcessor(layer.processor, block, group, len(members)))
+        members.append(position)
+    return made
+
+
+def project(
+    layers: Layers, made: Sequence[IdentityAttnProcessor], text: Tensor, identity: Tensor
+) -> tuple[tuple[Tensor, Tensor], ...]:
+    """Keys and values of all layers, to be computed once a run, as `Rows.projected` has them."""
+    groups: dict[int, list[list[list[Tensor]]]] = {}
+    for (_, layer), processor in zip(layers, made, strict=True):
+        groups.setdefault(processor.group, []).append(processor.project(layer, text, identity))
+    return tuple(
+        (_stacked([of_text for of_text, _ in found]), _stacked([of_person for _, of_person in found]))
+        for found in groups.values()
+    )
+
+
+def _stacked(found: list[list[Tensor]]) -> Tensor:
+    """Keys and values of every layer -> [2, layers, rows, heads, tokens, d]."""
+    return torch.stack([torch.stack(kind) for kind in zip(*found, strict=True)])
+
+
 @contextmanager
-def installed(layers: Sequence[tuple[Block, AttentionLayer]], conditions: Conditions) -> Iterator[None]:
-    """For the time of the context identity attention reads `conditions`; then all is as before.
+def installed(layers: Layers, made: Sequence[IdentityAttnProcessor]) -> Iterator[None]:
+    """For the time of the context the layers attend to `Rows`; then all is as before.
 
     Args:
         layers: of `identity_layers`, found once: walking through a UNet takes longer than a small step.
-        conditions: of the run.
+        made: of `processors`, made once: a compiled step is bound to them.
     """
     before = [layer.processor for _, layer in layers]
     try:
-        for (block, layer), loaded in zip(layers, before, strict=True):
-            layer.processor = IdentityAttnProcessor(loaded, block, conditions)
+        for (_, layer), processor in zip(layers, made, strict=True):
+            layer.processor = processor
         yield
     finally:
         for (_, layer), loaded in zip(layers, before, strict=True):

@@ -124,6 +124,20 @@ def plan(
     return steps
 
 
+def is_renormed(step: Step, guidance: Guidance) -> bool:
+    """Whether `mix` renorms; a step that is to be renormed has all branches."""
+    return guidance.renorm and step.branches == ALL
+
+
+def mixing(step: Step, guidance: Guidance) -> tuple[float, ...]:
+    """The numbers that `mix` takes: a and b where it renorms, else the coefficient of every branch."""
+    if is_renormed(step, guidance):
+        first, second = step.identity, step.text
+        return (first, second) if guidance.order == "identity_first" else (second, first)
+    scaled = coefficients(guidance.order, step.identity, step.text)
+    return tuple(scaled[branch] for branch in step.branches)
+
+
 def combine(predictions: Tensor, step: Step, guidance: Guidance) -> Tensor:
     """The guided prediction.
 
@@ -135,26 +149,37 @@ def combine(predictions: Tensor, step: Step, guidance: Guidance) -> Tensor:
     Returns:
         [images, C, H, W], in float32.
     """
-    e = {branch: predictions[i].float() for i, branch in enumerate(step.branches)}
-    second = step.text if guidance.order == "identity_first" else step.identity
-    if guidance.renorm and second != 0:
-        guided = _renormed(e, step, guidance.order)
+    numbers = mixing(step, guidance)
+    return mix(predictions, numbers, guidance.order, guidance.rescale, renorm=is_renormed(step, guidance))
+
+
+def mix(
+    predictions: Tensor, numbers: Sequence[float] | Tensor, order: Order, rescale: float, *, renorm: bool
+) -> Tensor:
+    """`combine` with its numbers given, as a tensor where a compiled step must not be bound to their values.
+
+    Args:
+        predictions: [branches, images, C, H, W]; e1 and e2 come last where there is a rescale.
+        numbers: of `mixing`.
+        order: of the branches.
+        rescale: phi.
+        renorm: the second term takes the norm of the first.
+    """
+    e = predictions.float()
+    if renorm:
+        guided = _renormed(e, numbers[0], numbers[1], order)
     else:
-        scaled = coefficients(guidance.order, step.identity, step.text)
-        parts = [e[i] if scaled[i] == 1 else scaled[i] * e[i] for i in step.branches if scaled[i] != 0]
-        guided = parts[0]
-        for part in parts[1:]:
-            guided = guided + part
-    if guidance.rescale > 0:
-        phi = guidance.rescale
-        wanted = (_std(e[1]) + _std(e[2])) / (2 * _std(guided))
-        guided = guided * (phi * wanted + (1 - phi))
+        guided = numbers[0] * e[0]
+        for index in range(1, len(e)):
+            guided = guided + numbers[index] * e[index]
+    if rescale > 0:
+        wanted = (_std(e[-2]) + _std(e[-1])) / (2 * _std(guided))
+        guided = guided * (rescale * wanted + (1 - rescale))
     return guided
 
 
-def _renormed(e: Mapping[int, Tensor], step: Step, order: Order) -> Tensor:
+def _renormed(e: Tensor, a: float | Tensor, b: float | Tensor, order: Order) -> Tensor:
     """The second term scaled to the norm of the first, per image, before the weights."""
-    a, b = (step.identity, step.text) if order == "identity_first" else (step.text, step.identity)
     term1 = e[1] - e[0]
     term2 = e[2] - (e[0] if order == "independent" else e[1])
     norm1 = term1.flatten(1).norm(dim=1)[:, None, None, None]

@@ -1,338 +1,50 @@
-"""Recipe to loaded models; the sampling loop; images out.
+"""The sampling loop over a loaded stack; images out.
 
-Loading is diffusers' and transformers' work; sampling is ours, because a step calls the UNet once over
-exactly the branches that decoupled guidance needs.
+Sampling is ours and not a stock pipeline's, because a step calls the UNet once over exactly the branches that
+decoupled guidance needs.
 """
 
 from __future__ import annotations
 
 import copy
-import gc
-import logging
-import re
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from diffusers import (
-    AutoencoderKL,
-    AutoencoderTiny,
-    DDIMScheduler,
-    EulerAncestralDiscreteScheduler,
-    EulerDiscreteScheduler,
-    LCMScheduler,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import EulerAncestralDiscreteScheduler, LCMScheduler, StableDiffusionXLPipeline
 from PIL import Image
 from torch import Tensor
-from transformers import (
-    CLIPImageProcessorPil,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    CLIPVisionModelWithProjection,
-)
-from transformers.utils import logging as transformers_logging
+from transformers import CLIPImageProcessorPil
 
 from . import attention, guidance
-from .errors import DeviceError, FastFaceError, ModelUnavailableError, RecipeError, UsageError
-from .recipe import Block, Recipe
+from .acceleration import DEFAULT, Acceleration, arrange, check
+from .compiling import compiled
+from .errors import FastFaceError, RecipeError
+from .loading import (
+    Homes,
+    configured,
+    load_parts,
+    load_scheduler,
+    memory_errors,
+    pick_device,
+    pick_dtype,
+    quiet_libraries,
+)
+from .recipe import Block, Order, Recipe
 
 if TYPE_CHECKING:
     from .identity import Identity
+    from .store.fused import FusedCache
 
-SCHEDULERS = {
-    "ddim": DDIMScheduler,
-    "euler": EulerDiscreteScheduler,
-    "euler_ancestral": EulerAncestralDiscreteScheduler,
-    "lcm": LCMScheduler,
-}
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-NO_MEMORY = "out of memory|ALLOC_FAILED|can't allocate memory"
-"""How MPS, the CUDA libraries and the CPU's allocator say in a plain RuntimeError that memory lacks."""
 BLOCKS: tuple[Block, ...] = ("down", "mid", "up")
 
-
-def pick_device(wanted: str) -> torch.device:
-    """The device to run on.
-
-    Args:
-        wanted: `auto` (CUDA, then MPS, then the CPU) or a torch device name.
-
-    Raises:
-        DeviceError: no such device here.
-    """
-    if wanted == "auto":
-        wanted = (
-            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        )
-    try:
-        device = torch.device(wanted)
-    except RuntimeError as error:
-        raise UsageError(f"'{wanted}' is not a device", "use auto, cpu, cuda, cuda:1 or mps") from error
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise DeviceError("there is no CUDA device here", "try --device cpu, or --recipe pocket")
-        if (device.index or 0) >= torch.cuda.device_count():
-            raise DeviceError(
-                f"there is no {device}; this machine has {torch.cuda.device_count()} CUDA devices"
-            )
-    elif device.type == "mps" and not torch.backends.mps.is_available():
-        raise DeviceError("there is no MPS device here", "try --device cpu, or --recipe pocket")
-    elif device.type not in ("cpu", "mps"):
-        raise UsageError(f"device '{wanted}' is not supported", "use auto, cpu, cuda, cuda:1 or mps")
-    return device
-
-
-def pick_dtype(wanted: str | None, device: torch.device) -> torch.dtype:
-    """float16 on a GPU, float32 on a CPU, unless one is named."""
-    if wanted is None:
-        return torch.float32 if device.type == "cpu" else torch.float16
-    if wanted not in DTYPES:
-        raise UsageError(f"dtype '{wanted}' is not supported", f"use one of {', '.join(DTYPES)}")
-    return DTYPES[wanted]
-
-
-# ---------------------------------------------------------------------------------------------- loading
-
-
-def _variant(folder: Path, stem: str) -> str | None:
-    """`fp16` where the folder holds that variant of its weights, else None.
-
-    In a Hub cache that other programs share, a plain file may lie beside it that was never verified.
-    """
-    return "fp16" if (folder / f"{stem}.fp16.safetensors").exists() else None
-
-
-@contextmanager
-def _loading(what: str, path: Path) -> Iterator[None]:
-    """Turn whatever a loader raises over a broken file into one sentence that names it."""
-    try:
-        yield
-    except (ModelUnavailableError, MemoryError):
-        raise
-    except Exception as error:
-        if _is_out_of_memory(error):
-            raise
-        raise ModelUnavailableError(
-            f"cannot load the {what} from {path}: {_reason(error)}",
-            "is it whole, and of the right kind? `fastface download --verify` checks what was fetched",
-        ) from error
-
-
-def _reason(error: Exception) -> str:
-    """What a loader says, without its advice to programmers."""
-    if isinstance(error, KeyError):
-        return f"it lacks {error}"
-    if isinstance(error, AttributeError | TypeError):
-        return "its content has another form"
-    lines = [line.strip() for line in str(error).strip().splitlines()]
-    said = " ".join(lines[:2]) if lines and lines[0].endswith(":") else "".join(lines[:1])
-    sentence = re.split(r"\.\s", said, maxsplit=1)[0]
-    return sentence[:300].rstrip(".") or type(error).__name__
-
-
-def _strict(report: Mapping[str, Any], what: str, allowed: tuple[str, ...] = ()) -> None:
-    """Refuse weights that do not fill the model: a loader would otherwise leave random numbers in it."""
-    missing = [key for key in report.get("missing_keys", ()) if not key.endswith(allowed)]
-    wrong = [key if isinstance(key, str) else key[0] for key in report.get("mismatched_keys", ())]
-    if missing or wrong:
-        found = sorted(missing) + sorted(wrong)
-        named = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
-        counts = f"{len(missing)} tensors are missing, {len(wrong)} have another shape"
-        raise ValueError(f"{what}: {counts} ({named})")
-
-
-def load_unet(base: Path, unet: Path | None, dtype: torch.dtype) -> UNet2DConditionModel:
-    """The UNet on the CPU.
-
-    Args:
-        base: diffusers SDXL folder, for the UNet itself or for its configuration.
-        unet: a folder holding `unet/`, one state-dict file (as SDXL-Lightning's), or None for the base's own.
-        dtype: of the weights.
-    """
-    with _loading("UNet", unet or base):
-        if unet is not None and unet.is_file():
-            return load_unet_file(base, unet, dtype)
-        folder = unet or base
-        model, report = UNet2DConditionModel.from_pretrained(
-            folder,
-            subfolder="unet",
-            variant=_variant(folder / "unet", "diffusion_pytorch_model"),
-            dtype=dtype,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-        )
-        _strict(report, "UNet")
-        return model.eval()
-
-
-def load_unet_file(base: Path, file: Path, dtype: torch.dtype) -> UNet2DConditionModel:
-    """A UNet from one state-dict file, configured like the base's."""
-    from accelerate import init_empty_weights
-    from safetensors.torch import load_file
-
-    config = UNet2DConditionModel.load_config(base, subfolder="unet", local_files_only=True)
-    with init_empty_weights():
-        model = UNet2DConditionModel.from_config(config)
-    state = {name: tensor.to(dtype) for name, tensor in load_file(file).items()}
-    model.load_state_dict(state, strict=True, assign=True)
-    return model.eval()
-
-
-def load_text_encoders(
-    base: Path, dtype: torch.dtype
-) -> tuple[CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, CLIPTokenizer]:
-    """Both text encoders and their tokenizers."""
-    with _loading("text encoders", base):
-        models = []
-        for subfolder, kind in (
-            ("text_encoder", CLIPTextModel),
-            ("text_encoder_2", CLIPTextModelWithProjection),
-        ):
-            model, report = kind.from_pretrained(
-                base,
-                subfolder=subfolder,
-                variant=_variant(base / subfolder, "model"),
-                dtype=dtype,
-                use_safetensors=True,
-                local_files_only=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # _strict names them
-            )
-            _strict(report, subfolder, ("position_ids",))
-            models.append(model.eval())
-        tokenizers = [
-            CLIPTokenizer.from_pretrained(base, subfolder=name, local_files_only=True)
-            for name in ("tokenizer", "tokenizer_2")
-        ]
-        for tokenizer, model in zip(tokenizers, models, strict=True):
-            _check_tokenizer(tokenizer, model.config)
-        return models[0], models[1], tokenizers[0], tokenizers[1]
-
-
-def _check_tokenizer(tokenizer: CLIPTokenizer, config: Any) -> None:
-    """Refuse one whose files are not all there: it would load all the same, and make other tokens."""
-    if tokenizer.model_max_length != config.max_position_embeddings:
-        raise ValueError("the tokenizer does not cut prompts at the length that its encoder reads")
-    if max(tokenizer("a")["input_ids"]) >= config.vocab_size:
-        raise ValueError("the tokenizer makes tokens that its encoder does not know")
-
-
-def load_vae(base: Path, vae: Path | None, dtype: torch.dtype) -> AutoencoderKL | AutoencoderTiny:
-    """The VAE: of the base, or a folder that holds another one.
-
-    A VAE that says `force_upcast` overflows in float16 and is kept in float32 then.
-    """
-    folder = vae or base / "vae"
-    with _loading("VAE", folder):
-        config = AutoencoderKL.load_config(folder, local_files_only=True)
-        kind = AutoencoderTiny if config.get("_class_name") == "AutoencoderTiny" else AutoencoderKL
-        if config.get("force_upcast", True) and kind is AutoencoderKL and dtype is torch.float16:
-            dtype = torch.float32
-        model, report = kind.from_pretrained(
-            folder,
-            variant=_variant(folder, "diffusion_pytorch_model"),
-            dtype=dtype,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-        )
-        _strict(report, "VAE")
-        return model.eval()
-
-
-def load_image_encoder(folder: Path, dtype: torch.dtype) -> CLIPVisionModelWithProjection:
-    """The CLIP vision tower that sees the aligned face."""
-    with _loading("image encoder", folder):
-        model, report = CLIPVisionModelWithProjection.from_pretrained(
-            folder,
-            variant=_variant(folder, "model"),
-            dtype=dtype,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # _strict names them
-        )
-        _strict(report, "image encoder", ("position_ids",))
-        return model.eval()
-
-
-def load_scheduler(recipe: Recipe, base: Path, config: Path | None) -> Any:
-    """A fresh scheduler, from a published configuration and the recipe's spacing."""
-    folder = config or base
-    with _loading("scheduler configuration", folder):
-        settings = DDIMScheduler.load_config(folder, subfolder="scheduler", local_files_only=True)
-        if "beta_schedule" not in settings:
-            # The class's own defaults would step in, and with them other noise levels.
-            raise ValueError("it does not say its beta_schedule")
-        spacing = recipe.model.scheduler.spacing
-        changes = {} if spacing is None else {"timestep_spacing": spacing}
-        return SCHEDULERS[recipe.model.scheduler.kind].from_config(settings, **changes)
-
-
-def fuse_lora(pipe: StableDiffusionXLPipeline, file: Path, scale: float) -> None:
-    """Load a LoRA file and melt it into the UNet (and text encoders, if it has parts for them)."""
-    with _loading("LoRA", file):
-        pipe.load_lora_weights(
-            file.parent, weight_name=file.name, adapter_name="fastface", local_files_only=True
-        )
-        _fuse(pipe, "fastface", scale)
-
-
-def _fuse(pipe: StableDiffusionXLPipeline, adapter: str, scale: float) -> None:
-    touched = [
-        name
-        for name in ("unet", "text_encoder", "text_encoder_2")
-        if adapter in getattr(getattr(pipe, name), "peft_config", {})
-    ]
-    if not touched:
-        raise ValueError("no tensor of it fits this model")
-    pipe.fuse_lora(components=touched, lora_scale=scale, adapter_names=[adapter])
-    pipe.unload_lora_weights()
-
-
-def load_adapter(pipe: StableDiffusionXLPipeline, file: Path, lora_scale: float) -> torch.nn.Module:
-    """Put the FaceID-PlusV2 adapter into the pipeline's UNet, its LoRA fused.
-
-    The projection is taken off the UNet: it runs once an image and not once a step.
-
-    Returns:
-        The projection from (embedding, image features) to identity tokens.
-    """
-    with _loading("identity adapter", file):
-        pipe.load_ip_adapter(
-            str(file.parent),
-            subfolder="",
-            weight_name=file.name,
-            image_encoder_folder=None,
-            local_files_only=True,
-        )
-        unet = pipe.unet
-        if "faceid_0" in getattr(unet, "peft_config", {}):
-            if lora_scale:
-                _fuse(pipe, "faceid_0", lora_scale)
-            else:
-                pipe.unload_lora_weights()
-        projection = unet.encoder_hid_proj.image_projection_layers[0]
-        if not hasattr(projection, "shortcut"):
-            raise ValueError("it is not a FaceID-PlusV2 file")
-        unet.encoder_hid_proj = None
-        # With the shortcut the projection is PlusV2; without, it would be Plus.
-        projection.shortcut = True
-        module: torch.nn.Module = projection.eval()
-        return module
-
-
-# ------------------------------------------------------------------------------------------------ running
+Watch = Callable[[str], AbstractContextManager[None]]
+"""Entered around every `text`, `identity`, `step` and `vae` stage: how a benchmark takes their times."""
 
 
 @dataclass(frozen=True)
@@ -385,6 +97,7 @@ class Pipeline:
         projection: identity projection of the adapter.
         scheduler: a scheduler of the right class and configuration; copied for every run.
         log: takes one line of notice (a prompt cut short).
+        faster: what is done for speed.
     """
 
     def __init__(
@@ -394,11 +107,14 @@ class Pipeline:
         projection: torch.nn.Module,
         scheduler: Any,
         log: Callable[[str], None] = lambda _: None,
+        faster: Acceleration = DEFAULT,
     ) -> None:
         self.recipe = recipe
+        self.faster = faster
         self.parts = parts
         self.unet, self.vae = parts.unet, parts.vae
         self.layers = attention.identity_layers(parts.unet)
+        self.processors = attention.processors(self.layers)
         self.projection = projection
         self.scheduler = scheduler
         self.log = log
@@ -408,6 +124,13 @@ class Pipeline:
         self.device = self.unet.device
         self.dtype = self.unet.dtype
         self.latent_scale = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        self._denoise: Callable[..., Tensor] = denoise
+        self._decode: Callable[..., Tensor] = vae_decode
+        if faster.compile:
+            graphs = faster.cuda_graphs and self.device.type == "cuda"
+            self._denoise = compiled(denoise, cuda_graphs=graphs)
+            self._decode = compiled(vae_decode, cuda_graphs=graphs)
+        self.watch: Watch = lambda _: nullcontext()
         self._warned: set[str] = set()
 
     @classmethod
@@ -419,6 +142,8 @@ class Pipeline:
         device: str = "auto",
         dtype: str | None = None,
         log: Callable[[str], None] = lambda _: None,
+        fused: FusedCache | None = None,
+        acceleration: Acceleration = DEFAULT,
     ) -> Pipeline:
         """Build the stack of a recipe.
 
@@ -428,44 +153,24 @@ class Pipeline:
             device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`.
             dtype: `float32`, `float16`, `bfloat16`; None chooses by device.
             log: takes one line of notice.
+            fused: keeps the fused models for the next time; None keeps nothing.
+            acceleration: what is done for speed.
 
         Raises:
             ModelUnavailableError: a file is missing, broken or of another shape.
-            DeviceError: no such device, or out of memory.
+            DeviceError: no such device, it cannot do what the acceleration asks for, or out of memory.
+            UsageError: the acceleration needs another dtype or a package.
         """
         where = pick_device(device)
         number = pick_dtype(dtype, where)
-        with _quiet_libraries(), _memory_errors(where):
-            base = paths["base"]
-            if base.is_file():
-                pipe = load_single_file(base, paths.get("config"), number)
-                if "unet" in paths:
-                    pipe.unet = load_unet(paths["config"], paths["unet"], number)
-                if "vae" in paths:
-                    pipe.vae = load_vae(base, paths["vae"], number)
-            else:
-                encoder, encoder_2, tokenizer, tokenizer_2 = load_text_encoders(base, number)
-                pipe = StableDiffusionXLPipeline(
-                    vae=load_vae(base, paths.get("vae"), number),
-                    text_encoder=encoder,
-                    text_encoder_2=encoder_2,
-                    tokenizer=tokenizer,
-                    tokenizer_2=tokenizer_2,
-                    unet=load_unet(base, paths.get("unet"), number),
-                    scheduler=load_scheduler(recipe, base, paths.get("scheduler")),
-                    add_watermarker=False,
-                )
-            pipe.register_modules(image_encoder=load_image_encoder(paths["image_encoder"], number))
-            # Everything is moved before it is fused: a GPU adds the LoRA matrices in a moment.
-            for part in (pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2, pipe.image_encoder):
-                part.to(where).requires_grad_(False)
-            if "distillation" in paths:
-                fuse_lora(pipe, paths["distillation"], 1.0)
-            for index, lora in enumerate(recipe.model.loras):
-                fuse_lora(pipe, paths[f"lora.{index}"], lora.scale)
-            projection = load_adapter(pipe, paths["adapter"], recipe.adapter.lora_scale).to(where, number)
-            scheduler = load_scheduler(recipe, _configured(paths), paths.get("scheduler"))
-        return cls(recipe, pipe, projection, scheduler, log)
+        check(acceleration, where, number)
+        with quiet_libraries(), memory_errors(where):
+            pipe, projection = load_parts(
+                recipe, paths, Homes.all_on(where), number, fused, fuse=acceleration.fuse_lora
+            )
+            arrange(pipe.unet, pipe.vae, acceleration)
+            scheduler = load_scheduler(recipe, configured(paths), paths.get("scheduler"))
+        return cls(recipe, pipe, projection, scheduler, log, acceleration)
 
     def with_recipe(self, recipe: Recipe, paths: Mapping[str, Path]) -> Pipeline:
         """The same loaded models under another recipe.
@@ -485,9 +190,9 @@ class Pipeline:
                 raise RecipeError(
                     f"{name} differs from that of the models that are loaded", "run it by itself"
                 )
-        with _quiet_libraries():
-            scheduler = load_scheduler(recipe, _configured(paths), paths.get("scheduler"))
-        return Pipeline(recipe, self.parts, self.projection, scheduler, self.log)
+        with quiet_libraries():
+            scheduler = load_scheduler(recipe, configured(paths), paths.get("scheduler"))
+        return Pipeline(recipe, self.parts, self.projection, scheduler, self.log, self.faster)
 
     # -------------------------------------------------------------------------------------- conditions
 
@@ -500,7 +205,7 @@ class Pipeline:
                 self.parts.tokenizer.model_max_length, width, device=self.device, dtype=self.dtype
             )
             return zeros, zeros.new_zeros(second.projection_dim)
-        with _quiet_libraries():  # they would say at length what we say in a line
+        with quiet_libraries():  # they would say at length what we say in a line
             self._warn_if_cut(text)
             embeds, _, pooled, _ = self.parts.encode_prompt(
                 text, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
@@ -538,8 +243,9 @@ class Pipeline:
 
     # ---------------------------------------------------------------------------------------- sampling
 
-    def plan(self, *, prune: bool = True) -> list[guidance.Step]:
-        """What every step of this recipe does."""
+    def plan(self, *, prune: bool | None = None) -> list[guidance.Step]:
+        """What every step of this recipe does; `prune` as of `generate`."""
+        prune = self.faster.prune if prune is None else prune
         return guidance.plan(self.recipe.guidance, self.recipe.attention, self._timesteps(), prune=prune)
 
     def _timesteps(self) -> list[float]:
@@ -561,7 +267,7 @@ class Pipeline:
         requests: Sequence[Request],
         *,
         batch_size: int = 1,
-        prune: bool = True,
+        prune: bool | None = None,
         on_step: Callable[[int], None] = lambda _: None,
     ) -> Iterator[Picture]:
         """Make pictures, in order.
@@ -571,7 +277,7 @@ class Pipeline:
         Args:
             requests: what to make.
             batch_size: how many pictures share a UNet call.
-            prune: leave out branches that cannot change the result.
+            prune: leave out branches that cannot change the result; None asks the acceleration.
             on_step: called with the number of pictures that have just finished a step.
 
         Raises:
@@ -580,11 +286,12 @@ class Pipeline:
         for start in range(0, len(requests), batch_size):
             group = requests[start : start + batch_size]
             began = time.perf_counter()
-            with torch.inference_mode(), _memory_errors(self.device):
+            with torch.inference_mode(), memory_errors(self.device):
                 steps = self.plan(prune=prune)
                 trace, timesteps = self.sample(group, steps, on_step=on_step)
                 # Pictures on the CPU end the wait for the device, which the time below must contain.
-                images = [to_pil(self.decode(latents)) for latents in trace.latents[-1]]
+                with self.watch("vae"):
+                    images = [to_pil(self.decode(latents)) for latents in trace.latents[-1]]
             seconds = (time.perf_counter() - began) / len(group)
             for index, (request, image) in enumerate(zip(group, images, strict=True)):
                 yield Picture(
@@ -622,62 +329,163 @@ class Pipeline:
         conditions, pooled = self._conditions(requests)
         size = [sampling.height, sampling.width, 0, 0, sampling.height, sampling.width]
         time_ids = torch.tensor([size], device=self.device, dtype=self.dtype)
+        # For the UNet on the device, all at once; the scheduler reads its own.
+        times = scheduler.timesteps.to(self.device, torch.float32)
         extra = {"generator": generators} if _is_stochastic(scheduler) else {}
         branches = guidance.BRANCHES[self.recipe.guidance.order]
         trace = Trace(latents.clone())
-        with attention.installed(self.layers, conditions):
+        chains = [self._chains(step.index, len(steps)) for step in steps]
+        if self.faster.compile:
+            chains = attention.as_tensors(chains, self.device)
+        with attention.installed(self.layers, self.processors):
             for step, t in zip(steps, scheduler.timesteps, strict=True):
-                chosen = [branches[index] for index in step.branches]
-                conditions.select(chosen, self._chains(step.index, len(steps)))
-                rows = len(chosen) * images
-                sample = scheduler.scale_model_input(latents, t).to(self.dtype).repeat(len(chosen), 1, 1, 1)
-                predicted: Tensor = self.unet(
-                    sample,
-                    t,
-                    encoder_hidden_states=conditions.text[conditions.text_rows],
-                    added_cond_kwargs={
-                        "text_embeds": pooled[conditions.text_rows],
-                        "time_ids": time_ids.expand(rows, -1),
-                    },
-                    return_dict=False,
-                )[0]
-                predicted = predicted.reshape(len(chosen), images, *predicted.shape[1:])
-                guided = guidance.combine(predicted, step, self.recipe.guidance)
-                latents = scheduler.step(guided, t, latents, **extra, return_dict=False)[0]
+                with self.watch("step"):
+                    chosen = [branches[index] for index in step.branches]
+                    rows = conditions.select(chosen, chains[step.index])
+                    guided = self._predict(
+                        scheduler.scale_model_input(latents, t),
+                        times[step.index],
+                        rows,
+                        pooled[conditions.text_rows],
+                        time_ids,
+                        step,
+                    )
+                    latents = scheduler.step(guided, t, latents, **extra, return_dict=False)[0]
                 trace.latents.append(latents)
                 on_step(images)
         return trace, scheduler.timesteps
 
-    def _chains(self, step: int, steps: int) -> dict[Block, attention.Chain | None]:
+    def _predict(
+        self,
+        latents: Tensor,
+        time: Tensor,
+        rows: attention.Rows,
+        pooled: Tensor,
+        time_ids: Tensor,
+        step: guidance.Step,
+    ) -> Tensor:
+        """The guided prediction [images, 4, h, w] of one step, in float32."""
+        weights = self.recipe.guidance
+        numbers: Sequence[float] | Tensor = guidance.mixing(step, weights)
+        if self.faster.compile:
+            numbers = torch.tensor(numbers).to(self.device)
+        return self._denoise(
+            self.unet,
+            latents,
+            time,
+            rows,
+            pooled,
+            time_ids,
+            numbers,
+            weights.order,
+            weights.rescale,
+            renorm=guidance.is_renormed(step, weights),
+        )
+
+    def _chains(self, step: int, steps: int) -> attention.Chains:
         return {block: attention.resolve(self.recipe.attention, block, step, steps) for block in BLOCKS}
 
     def _conditions(self, requests: Sequence[Request]) -> tuple[attention.Conditions, Tensor]:
         """Conditions of a batch; pooled text embeddings [2 x images, width] in the same order."""
-        texts = {text: self.encode_prompt(text) for r in requests for text in (r.prompt, r.negative_prompt)}
+        prompts = dict.fromkeys(text for r in requests for text in (r.prompt, r.negative_prompt))
         people = {id(r.identity): r.identity for r in requests}
-        tokens = {key: self.encode_identity(identity) for key, identity in people.items()}
+        with self.watch("text"):
+            texts = {text: self.encode_prompt(text) for text in prompts}
+        with self.watch("identity"):
+            tokens = {key: self.encode_identity(identity) for key, identity in people.items()}
         negative = [texts[r.negative_prompt] for r in requests]
         positive = [texts[r.prompt] for r in requests]
         found = [tokens[id(r.identity)] for r in requests]
+        scales = [self._scale(r) for r in requests]
         conditions = attention.Conditions(
             text=torch.stack([embeds for embeds, _ in negative + positive]),
             identity=torch.stack([nobody for nobody, _ in found] + [person for _, person in found]),
-            scale=torch.tensor([self._scale(r) for r in requests], device=self.device),
+            scale=torch.tensor(scales, device=self.device),
             images=len(requests),
+            # A compiled step takes any scale; left out, the identity half would be another graph.
+            speaks=any(scales) or self.faster.compile,
         )
+        if self.faster.cache_kv:
+            conditions.projected = self.project(conditions.text, conditions.identity)
         return conditions, torch.stack([pooled for _, pooled in negative + positive])
+
+    def warm_up(self, *, batch_size: int = 1) -> float:
+        """Make pictures of nobody until nothing is compiled or recorded any more; how many seconds it took.
+
+        Args:
+            batch_size: how many pictures share a UNet call.
+        """
+        from .identity import Identity
+
+        rng = np.random.default_rng(0)
+        embedding = rng.standard_normal((1, 512)).astype(np.float32)
+        nobody = Identity(
+            id_embedding=embedding / np.linalg.norm(embedding),
+            face_crop_bgr=rng.integers(0, 256, (1, 224, 224, 3), dtype=np.uint8),
+            weight=np.ones(1, np.float32),
+        )
+        began = time.perf_counter()
+        # A CUDA graph is compiled at its first call, recorded at its second, and replayed from its third on.
+        for _ in range(3 if self.faster.compile and self.faster.cuda_graphs else 1):
+            for _ in self.generate([Request("a person", 0, nobody)] * batch_size, batch_size=batch_size):
+                pass
+        return time.perf_counter() - began
+
+    def project(self, text: Tensor, identity: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
+        """Keys and values of every layer, from [rows, tokens, width] each."""
+        return attention.project(self.layers, self.processors, text, identity)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [4, h, w] to a picture [3, H, W] float32 in [0, 1]."""
         config = self.vae.config
         scaled = latents[None].to(self.vae.dtype) / config.scaling_factor
-        decoded: Tensor = self.vae.decode(scaled, return_dict=False)[0][0]
-        return (decoded.float() / 2 + 0.5).clamp(0, 1)
+        return self._decode(self.vae, scaled)
 
 
-def _configured(paths: Mapping[str, Path]) -> Path:
-    """The folder with the base's configurations."""
-    return paths["base"] if paths["base"].is_dir() else paths["config"]
+def denoise(
+    unet: torch.nn.Module,
+    latents: Tensor,
+    time: Tensor,
+    rows: attention.Rows,
+    pooled: Tensor,
+    time_ids: Tensor,
+    numbers: Sequence[float] | Tensor,
+    order: Order,
+    rescale: float,
+    *,
+    renorm: bool,
+) -> Tensor:
+    """One UNet call over all branches of all images, and their guided prediction: what is compiled.
+
+    Args:
+        unet: with `attention.installed`.
+        latents: [images, 4, h, w], as scaled by the scheduler.
+        time: [], float32.
+        rows: what the [branches x images] rows attend to.
+        pooled: [branches x images, width].
+        time_ids: [1, 6].
+        numbers, order, rescale, renorm: of `guidance.mix`.
+
+    Returns:
+        [images, 4, h, w], float32.
+    """
+    count = len(pooled)
+    branches = count // len(latents)
+    predicted: Tensor = unet(
+        latents.to(pooled.dtype).repeat(branches, 1, 1, 1),
+        time,
+        encoder_hidden_states=rows,
+        added_cond_kwargs={"text_embeds": pooled, "time_ids": time_ids.expand(count, -1)},
+        return_dict=False,
+    )[0]
+    predicted = predicted.reshape(branches, *latents.shape)
+    return guidance.mix(predicted, numbers, order, rescale, renorm=renorm)
+
+
+def vae_decode(vae: Any, scaled: Tensor) -> Tensor:
+    """What is compiled of the VAE: scaled latents [1, 4, h, w] to a picture [3, H, W] float32 in [0, 1]."""
+    decoded: Tensor = vae.decode(scaled, return_dict=False)[0][0]
+    return (decoded.float() / 2 + 0.5).clamp(0, 1)
 
 
 def _loaded_parts(recipe: Recipe) -> tuple[Any, ...]:
@@ -685,23 +493,6 @@ def _loaded_parts(recipe: Recipe) -> tuple[Any, ...]:
     model, steps = recipe.model, recipe.sampling.steps
     parts = (model.base, model.unet_for(steps), model.distillation_for(steps), model.vae, model.adapter)
     return (*parts, model.image_encoder, tuple((lora.file, lora.scale) for lora in model.loras))
-
-
-def load_single_file(file: Path, config: Path | None, dtype: torch.dtype) -> StableDiffusionXLPipeline:
-    """Any SDXL checkpoint in the original one-file layout.
-
-    Args:
-        file: the .safetensors file.
-        config: a diffusers SDXL folder with the configurations and tokenizers.
-        dtype: of the weights.
-    """
-    with _loading("checkpoint", file):
-        pipe = StableDiffusionXLPipeline.from_single_file(
-            str(file), config=str(config), dtype=dtype, local_files_only=True, add_watermarker=False
-        )
-        if dtype is torch.float16 and pipe.vae.config.force_upcast:
-            pipe.vae.to(torch.float32)
-        return pipe
 
 
 def to_pil(image: Tensor) -> Image.Image:
@@ -720,46 +511,3 @@ def to_pil(image: Tensor) -> Image.Image:
 def _is_stochastic(scheduler: Any) -> bool:
     """Whether a scheduler's step draws noise from a generator."""
     return isinstance(scheduler, EulerAncestralDiscreteScheduler | LCMScheduler)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Whether memory is what lacks."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and re.search(NO_MEMORY, str(error)) is not None
-    )
-
-
-@contextmanager
-def _memory_errors(device: torch.device) -> Iterator[None]:
-    """Out of memory becomes one sentence and exit code 4."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not _is_out_of_memory(error):
-            raise
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-        raise DeviceError(
-            f"out of memory on {device}", "try a smaller --size, --batch-size 1 or --dtype float16"
-        ) from error
-
-
-@contextmanager
-def _quiet_libraries() -> Iterator[None]:
-    """Loaders warn about what we do on purpose (no image encoder folder), and repeat what they raise."""
-    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
-    levels = [logger.level for logger in loggers]
-    bars = transformers_logging.is_progress_bar_enabled()
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    transformers_logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        if bars:
-            transformers_logging.enable_progress_bar()
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

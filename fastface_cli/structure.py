@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -285,15 +285,26 @@ def safetensors_length(layout: Layout) -> int:
     return len(safetensors_header(layout)) + layout.nbytes
 
 
+def safetensors_pieces(layout: Layout, tensor: Callable[[str], Tensor]) -> Iterator[memoryview]:
+    """The whole file piece by piece, so that never more than one tensor is in memory for it.
+
+    Args:
+        layout: what the file holds.
+        tensor: the numbers of a name, on the CPU, of the layout's shape and type.
+    """
+    yield memoryview(safetensors_header(layout))
+    for name, _, _ in _ordered(layout):
+        yield tensor(name).contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
 def _write_safetensors(file: BinaryIO, layout: Layout, fill: Fill, seed: int, scale: float) -> None:
-    header = safetensors_header(layout)
-    file.write(header)
     if fill == "sparse":
-        file.truncate(len(header) + layout.nbytes)
+        file.write(safetensors_header(layout))
+        file.truncate(safetensors_length(layout))
         return
-    for name, shape, dtype in _ordered(layout):
-        tensor = random_tensor(name, shape, dtype, seed, scale)
-        file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    specs = layout.tensors
+    for piece in safetensors_pieces(layout, lambda name: random_tensor(name, *specs[name], seed, scale)):
+        file.write(piece)
 
 
 # ------------------------------------------------------------------------------------------ PyTorch files

@@ -24,6 +24,7 @@ from ..manifest import Artefact, RemoteFile, manifest, resolve
 from ..settings import Settings
 from . import transfer
 from .fetching import Bars, Fetcher, Job, WrongBytesError, fetch_all
+from .fused import FusedCache
 from .layout import Layout, blob_name, check_room, remove_empty, remove_file, source_of
 from .records import short_hash
 from .states import Entry, FileStatus, Missing, State, count_models, human_size, licence_line, offline_error
@@ -50,6 +51,11 @@ class Store:
         self.known = manifest() if known is None else known
         self.layout = Layout(settings)
         self._found: dict[str, tuple[RemoteFile, ...]] = {}
+
+    @property
+    def fused(self) -> FusedCache:
+        """Fused models kept between runs."""
+        return FusedCache(self.settings.home / "fused", int(self.settings.fused_cache * 1e9))
 
     def path(self, artefact: Artefact) -> Path:
         """What a loader opens: `Layout.path` says what that is for each kind. It need not exist yet."""

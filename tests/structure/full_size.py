@@ -21,7 +21,7 @@ from diffusers import StableDiffusionXLPipeline
 from original_names import original
 from safetensors.torch import load_file
 
-from fastface_cli import pipeline
+from fastface_cli import loading, pipeline
 from fastface_cli.recipe import Recipe
 from fastface_cli.sdxl import PADS, PUBLISHED, config_text
 from fastface_cli.structure import (
@@ -67,22 +67,22 @@ def layout(part: str, name: str = "") -> Layout:
 
 
 def base_unet(folder: Path) -> dict[str, Any]:
-    unet = pipeline.load_unet(base(folder), None, HALF)
+    unet = loading.load_unet(base(folder), None, HALF)
     return {"parameters": check(unet, layout("base", "unet"), HALF)}
 
 
 def turbo(folder: Path) -> dict[str, Any]:
-    unet = pipeline.load_unet(base(folder), write_stack(folder, parts=["turbo"])["turbo"], HALF)
+    unet = loading.load_unet(base(folder), write_stack(folder, parts=["turbo"])["turbo"], HALF)
     return {"parameters": check(unet, layout("turbo"), HALF)}
 
 
 def lightning(folder: Path) -> dict[str, Any]:
-    unet = pipeline.load_unet(base(folder), write_stack(folder, parts=["lightning"])["lightning"], HALF)
+    unet = loading.load_unet(base(folder), write_stack(folder, parts=["lightning"])["lightning"], HALF)
     return {"parameters": check(unet, layout("lightning"), HALF)}
 
 
 def text_encoders(folder: Path) -> dict[str, Any]:
-    first, second, tokenizer, tokenizer_2 = pipeline.load_text_encoders(base(folder), HALF)
+    first, second, tokenizer, tokenizer_2 = loading.load_text_encoders(base(folder), HALF)
     assert len(tokenizer) == len(tokenizer_2) == 49408
     assert tokenizer("").input_ids == [49406, 49407]
     return {
@@ -93,21 +93,21 @@ def text_encoders(folder: Path) -> dict[str, Any]:
 
 def vaes(folder: Path) -> dict[str, Any]:
     paths = write_stack(folder, parts=["base", "vae"])
-    own = pipeline.load_vae(paths["base"], None, HALF)
+    own = loading.load_vae(paths["base"], None, HALF)
     check(own, layout("base", "vae"), torch.float32)  # it overflows in float16
-    return {"parameters": check(pipeline.load_vae(paths["base"], paths["vae"], HALF), layout("vae"), HALF)}
+    return {"parameters": check(loading.load_vae(paths["base"], paths["vae"], HALF), layout("vae"), HALF)}
 
 
 def image_encoder(folder: Path) -> dict[str, Any]:
     path = write_stack(folder, parts=["image_encoder"])["image_encoder"]
-    return {"parameters": check(pipeline.load_image_encoder(path, HALF), layout("image_encoder"), HALF)}
+    return {"parameters": check(loading.load_image_encoder(path, HALF), layout("image_encoder"), HALF)}
 
 
 def distillation(part: str) -> Callable[[Path], dict[str, Any]]:
     def run(folder: Path) -> dict[str, Any]:
         path = write_stack(folder, parts=[part], fill="random")[part]
-        pipe = shell(pipeline.load_unet(base(folder), None, HALF))
-        pipeline.fuse_lora(pipe, path, 1.0)
+        pipe = shell(loading.load_unet(base(folder), None, HALF))
+        loading.fuse_lora(pipe, path, 1.0)
         lora, state = load_file(path), pipe.unet.state_dict()
         targets = lora_targets(pipe.unet)
         assert len(lora) == 3 * len(targets)
@@ -126,8 +126,8 @@ def distillation(part: str) -> Callable[[Path], dict[str, Any]]:
 
 def adapter(folder: Path) -> dict[str, Any]:
     path = write_stack(folder, parts=["adapter"], fill="random")["adapter"]
-    pipe = shell(pipeline.load_unet(base(folder), None, HALF))
-    projection = pipeline.load_adapter(pipe, path, 0.8)
+    pipe = shell(loading.load_unet(base(folder), None, HALF))
+    projection = loading.load_adapter(pipe, path, 0.8)
     file = torch.load(path, weights_only=True, mmap=True)
     state = pipe.unet.state_dict()
     layers = [name.removesuffix(".processor") for name in pipe.unet.attn_processors]
@@ -171,7 +171,7 @@ def single_file(folder: Path) -> dict[str, Any]:
         (folder / "config" / name).write_text(config_text(config))
     for name, pad in PADS.items():
         write_tokenizer(folder / "config" / name, 49408, pad)
-    pipe = pipeline.load_single_file(path, folder / "config", HALF)
+    pipe = loading.load_single_file(path, folder / "config", HALF)
     vae = pipe.vae.dtype
     return {
         "bytes": safetensors_length(Layout(names)),

@@ -57,25 +57,26 @@ def test_a_step_of_two_pictures_at_1024(
         return identity_attention(query, key, value, chain, count)
 
     monkeypatch.setattr(attention, "identity_attention", spy)
-    # Whether any scale speaks is a number, which nothing without numbers can tell.
     conditions = Conditions(
         text=torch.empty(2 * images, 77, 2048, dtype=torch.float16, device=META),
         identity=torch.empty(2 * images, 4, 2048, dtype=torch.float16, device=META),
-        scale=torch.ones(images),
+        scale=torch.empty(images, device=META),
         images=images,
     )
-    conditions.scale = conditions.scale.to(META)
     rows = branches * images
-    with torch.no_grad(), attention.installed(attention.identity_layers(unet), conditions):
+    layers = attention.identity_layers(unet)
+    processors = attention.processors(layers)
+    conditions.projected = attention.project(layers, processors, conditions.text, conditions.identity)
+    with torch.no_grad(), attention.installed(layers, processors):
         mine = sum(isinstance(one, IdentityAttnProcessor) for one in unet.attn_processors.values())
-        conditions.select(
+        attended = conditions.select(
             BRANCHES["identity_first"][3 - branches :],
             {block: attention.resolve(METHODS[method], block, 0, 4) for block in BLOCKS},
         )
         (found,) = unet(
             torch.empty(rows, 4, 128, 128, dtype=torch.float16, device=META),
             torch.tensor(999),
-            encoder_hidden_states=conditions.text[conditions.text_rows],
+            encoder_hidden_states=attended,
             added_cond_kwargs={
                 "text_embeds": torch.empty(rows, 1280, dtype=torch.float16, device=META),
                 "time_ids": torch.empty(rows, 6, dtype=torch.float16, device=META),
@@ -89,15 +90,3 @@ def test_a_step_of_two_pictures_at_1024(
     assert {key for _, key, _ in seen} == {(rows, 10, 4, 64), (rows, 20, 4, 64)}
     plain = sum(is_plain for _, _, is_plain in seen)
     assert plain == (70 if method == "plain" else 10)  # the mid block is left alone
-
-
-def test_a_picture_at_1024_is_within_what_a_quantile_takes() -> None:
-    """The largest map of three branches; torch.quantile refuses more than the limit at once."""
-    assert attention.QUANTILE_LIMIT > 3 * 10 * 4096 * 4
-
-
-def test_more_pictures_than_a_quantile_takes_are_split(monkeypatch: pytest.MonkeyPatch) -> None:
-    maps = torch.rand(6, 2, 50, 4, generator=torch.Generator().manual_seed(0))
-    whole = attention.quantile(maps, 0.65)
-    monkeypatch.setattr(attention, "QUANTILE_LIMIT", 100)
-    assert torch.equal(attention.quantile(maps, 0.65), whole)

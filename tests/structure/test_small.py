@@ -18,12 +18,13 @@ from original_names import original
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fastface_cli import pipeline
+from fastface_cli import loading
 from fastface_cli.errors import ModelUnavailableError
 from fastface_cli.identity import Identity
 from fastface_cli.pipeline import Pipeline, Request
 from fastface_cli.recipe import Recipe
 from fastface_cli.sdxl import MINIATURE, PADS, config_text
+from fastface_cli.store.fused import FusedCache
 from fastface_cli.structure import lora_targets, write_stack, write_tokenizer
 
 State = dict[str, Tensor]
@@ -77,7 +78,7 @@ def test_fused_loras_add_scaled_ba_to_every_module(pipe: StableDiffusionXLPipeli
         assert len(lora) == 3 * len(targets)
         for name in targets:
             wanted[f"{name}.weight"] += scale * delta(lora, name)
-        pipeline.fuse_lora(pipe, miniature[part], scale)
+        loading.fuse_lora(pipe, miniature[part], scale)
         found = snapshot(pipe.unet)
         assert found.keys() == wanted.keys()
         for name, tensor in found.items():
@@ -86,7 +87,7 @@ def test_fused_loras_add_scaled_ba_to_every_module(pipe: StableDiffusionXLPipeli
 
 def test_a_lora_at_scale_zero_changes_nothing(pipe: StableDiffusionXLPipeline, miniature: Paths) -> None:
     before = snapshot(pipe.unet)
-    pipeline.fuse_lora(pipe, miniature["hyper"], 0.0)
+    loading.fuse_lora(pipe, miniature["hyper"], 0.0)
     assert same(snapshot(pipe.unet), before)
 
 
@@ -96,7 +97,7 @@ def test_a_float32_lora_is_rounded_once_in_a_float16_unet(
     """Hyper-SD is stored in float32; halving it before the product would lose bits."""
     pipe.unet.to(torch.float16)
     before, lora = snapshot(pipe.unet), load_file(miniature["hyper"])
-    pipeline.fuse_lora(pipe, miniature["hyper"], 1.0)
+    loading.fuse_lora(pipe, miniature["hyper"], 1.0)
     for name in lora_targets(pipe.unet):
         found = pipe.unet.get_submodule(name).weight
         assert found.dtype is torch.float16
@@ -127,7 +128,7 @@ def test_a_style_lora_reaches_the_text_encoders_too(pipe: StableDiffusionXLPipel
         state[f"{stem}.alpha"] = torch.tensor(1.0)
         wanted[part][f"{module}.weight"] += 0.8 / 4 * up @ down
     save_file(state, tmp_path / "style.safetensors")
-    pipeline.fuse_lora(pipe, tmp_path / "style.safetensors", 0.8)
+    loading.fuse_lora(pipe, tmp_path / "style.safetensors", 0.8)
     for part, tensors in wanted.items():
         found = snapshot(getattr(pipe, part))
         assert found.keys() == tensors.keys()
@@ -151,7 +152,7 @@ def test_the_adapters_lora_is_fused_at_its_scale(
 ) -> None:
     before = snapshot(pipe.unet)
     file = torch.load(miniature["adapter"], weights_only=True)["ip_adapter"]
-    pipeline.load_adapter(pipe, miniature["adapter"], scale)
+    loading.load_adapter(pipe, miniature["adapter"], scale)
     after = snapshot(pipe.unet)
     for index, name, _ in attention_layers(pipe.unet):
         for role, module in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("out", "to_out.0")):
@@ -170,7 +171,7 @@ def test_the_adapters_lora_is_fused_at_its_scale(
 
 def test_the_projection_is_the_files(pipe: StableDiffusionXLPipeline, miniature: Paths) -> None:
     file = torch.load(miniature["adapter"], weights_only=True)["image_proj"]
-    module = pipeline.load_adapter(pipe, miniature["adapter"], 1.0)
+    module = loading.load_adapter(pipe, miniature["adapter"], 1.0)
     found = snapshot(module)
     both = {name: tensor.double().sum().item() for name, tensor in found.items()}
     assert sum(both.values()) == pytest.approx(sum(t.double().sum().item() for t in file.values()), abs=1e-6)
@@ -235,11 +236,11 @@ def test_an_adapter_that_is_off_is_no_adapter(
 
 def test_base_parts_arrive_exactly(miniature: Paths) -> None:
     base = miniature["base"]
-    unet = pipeline.load_unet(base, None, torch.float32)
+    unet = loading.load_unet(base, None, torch.float32)
     assert same(snapshot(unet), load_file(base / "unet" / WEIGHTS))
-    vae = pipeline.load_vae(base, None, torch.float32)
+    vae = loading.load_vae(base, None, torch.float32)
     assert same(snapshot(vae), load_file(base / "vae" / WEIGHTS))
-    encoder, encoder_2, tokenizer, tokenizer_2 = pipeline.load_text_encoders(base, torch.float32)
+    encoder, encoder_2, tokenizer, tokenizer_2 = loading.load_text_encoders(base, torch.float32)
     first = load_file(base / "text_encoder" / "model.safetensors")
     assert same(
         {f"text_model.{name.removeprefix('text_model.')}": t for name, t in snapshot(encoder).items()}, first
@@ -250,36 +251,36 @@ def test_base_parts_arrive_exactly(miniature: Paths) -> None:
 
 
 def test_image_encoder_arrives_exactly(miniature: Paths) -> None:
-    encoder = pipeline.load_image_encoder(miniature["image_encoder"], torch.float32)
+    encoder = loading.load_image_encoder(miniature["image_encoder"], torch.float32)
     file = load_file(miniature["image_encoder"] / "model.safetensors")
     assert file.pop("vision_model.embeddings.position_ids").shape == (1, 17)
     assert same(snapshot(encoder), file)
 
 
 def test_replaced_unets_arrive_exactly(miniature: Paths) -> None:
-    lightning = pipeline.load_unet(miniature["base"], miniature["lightning"], torch.float32)
+    lightning = loading.load_unet(miniature["base"], miniature["lightning"], torch.float32)
     assert same(snapshot(lightning), load_file(miniature["lightning"]))
-    turbo = pipeline.load_unet(miniature["base"], miniature["turbo"], torch.float32)
+    turbo = loading.load_unet(miniature["base"], miniature["turbo"], torch.float32)
     assert same(snapshot(turbo), load_file(miniature["turbo"] / "unet" / WEIGHTS))
     assert not same(snapshot(lightning), snapshot(turbo))
 
 
 def test_a_replaced_vae_arrives_exactly_and_stays_in_float16(miniature: Paths) -> None:
-    vae = pipeline.load_vae(miniature["base"], miniature["vae"], torch.float32)
+    vae = loading.load_vae(miniature["base"], miniature["vae"], torch.float32)
     assert same(snapshot(vae), load_file(miniature["vae"] / WEIGHTS))
-    assert pipeline.load_vae(miniature["base"], miniature["vae"], torch.float16).dtype is torch.float16
-    assert pipeline.load_vae(miniature["base"], None, torch.float16).dtype is torch.float32  # it overflows
+    assert loading.load_vae(miniature["base"], miniature["vae"], torch.float16).dtype is torch.float16
+    assert loading.load_vae(miniature["base"], None, torch.float16).dtype is torch.float32  # it overflows
 
 
 def test_half_precision_files_are_found_by_their_variant(tmp_path: Path) -> None:
     base = write_stack(tmp_path, MINIATURE, fill="random", parts=["base"], dtype=torch.float16)["base"]
     assert not list(base.rglob(WEIGHTS))
-    unet = pipeline.load_unet(base, None, torch.float16)
+    unet = loading.load_unet(base, None, torch.float16)
     file = load_file(base / "unet" / "diffusion_pytorch_model.fp16.safetensors")
     assert same(snapshot(unet), file)
-    wide = pipeline.load_unet(base, None, torch.float32)
+    wide = loading.load_unet(base, None, torch.float32)
     assert same(snapshot(wide), {name: tensor.float() for name, tensor in file.items()})
-    encoder, encoder_2, *_ = pipeline.load_text_encoders(base, torch.float16)
+    encoder, encoder_2, *_ = loading.load_text_encoders(base, torch.float16)
     assert {encoder.dtype, encoder_2.dtype} == {torch.float16}
 
 
@@ -305,10 +306,21 @@ def single_file(miniature: Paths, tmp_path_factory: pytest.TempPathFactory) -> P
 def test_a_single_file_checkpoint_arrives_exactly(
     stock: StableDiffusionXLPipeline, single_file: Paths
 ) -> None:
-    found = pipeline.load_single_file(single_file["base"], single_file["config"], torch.float32)
+    found = loading.load_single_file(single_file["base"], single_file["config"], torch.float32)
     for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
         assert same(snapshot(getattr(found, part)), snapshot(getattr(stock, part)))
     assert found.tokenizer_2.pad_token_id == stock.tokenizer_2.pad_token_id
+
+
+def test_a_single_file_base_is_fused_once(
+    miniature: Paths, single_file: Paths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths, cache = {**miniature, **single_file}, FusedCache(tmp_path, 1 << 30, least=0)
+    first = Pipeline.load(recipe(0.8, 0.6), paths, device="cpu", dtype="float32", fused=cache)
+    monkeypatch.delattr(loading, "load_adapter")
+    second = Pipeline.load(recipe(0.8, 0.6), paths, device="cpu", dtype="float32", fused=cache)
+    assert same(snapshot(first.unet), snapshot(second.unet))
+    assert same(snapshot(first.vae), snapshot(second.vae))
 
 
 def test_a_single_file_base_makes_the_folders_picture(
@@ -334,17 +346,17 @@ def without(path: Path, pattern: str, target: Path) -> Path:
 
 
 BREAKS: dict[str, tuple[str, str, Callable[[Path], object]]] = {
-    "unet": (f"unet/{WEIGHTS}", r"mid_block", lambda base: pipeline.load_unet(base, None, torch.float32)),
-    "vae": (f"vae/{WEIGHTS}", r"decoder\.conv_in", lambda base: pipeline.load_vae(base, None, torch.float32)),
+    "unet": (f"unet/{WEIGHTS}", r"mid_block", lambda base: loading.load_unet(base, None, torch.float32)),
+    "vae": (f"vae/{WEIGHTS}", r"decoder\.conv_in", lambda base: loading.load_vae(base, None, torch.float32)),
     "text_encoder": (
         "text_encoder/model.safetensors",
         r"layers\.1.*fc2",
-        lambda base: pipeline.load_text_encoders(base, torch.float32),
+        lambda base: loading.load_text_encoders(base, torch.float32),
     ),
     "text_encoder_2": (
         "text_encoder_2/model.safetensors",
         r"text_projection",
-        lambda base: pipeline.load_text_encoders(base, torch.float32),
+        lambda base: loading.load_text_encoders(base, torch.float32),
     ),
 }
 
@@ -364,15 +376,15 @@ def test_replacements_that_lack_a_tensor_are_refused(
 ) -> None:
     broken = without(miniature["lightning"], r"up_blocks", tmp_path / "lightning.safetensors")
     with pytest.raises(ModelUnavailableError):
-        pipeline.load_unet(miniature["base"], broken, torch.float32)
+        loading.load_unet(miniature["base"], broken, torch.float32)
     broken = without(single_file["base"], r"middle_block", tmp_path / "single.safetensors")
     with pytest.raises(ModelUnavailableError):
-        pipeline.load_single_file(broken, single_file["config"], torch.float32)
+        loading.load_single_file(broken, single_file["config"], torch.float32)
     adapter = torch.load(miniature["adapter"], weights_only=True)
     del adapter["ip_adapter"]["1.to_v_ip.weight"]
     torch.save(adapter, tmp_path / "adapter.bin")
     with pytest.raises(ModelUnavailableError):
-        pipeline.load_adapter(pipe, tmp_path / "adapter.bin", 0.6)
+        loading.load_adapter(pipe, tmp_path / "adapter.bin", 0.6)
 
 
 def test_a_lora_of_another_model_is_refused(
@@ -390,7 +402,7 @@ def test_a_lora_of_another_model_is_refused(
     before = snapshot(pipe.unet)
     for name in ("names", "shapes"):
         with pytest.raises(ModelUnavailableError):
-            pipeline.fuse_lora(pipe, tmp_path / f"{name}.safetensors", 1.0)
+            loading.fuse_lora(pipe, tmp_path / f"{name}.safetensors", 1.0)
     assert same(
         {n.replace(".base_layer", ""): t for n, t in snapshot(pipe.unet).items() if "lora_" not in n}, before
     )

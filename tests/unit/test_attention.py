@@ -144,11 +144,19 @@ def test_schedules_by_step():
     assert chain(attention, step=1, steps=7).transforms[0][1]["k"] == pytest.approx(6.25)
 
 
-def test_large_maps_are_not_too_much_for_the_quantile(monkeypatch):
-    a = maps(6)
-    whole = am.quantile(a, 0.6)
-    monkeypatch.setattr(am, "QUANTILE_LIMIT", 10)
-    assert torch.equal(am.quantile(a, 0.6), whole)
+@pytest.mark.parametrize("positions", [1, 2, 16, 17])
+@pytest.mark.parametrize("level", [0.0, 0.35, 0.6, 0.65, 1.0])
+def test_the_quantile_is_torchs_rounded_to_half(positions, level):
+    # Down to where halves grow coarse, and below.
+    a = maps(6, heads=4, positions=positions) * 10 ** torch.linspace(-8, 0, 3)[:, None, None, None]
+    wanted = torch.quantile(a, level, dim=-2, keepdim=True).half().clamp_min(1e-6).float()
+    assert torch.equal(am.quantile(a, level), wanted)
+    assert torch.equal(am.quantile(a, torch.tensor(level)), wanted)
+
+
+def test_large_maps_are_not_too_much_for_the_quantile():
+    a = torch.rand(1, 1, 5_000_000, 4)  # torch.quantile takes 16 million numbers at most
+    assert am.quantile(a, 0.5).shape == (1, 1, 1, 4)
 
 
 def test_constant_maps_stay_finite():

@@ -14,7 +14,7 @@ from diffusers import StableDiffusionXLPipeline
 from pretend_device import MixedDevicesError, OnDevice, pretended
 from safetensors.torch import save_file
 
-from fastface_cli import pipeline
+from fastface_cli import loading, pipeline
 from fastface_cli.errors import DeviceError
 from fastface_cli.identity import Identity
 from fastface_cli.pipeline import Pipeline, Request
@@ -78,7 +78,7 @@ def run_of(recipe: Recipe, loaded: Pipeline, parts: Paths) -> Pipeline:
 
 
 def scheduler_of(recipe: Recipe, parts: Paths):
-    return pipeline.load_scheduler(recipe, parts["base"], None)
+    return loading.load_scheduler(recipe, parts["base"], None)
 
 
 @pytest.mark.parametrize("name", ["cuda:0", pytest.param("mps:0", marks=pytest.mark.slow)])
@@ -173,10 +173,10 @@ def test_the_verified_halves_are_loaded_where_another_program_left_a_plain_file(
 ) -> None:
     """A Hub cache is shared; of the two files only the fp16 one is in the manifest."""
     base = write_stack(tmp_path, MINIATURE, fill="random", parts=["base"], dtype=torch.float16)["base"]
-    wanted = pipeline.load_unet(base, None, torch.float16).conv_in.weight
-    state = {name: t * 0 for name, t in pipeline.load_unet(base, None, torch.float32).state_dict().items()}
+    wanted = loading.load_unet(base, None, torch.float16).conv_in.weight
+    state = {name: t * 0 for name, t in loading.load_unet(base, None, torch.float32).state_dict().items()}
     save_file(state, base / "unet" / "diffusion_pytorch_model.safetensors", {"format": "pt"})
-    assert torch.equal(pipeline.load_unet(base, None, torch.float16).conv_in.weight, wanted)
+    assert torch.equal(loading.load_unet(base, None, torch.float16).conv_in.weight, wanted)
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ def test_it_is_the_method(name, loaded, parts, person):
     pipeline = pipeline_for(loaded, recipe, parts)
     request = Request("a person reading", 11, person, negative_prompt="blur" if name == "lcm" else None)
     picture = next(pipeline.generate([request]))
-    from fastface_cli.pipeline import load_scheduler
+    from fastface_cli.loading import load_scheduler
 
     wanted = reference.latents(
         recipe,
