@@ -1,0 +1,129 @@
+"""How long a run takes, beside generating alone and scoring alone: they overlap, so it should be the longer.
+
+    python benchmarks/eval_overlap.py [--dataset examples/mini] [--recipe pocket-fastface] [--seeds 1]
+
+Each side has a core of its own: the worker process is pinned to one, this process, which scores, to another.
+Models are loaded and people measured before the clocks start: a run of hours does not feel them, and a short
+one would measure nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fastface_cli.evaluation import setup
+from fastface_cli.evaluation.dataset import load_dataset
+from fastface_cli.evaluation.engines import LocalPool, Outcome
+from fastface_cli.evaluation.maker import Job, Make, MakerFactory
+from fastface_cli.evaluation.runner import Plan, Scoring, generate, score
+from fastface_cli.evaluation.runs import Run
+from fastface_cli.recipe_files import load_recipe
+from fastface_cli.settings import load_settings
+
+CORES = sorted(os.sched_getaffinity(0))
+
+
+def pinned(factory: MakerFactory, device: str) -> Make:
+    """The maker of a worker, on the last core."""
+    os.sched_setaffinity(0, {CORES[-1]})
+    return factory(device)
+
+
+class Warm(LocalPool):
+    """A pool that is already running and outlives a run."""
+
+    started = False
+
+    def start(self, slot: int) -> None:
+        if not self.started:
+            super().start(slot)
+        self.started = True
+
+    def close(self) -> None:
+        pass
+
+    def end(self) -> None:
+        super().close()
+
+    def warm_up(self, job: Job) -> list[tuple[int, Outcome]]:
+        self.start(0)
+        self.send(0, job)
+        return self.wait()
+
+
+@contextmanager
+def fresh(folder: Path, info: dict[str, object], people: Path) -> Iterator[Run]:
+    """A new run that knows its people already."""
+    with Run.open(folder, info) as run:
+        shutil.copytree(people, folder / "identities")
+        yield run
+
+
+def timed(call: Callable[[], None]) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--dataset", type=Path, default=Path("examples/mini"))
+    parser.add_argument("--recipe", default="pocket-fastface")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--metrics", default=None)
+    parser.add_argument("--repeat", type=int, default=3)
+    options = parser.parse_args()
+    os.sched_setaffinity(0, {CORES[0]})
+    settings, machine = load_settings(), setup.Machine(device="cpu")
+    recipes = {options.recipe: load_recipe(options.recipe).recipe}
+    plan = Plan(recipes, load_dataset(options.dataset), options.seeds)
+    names = options.metrics.split(",") if options.metrics else setup.default_metrics(recipes, "fastface")
+
+    def loaded() -> Scoring:
+        """Metrics with their models, and without a memory of pictures that they have seen."""
+        found = setup.scoring(names, recipes, machine, "fastface", settings)
+        found.load()
+        return Scoring(found.metrics, lambda: None)
+
+    nothing = Scoring([], lambda: None)
+    info = setup.describe(plan, machine, rules="fastface", split="full", metrics=names)
+    with tempfile.TemporaryDirectory() as place:
+        root = Path(place)
+        people = setup.people(root / "first", recipes, machine, settings, print)
+        row = next(plan.rows())
+        subjects = {subject.name: subject for subject in plan.dataset.subjects}
+        for subject in subjects.values():
+            people.identity(subject, None, str(recipes[row.recipe].model.face))
+        pool = Warm(functools.partial(pinned, MakerFactory(recipes)), ["cpu"])
+        pool.warm_up(Job(row, people.identity(subjects[row.identity], None, "pocket-face")))
+        print(f"{plan.count()} images, metrics {', '.join(names)}, cores {CORES[0]} and {CORES[-1]}")
+        ratios = []
+        for number in range(options.repeat):
+            with fresh(root / f"apart{number}", info, root / "first/identities") as run:
+                who = setup.people(run.folder, recipes, machine, settings, print)
+                making = timed(lambda: generate(run, plan, lambda: pool, who, nothing))  # noqa: B023
+                ready = loaded()
+                scoring = timed(lambda: score(run, ready))  # noqa: B023
+            with fresh(root / f"both{number}", info, root / "first/identities") as run:
+                who = setup.people(run.folder, recipes, machine, settings, print)
+                ready = loaded()
+                both = timed(lambda: generate(run, plan, lambda: pool, who, ready))  # noqa: B023
+            ratios.append(both / max(making, scoring))
+            print(
+                f"generating {making:6.2f} s   scoring {scoring:6.2f} s   together {both:6.2f} s   "
+                f"together / longer {ratios[-1]:.3f}"
+            )
+        pool.end()
+        print(f"median together / longer {sorted(ratios)[len(ratios) // 2]:.3f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""`fastface bench`: build, warm up, measure."""

@@ -1,0 +1,157 @@
+"""A stack with random weights, made on the device: what speed needs, without a download.
+
+Every matrix is normal with variance 1 / fan-in, so that activations keep their size, nothing overflows in
+half precision, and products take the power that real numbers take. A distillation LoRA would be fused into
+such a UNet and leave no trace in its speed: none is made.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..acceleration import DEFAULT, Acceleration, arrange, check
+from ..loading import SCHEDULERS, memory_errors, quiet_libraries, settle_adapter
+from ..pipeline import Pipeline
+from ..recipe import Recipe
+from ..reference import Reference
+from ..sdxl import PADS, PUBLISHED, TURBO_SCHEDULER, Config, Stack
+from ..structure import adapter_layout, write_tokenizer
+
+
+def random_pipeline(
+    recipe: Recipe,
+    device: torch.device,
+    dtype: torch.dtype,
+    acceleration: Acceleration = DEFAULT,
+    stack: Stack = PUBLISHED,
+) -> Pipeline:
+    """Our pipeline over random weights; the same weights at every call.
+
+    Args:
+        recipe: what to run; the models that it names are not looked at.
+        device: where the weights are made.
+        dtype: of the weights.
+        acceleration: what is done for speed.
+        stack: the configurations.
+    """
+    check(acceleration, device, dtype)
+    with quiet_libraries(), memory_errors(device), torch.no_grad():
+        parts = random_parts(recipe, device, dtype, stack)
+        projection = settle_adapter(parts, recipe.adapter.lora_scale, fuse=acceleration.fuse_lora)
+        projection.to(device, dtype).requires_grad_(False)
+        arrange(parts.unet, parts.vae, acceleration)
+        scheduler = _scheduler(recipe, stack)
+        return Pipeline(recipe, parts, projection, scheduler, lambda _: None, acceleration)
+
+
+def random_reference(
+    recipe: Recipe, device: torch.device, dtype: torch.dtype, stack: Stack = PUBLISHED
+) -> Reference:
+    """The published structure over the same random weights as `random_pipeline`'s."""
+    with quiet_libraries(), memory_errors(device), torch.no_grad():
+        return Reference(recipe, random_parts(recipe, device, dtype, stack), _scheduler(recipe, stack))
+
+
+def random_parts(recipe: Recipe, device: torch.device, dtype: torch.dtype, stack: Stack) -> Any:
+    """A diffusers pipeline with an image encoder, and the adapter in its UNet with its LoRA unfused."""
+    import transformers
+    from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
+
+    with _made_as(device, dtype):
+        unet = UNet2DConditionModel.from_config(stack.unet)
+        vae = AutoencoderKL.from_config({**stack.vae, "force_upcast": recipe.model.vae is None})
+        encoder = transformers.CLIPTextModel(transformers.CLIPTextConfig(**stack.text_encoder))
+        encoder_2 = transformers.CLIPTextModelWithProjection(
+            transformers.CLIPTextConfig(**stack.text_encoder_2)
+        )
+        image_encoder = transformers.CLIPVisionModelWithProjection(
+            transformers.CLIPVisionConfig(**stack.image_encoder)
+        )
+    for index, model in enumerate((unet, vae, encoder, encoder_2, image_encoder)):
+        fill(model.named_parameters(), index)
+        model.to(device, dtype).eval().requires_grad_(False)
+    if vae.config.force_upcast and dtype is torch.float16:
+        vae.to(torch.float32)  # as real weights are loaded
+    tokenizer, tokenizer_2 = _tokenizers(stack)
+    parts = StableDiffusionXLPipeline(
+        vae=vae,
+        text_encoder=encoder,
+        text_encoder_2=encoder_2,
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer_2,
+        unet=unet,
+        scheduler=_scheduler(recipe, stack),
+        add_watermarker=False,
+    )
+    parts.register_modules(image_encoder=image_encoder)
+    parts.load_ip_adapter(
+        _adapter(stack, device, dtype), subfolder="", weight_name="", image_encoder_folder=None
+    )
+    unet.to(device, dtype).requires_grad_(False)  # the LoRA comes in float32
+    return parts
+
+
+@contextmanager
+def _made_as(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """New parameters are on this device and of this type from the start."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def fill(tensors: Iterable[tuple[str, Tensor]], seed: int) -> None:
+    """Random numbers in place, from names and a seed: normal, scaled by fan-in; norms near one.
+
+    The product of a LoRA's halves is a tenth of a matrix.
+    """
+    for name, tensor in tensors:
+        generator = torch.Generator(tensor.device).manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
+        spread, mean = 0.02, 0.0
+        if tensor.ndim == 1:
+            mean = float(name.endswith("weight"))
+        elif not name.endswith("embedding.weight"):
+            spread = (0.1 if name.endswith("lora.up.weight") else 1.0) * tensor[0].numel() ** -0.5
+        tensor.normal_(mean, spread, generator=generator)
+
+
+def _adapter(stack: Stack, device: torch.device, dtype: torch.dtype) -> dict[str, dict[str, Tensor]]:
+    layout = adapter_layout(stack)
+    tensors = {
+        name: torch.empty(shape, device=device, dtype=dtype) for name, (shape, _) in layout.tensors.items()
+    }
+    fill(tensors.items(), 99)
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        part, _, key = name.partition(".")
+        found.setdefault(part, {})[key] = tensor
+    return found
+
+
+def _scheduler(recipe: Recipe, stack: Stack) -> Any:
+    wanted = recipe.model.scheduler
+    config: Config = TURBO_SCHEDULER if wanted.kind == "euler_ancestral" else stack.scheduler
+    changes = {} if wanted.spacing is None else {"timestep_spacing": wanted.spacing}
+    return SCHEDULERS[wanted.kind].from_config(config, **changes)
+
+
+def _tokenizers(stack: Stack) -> list[Any]:
+    from transformers import CLIPTokenizer
+
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        for (name, pad), config in zip(PADS.items(), (stack.text_encoder, stack.text_encoder_2), strict=True):
+            write_tokenizer(Path(folder) / name, config["vocab_size"], pad)
+            found.append(CLIPTokenizer.from_pretrained(Path(folder) / name, local_files_only=True))
+    return found

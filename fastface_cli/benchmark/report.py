@@ -1,0 +1,168 @@
+"""A benchmark's report as Markdown: pure text from the JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+Report = Mapping[str, Any]
+
+GIB = 2**30
+
+
+def markdown(report: Report) -> str:
+    """The whole report."""
+    sides = report["sides"]
+    parts = [
+        f"# Benchmark: {', '.join(side['label'] for side in sides)}",
+        conditions(report),
+        "## Pictures, milliseconds",
+        pictures(sides, report["batch"]),
+    ]
+    if report["ratios"]:
+        parts += [
+            "## Compared",
+            comparisons(report["ratios"]),
+            "Ratios are of medians over interleaved rounds, with 95% bootstrap intervals.",
+        ]
+    parts += [
+        "## Stages, median milliseconds",
+        stages(sides),
+        "## Operations of a picture",
+        operations(sides),
+    ]
+    if any(side["cold"] for side in sides):
+        parts += ["## A new process to its first picture", cold(sides)]
+    return "\n\n".join(parts) + "\n"
+
+
+def conditions(report: Report) -> str:
+    """One paragraph: weights, hardware, versions."""
+    machine, product = report["machine"], report["matrix_product"]
+    gpu = machine.get("gpu")
+    hardware = f"{machine['cpu']}, {machine['torch_threads']} threads of {machine['usable_cores']} cores"
+    if gpu:
+        driver = gpu.get("driver_version", "unknown")
+        hardware = f"{gpu['name']}, {gpu['memory_gib']} GiB, driver {driver}, CUDA {gpu['cuda']}; {hardware}"
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
+    return "\n".join(
+        [
+            f"- weights: **{report['weights']}**; batch {report['batch']}, {report['repeats']} rounds"
+            + ("" if report["photo"] else "; the person is an identity of random numbers, without a photo"),
+            f"- hardware: {hardware}",
+            f"- measured matrix product: {product['tflops']:.3g} TFLOP/s ({product['dtype']}, "
+            f"side {product['side']})",
+            f"- {versions}; commit {machine['commit'] or 'unknown'}",
+        ]
+    )
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; the first column is text, the others are numbers."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def pictures(sides: Sequence[Report], batch: int) -> str:
+    """Percentiles of the whole and of the denoising loop."""
+    head = ["side", "p50", "p90", "p99", "loop p50", "loop p90", "UNet samples", "first picture"]
+    if batch > 1:
+        head[1:6] = [f"{name} of {batch}" for name in head[1:6]]
+    rows = [
+        [
+            f"{side['label']} ({side['dtype']}, VAE {side['vae_dtype']})",
+            *(number(side["total_ms"][p]) for p in ("p50", "p90", "p99")),
+            *(number(side["loop_ms"][p]) for p in ("p50", "p90")),
+            str(side["unet_samples"]),
+            number(side["first_ms"]),
+        ]
+        for side in sides
+    ]
+    return table(head, rows)
+
+
+def comparisons(ratios: Sequence[Report]) -> str:
+    """Ratios with their intervals."""
+    rows = []
+    for one in ratios:
+        error = one["latents_relative_l2"]
+        rows.append(
+            [
+                f"{one['of']} / {one['to']}",
+                interval(one["loop"]),
+                interval(one["total"]),
+                "" if error is None else f"{error:.1e}",
+            ]
+        )
+    return table(["", "denoising loop", "end to end", "latents, relative L2"], rows)
+
+
+def interval(ratio: Mapping[str, float]) -> str:
+    """A ratio as `1.32 (1.30 to 1.35)`."""
+    return f"{ratio['value']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"
+
+
+def stages(sides: Sequence[Report]) -> str:
+    """A column a side."""
+    names = list(dict.fromkeys(name for side in sides for name in side["stages_ms"]))
+    rows = [
+        [
+            name,
+            *(number(side["stages_ms"][name]["p50"]) if name in side["stages_ms"] else "" for side in sides),
+        ]
+        for name in names
+    ]
+    return table(["stage", *(side["label"] for side in sides)], rows)
+
+
+def operations(sides: Sequence[Report]) -> str:
+    """Counted operations, and what share of the measured rate they are done at."""
+    rows = [
+        [
+            side["label"],
+            *(f"{side['tflop'][stage]:.3g}" for stage in ("text", "identity", "unet", "vae")),
+            f"{side['share_of_rate']['loop']:.0%}",
+            f"{side['share_of_rate']['total']:.0%}",
+        ]
+        for side in sides
+    ]
+    head = [
+        "side",
+        "text",
+        "identity",
+        "UNet",
+        "VAE, TFLOP",
+        "loop, share of rate",
+        "end to end, share of rate",
+    ]
+    return table(head, rows)
+
+
+def cold(sides: Sequence[Report]) -> str:
+    """Seconds since the process was started, and what it held at most."""
+    rows = []
+    for side in sides:
+        if found := side["cold"]:
+            seconds, device = found["seconds"], found["device_peak_bytes"]
+            rows.append(
+                [
+                    side["label"],
+                    *(f"{seconds[name]:.2f}" for name in ("imported", "built", "first_picture")),
+                    f"{found['process_peak_bytes'] / GIB:.2f}",
+                    "" if device is None else f"{device['allocated'] / GIB:.2f}",
+                ]
+            )
+    head = [
+        "side",
+        "imported, s",
+        "models ready, s",
+        "first picture, s",
+        "process peak, GiB",
+        "device peak, GiB",
+    ]
+    return table(head, rows)
+
+
+def number(milliseconds: float) -> str:
+    """Three significant digits, and no exponent."""
+    return f"{milliseconds:.0f}" if milliseconds >= 100 else f"{milliseconds:.3g}"

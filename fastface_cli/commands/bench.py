@@ -1,0 +1,187 @@
+"""`fastface bench`: how long a picture takes, and what that is worth."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .. import console
+from ..errors import UsageError
+
+if TYPE_CHECKING:
+    from ..acceleration import Acceleration
+    from ..benchmark.sides import Side, Weights
+    from ..recipe import Recipe
+
+AGAINST = ("reference",)
+WEIGHTS = ("real", "random", "random-small")
+
+
+def bench(
+    recipe: Annotated[
+        list[str] | None,
+        typer.Option("--recipe", "-r", help="Name or path of a recipe; repeat to compare several."),
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option(help="'reference': the published implementation's structure as well.")
+    ] = None,
+    ablation: Annotated[
+        bool, typer.Option("--ablation", help="One side for every item of speed, turned off alone.")
+    ] = False,
+    weights: Annotated[
+        str, typer.Option(help="real; random: full size, no download; random-small: a miniature.")
+    ] = "real",
+    face: Annotated[
+        Path | None, typer.Option(help="Photo to time face detection on; random numbers without it.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Change the recipes: sampling.width=512.")
+    ] = None,
+    compile_: Annotated[
+        bool, typer.Option("--compile", help="Compile each step and the VAE to one static graph.")
+    ] = False,
+    accelerate: Annotated[
+        list[str] | None, typer.Option("--accelerate", help="Change an item of speed: channels_last=on.")
+    ] = None,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Pictures that share a UNet call.")] = 1,
+    repeats: Annotated[int, typer.Option(min=2, help="Rounds that are measured.")] = 50,
+    cold: Annotated[
+        bool, typer.Option("--cold/--no-cold", help="Also start a process for each side.")
+    ] = True,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for bench.json and bench.md.")
+    ] = None,
+    offline: Annotated[bool, typer.Option("--offline", help="Fetch nothing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Measure how long pictures take: stages, percentiles, first picture, memory, counted operations.
+
+    Sides are run in turn, round by round, so that their ratios hold on a noisy machine.
+
+    Examples:
+
+      fastface bench --recipe pocket-fastface --against reference
+
+      fastface bench --recipe hyper-fastface --weights random --against reference -o results/
+
+      fastface bench --recipe pocket-fastface --ablation
+    """
+    if against not in (None, *AGAINST):
+        raise UsageError(f"--against '{against}' is not known", "the one choice is: reference")
+    if weights not in WEIGHTS:
+        raise UsageError(f"--weights '{weights}' is not known", f"choose one of {', '.join(WEIGHTS)}")
+    from ..settings import load_settings
+
+    settings = load_settings()
+    recipes = [_load(name, set_ or []) for name in recipe or [settings.recipe]]
+    where = _device(recipes, weights, device or settings.device)
+
+    from ..benchmark import report, run, sides
+    from ..loading import pick_device, pick_dtype
+
+    pick_dtype(dtype, pick_device(where))
+    kind: Weights = weights  # type: ignore[assignment]  # one of WEIGHTS
+    sides.check_photo(face, kind)
+    changes = [*(["compile=on"] if compile_ else []), *(accelerate or [])]
+    acceleration = _acceleration(changes)
+    if acceleration.compile:
+        from ..compiling import keep_graphs
+
+        keep_graphs(settings.home / "graphs")
+    plan = run.Plan(
+        sides=_sides(recipes, acceleration, against, ablation=ablation),
+        source=sides.Source(kind, where, dtype, True if offline else None),
+        batch=batch,
+        repeats=repeats,
+        cold=cold,
+        photo=face,
+    )
+    found = run.measure(plan, console.note)
+    text = report.markdown(found)
+    if output is not None:
+        _write(output, found, text)
+    if as_json:
+        console.print_json({"ok": True, **found, "error": None})
+    else:
+        console.line(text.rstrip())
+
+
+def _load(name: str, overrides: list[str]) -> Recipe:
+    from ..recipe_files import load_recipe
+
+    return load_recipe(name, overrides=overrides).recipe
+
+
+def _device(recipes: list[Recipe], weights: str, wanted: str) -> str:
+    """The device, asked before anything is fetched.
+
+    Raises:
+        DeviceError: no such device, or a full-size stack and no GPU.
+    """
+    from ..api import check_device
+    from ..errors import DeviceError
+    from ..loading import pick_device
+
+    if weights == "real":
+        devices = [check_device(recipe, wanted) for recipe in recipes]
+        return devices[0]
+    found = pick_device(wanted)
+    if weights == "random" and found.type == "cpu" and wanted == "auto":
+        raise DeviceError(
+            "a full-size stack needs a GPU, and there is no CUDA device here",
+            "--weights random-small runs anywhere; --device cpu tries all the same (slow, 30 GB of memory)",
+        )
+    return str(found)
+
+
+def _acceleration(changes: list[str]) -> Acceleration:
+    """The default with some items changed.
+
+    Raises:
+        UsageError: no such item or value.
+    """
+    from dataclasses import replace
+
+    from ..acceleration import DEFAULT
+
+    known, changed = DEFAULT.describe(), {}
+    for change in changes:
+        name, _, text = change.partition("=")
+        if name not in known:
+            raise UsageError(f"--accelerate {name}: there is no such item", f"items are {', '.join(known)}")
+        value: Any = text
+        if isinstance(known[name], bool):
+            if text not in ("on", "off"):
+                raise UsageError(f"--accelerate {change}: it is on or off", f"as in --accelerate {name}=off")
+            value = text == "on"
+        changed[name] = value
+    return replace(DEFAULT, **changed)
+
+
+def _sides(
+    recipes: list[Recipe], acceleration: Acceleration, against: str | None, *, ablation: bool
+) -> list[Side]:
+    from ..benchmark.sides import Side
+    from ..benchmark.sides import ablation as ablated
+
+    found = []
+    for recipe in recipes:
+        prefix = f"{recipe.name}, " if len(recipes) > 1 else ""
+        ours = ablated(recipe, acceleration) if ablation else [Side("ours", recipe, "ours", acceleration)]
+        if against:
+            ours.append(Side("reference", recipe, "reference"))
+        found += [Side(prefix + side.label, side.recipe, side.engine, side.acceleration) for side in ours]
+    return found
+
+
+def _write(folder: Path, found: dict[str, Any], text: str) -> None:
+    from ..files import write_atomically
+
+    write_atomically(folder / "bench.json", (json.dumps(found, indent=1) + "\n").encode(), force=True)
+    write_atomically(folder / "bench.md", text.encode(), force=True)
+    console.note(f"wrote {folder / 'bench.json'} and {folder / 'bench.md'}")
