@@ -1,0 +1,166 @@
+"""Makes every picture that the documentation shows, with the pocket stack: python examples/make.py
+
+Run it again after the pocket's weights changed. Nobody real is in any of them: the portrait is drawn by the
+pocket without a reference, and everything else starts from that portrait.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+from PIL import Image
+
+from fastface_cli import FastFace, attention
+from fastface_cli.commands.generate import write
+from fastface_cli.identity import Identity
+from fastface_cli.pipeline import Picture, Request
+
+mpl.use("agg")
+import matplotlib.pyplot as plt
+
+HERE = Path(__file__).parent
+IMAGES = HERE.parent / "docs" / "images"
+PORTRAIT = HERE / "portrait.png"
+FACE = "a portrait of a smiling young woman with long dark hair"
+METHODS = ("baseline", "dcg", "am1", "fastface", "fastface-am2")
+PROMPTS = (
+    "a photo of a smiling woman",
+    "watercolour painting of a woman, white background",
+    "pencil drawing of a serious woman",
+)
+SEED = 3
+PLAIN = {"metadata": {"Software": None}, "dpi": 110, "pil_kwargs": {"optimize": True}}
+"""Options of `savefig`: no version in the file, so that equal pictures are equal bytes."""
+
+
+def nobody() -> Identity:
+    """An identity that means nothing; at adapter scale 0 it is never looked at."""
+    embedding = np.zeros((1, 512), np.float32)
+    embedding[0, 0] = 1
+    return Identity(embedding, np.zeros((1, 224, 224, 3), np.uint8), np.ones(1, np.float32))
+
+
+def draw_portrait(candidates: int = 16) -> None:
+    """A person who does not exist: of several the one that follows the description best and shows a face."""
+    face = FastFace("pocket-base", overrides=["adapter.scale=0", "adapter.lora_scale=0"], device="cpu")
+    requests = [Request(FACE, seed, nobody()) for seed in range(candidates)]
+    scored: list[tuple[float, Picture]] = []
+    for picture in face.pipeline.generate(requests, batch_size=8):
+        score = face.scorer.score(picture.image, identity=nobody(), prompt=FACE, seed=picture.request.seed)
+        if score.likeness is not None and score.prompt is not None:
+            scored.append((score.prompt, picture))
+    _, best = max(scored, key=lambda one: one[0])
+    write(best, PORTRAIT, face.recipe, metadata=True, force=True)
+    print(f"{PORTRAIT.relative_to(HERE.parent)}: seed {best.request.seed} of {candidates}")
+
+
+def draw_overview() -> None:
+    """The README's picture: the portrait, and what each method makes of it."""
+    figure, axes = plt.subplots(len(PROMPTS), len(METHODS) + 1, figsize=(9.6, 5.4), layout="constrained")
+    portrait = Image.open(PORTRAIT).convert("RGB")
+    for column, method in enumerate(METHODS, start=1):
+        face = FastFace(f"pocket-{method}", device="cpu")
+        me = face.identity(PORTRAIT)
+        for row, prompt in enumerate(PROMPTS):
+            axes[row, column].imshow(face.generate(me, prompt, seed=SEED)[0])
+        axes[0, column].set_title(method, fontsize=10)
+    axes[1, 0].imshow(portrait)
+    axes[1, 0].set_title("the photo", fontsize=10)
+    for row, prompt in enumerate(PROMPTS):
+        axes[row, 1].set_ylabel(prompt.replace(" of", "\nof").replace(", ", ",\n"), fontsize=8)
+    for place in axes.flat:
+        place.set_xticks([])
+        place.set_yticks([])
+        place.spines[:].set_visible(False)
+    save(figure, "overview.png")
+
+
+@contextmanager
+def recorded():
+    """Identity attention before and after its manipulation, in the order of the layers that ran."""
+    found: list[tuple[np.ndarray, np.ndarray]] = []
+    real = attention.manipulate
+
+    def manipulate(before, chain, images):
+        after = real(before, chain, images)
+        found.append((before.numpy(), after.numpy()))
+        return after
+
+    attention.manipulate = manipulate
+    try:
+        yield found
+    finally:
+        attention.manipulate = real
+
+
+def attention_maps(method: str, step: int) -> tuple[Image.Image, np.ndarray, np.ndarray]:
+    """A picture, and its identity attention at one step: before and after manipulation, [4 tokens, h, w].
+
+    The mean over heads and over the layers of the finest resolution, in the branch that sees both the
+    person and the prompt.
+    """
+    face = FastFace(f"pocket-{method}", device="cpu")
+    me = face.identity(PORTRAIT)
+    with recorded() as found:
+        picture = next(face.pipeline.generate([Request(PROMPTS[0], SEED, me)]))
+    layers = len(found) // face.recipe.sampling.steps
+    maps = found[step * layers : (step + 1) * layers]
+    finest = max(before.shape[2] for before, _ in maps)
+    side = round(finest**0.5)
+
+    def mean(index: int) -> np.ndarray:
+        fine = [pair[index][-1].mean(0) for pair in maps if pair[index].shape[2] == finest]
+        return np.mean(fine, axis=0).T.reshape(-1, side, side)
+
+    return picture.image, mean(0), mean(1)
+
+
+def draw_attention(step: int = 1) -> None:
+    """What attention manipulation does to the four identity tokens, for docs/how-it-works.md."""
+    am1, before, after = attention_maps("am1", step)
+    am2, _, after_am2 = attention_maps("am2", step)
+    plain = FastFace("pocket-baseline", device="cpu")
+    baseline = plain.generate(plain.identity(PORTRAIT), PROMPTS[0], seed=SEED)[0]
+    rows = [
+        ("A as it is (baseline)", baseline, before),
+        ("scale-power (AM1)", am1, after),
+        ("scheduled softmask (AM2)", am2, after_am2),
+    ]
+    figure, axes = plt.subplots(3, 5, figsize=(9.6, 5.6), layout="constrained")
+    for token in range(4):
+        axes[0, token + 1].set_title(f"token {token}", fontsize=10)
+    for line, (name, picture, maps) in zip(axes, rows, strict=True):
+        line[0].imshow(picture)
+        line[0].set_ylabel(name, fontsize=9)
+        for token, place in enumerate(line[1:]):
+            shown = place.imshow(maps[token], cmap="magma", vmin=0, vmax=maps.max())
+        bar = figure.colorbar(shown, ax=line[1:].tolist(), fraction=0.02, pad=0.01)
+        bar.ax.tick_params(labelsize=7)
+    for place in axes.flat:
+        place.set_xticks([])
+        place.set_yticks([])
+    save(figure, "attention.png")
+
+
+def save(figure, name: str) -> None:
+    IMAGES.mkdir(parents=True, exist_ok=True)
+    figure.savefig(IMAGES / name, **PLAIN)
+    plt.close(figure)
+    print(f"docs/images/{name}")
+
+
+def main() -> None:
+    draw_portrait()
+    draw_overview()
+    draw_attention()
+    # The example data set has a module of its own, because it looks at its people with other metrics.
+    subprocess.run([sys.executable, "-m", "training.mini_set"], check=True, cwd=HERE.parent)
+
+
+if __name__ == "__main__":
+    main()

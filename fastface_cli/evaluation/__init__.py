@@ -1,0 +1,1 @@
+"""Evaluation: a data set through recipes, measured, with intervals, as a table and a page."""

@@ -1,0 +1,44 @@
+"""What a finished run says: its rows with scores, and its summary."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..errors import UsageError
+from .rows import Row
+from .runs import read_info, read_lines
+
+
+def read_rows(run: Path) -> list[Row]:
+    """Every image of a finished run, with its scores.
+
+    Raises:
+        UsageError: there is no run, or it is not finished.
+    """
+    path = run / "images.jsonl"
+    if not path.is_file():
+        raise _unfinished(run, path)
+    return [Row.from_json(record) for record in read_lines(path)]
+
+
+def read_summary(run: Path) -> dict[str, Any]:
+    """What `summary.json` holds.
+
+    Raises:
+        UsageError: there is no run, or it is not finished.
+    """
+    path = run / "summary.json"
+    if not path.is_file():
+        raise _unfinished(run, path)
+    try:
+        summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot read {path}: {error}", f"fastface eval report {run}") from error
+    return summary
+
+
+def _unfinished(run: Path, path: Path) -> UsageError:
+    read_info(run)  # says so where there is no run at all
+    return UsageError(f"{run} is not finished: it has no {path.name}", f"fastface eval report {run}")

@@ -1,0 +1,127 @@
+"""What a worker does: a row and an identity in, a row and a picture out. It writes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from ..errors import FastFaceError, RecipeError, unexpected
+from .rows import Row
+
+if TYPE_CHECKING:
+    from ..api import FastFace
+    from ..identity import Identity
+    from ..pipeline import Pipeline
+    from ..recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image to make."""
+
+    row: Row
+    identity: Identity
+
+
+@dataclass(frozen=True)
+class Made:
+    """What became of a job: a picture, or the row's error says why not."""
+
+    row: Row
+    picture: bytes | None
+    """An encoded PNG."""
+
+
+Make: TypeAlias = Callable[[Job], Made]
+Factory: TypeAlias = Callable[[str], Make]
+"""Device name to what makes images on it; called once in each worker, and therefore picklable."""
+
+
+@dataclass(frozen=True)
+class MakerFactory:
+    """How workers come to their models."""
+
+    recipes: Mapping[str, Recipe]
+    dtype: str | None = None
+    offline: bool | None = None
+    threads: int = 1
+    """Torch threads of a worker."""
+
+    def __call__(self, device: str) -> Make:
+        return Maker(self, device)
+
+
+class Maker:
+    """Makes images on one device, with one recipe's models in memory.
+
+    Args:
+        setup: the recipes.
+        device: as torch names it.
+    """
+
+    def __init__(self, setup: MakerFactory, device: str) -> None:
+        import torch
+
+        torch.set_num_threads(setup.threads)
+        self.setup = setup
+        self.device = device
+        self._face: FastFace | None = None
+        self._pipeline: Pipeline | None = None
+
+    def __call__(self, job: Job) -> Made:
+        """Make one image; what goes wrong with it is recorded in its row.
+
+        Raises:
+            FastFaceError: the models cannot be loaded: no image of the recipe could be made.
+        """
+        from ..metadata import describe_made
+        from ..pictures import encode_png
+        from ..pipeline import Request
+
+        recipe = self.setup.recipes[job.row.recipe]
+        pipeline = self._ready(recipe, job)
+        try:
+            request = Request(job.row.prompt, job.row.seed, job.identity, recipe.negative_prompt)
+            picture = next(iter(pipeline.generate([request])))
+            row = replace(job.row, seconds=round(picture.seconds, 6), unet_samples=picture.unet_samples)
+            return Made(row, encode_png(picture.image, describe_made(recipe, picture)))
+        except Exception as error:
+            return failed(job.row, error)
+
+    def _ready(self, recipe: Recipe, job: Job) -> Pipeline:
+        """The pipeline of a recipe; models that it shares with the last one stay."""
+        from ..api import FastFace
+
+        if self._pipeline is not None and self._pipeline.recipe == recipe:
+            return self._pipeline
+        face = FastFace(recipe, device=self.device, dtype=self.setup.dtype, offline=self.setup.offline)
+        if self._pipeline is not None:
+            try:
+                self._pipeline = self._pipeline.with_recipe(recipe, face.paths(faces=False))
+            except RecipeError:
+                self._face = self._pipeline = None  # room for other models
+        if self._pipeline is None:
+            self._face = face
+            self._pipeline = face.pipeline
+        self._warm_up(self._pipeline, job)
+        return self._pipeline
+
+    def _warm_up(self, pipeline: Pipeline, job: Job) -> None:
+        """One picture that nobody sees, so that the first one's seconds hold no compilation."""
+        from ..pipeline import Request
+
+        try:
+            next(iter(pipeline.generate([Request(job.row.prompt, 0, job.identity)])))
+        except Exception:
+            return  # the image itself will say what is wrong
+
+
+def failed(row: Row, error: BaseException) -> Made:
+    """A row that records why its picture could not be made."""
+    return Made(replace(row, file=None, error=error_record(error)), None)
+
+
+def error_record(error: BaseException) -> dict[str, Any]:
+    """An exception as rows hold it."""
+    return (error if isinstance(error, FastFaceError) else unexpected(error)).record()

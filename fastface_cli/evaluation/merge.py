@@ -1,0 +1,53 @@
+"""Shards of one run, made apart, become the run."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import UsageError
+from .runs import UNCOMPARED, Run, compare, read_info, read_lines
+
+FOLDERS = ("images", "references", "identities", "vectors")
+
+
+def merge(shards: Sequence[Path], folder: Path) -> None:
+    """Join the shards of a run in a new folder; what several of them hold is taken once.
+
+    Args:
+        shards: folders of runs that differ in nothing but `--shard`.
+        folder: RUN/ of the whole.
+
+    Raises:
+        UsageError: a folder is no run, or they are not shards of one run.
+    """
+    infos = [read_info(shard) for shard in shards]
+    for shard, info in zip(shards[1:], infos[1:], strict=True):
+        differences = list(compare(_common(infos[0]), _common(info)))
+        if differences:
+            raise UsageError(
+                f"{shards[0]} and {shard} are not shards of one run:\n" + "\n".join(differences[:10]),
+                "`fastface eval compare` compares different runs",
+            )
+    whole = {**infos[0], "options": {**infos[0]["options"], "shard": "1/1"}}
+    whole["metrics"] = list(dict.fromkeys(name for info in infos for name in info.get("metrics") or []))
+    del whole["version"]
+    with Run.open(folder, whole) as run:
+        known = run.rows().keys()
+        for shard in shards:
+            for name in FOLDERS:
+                if (shard / name).is_dir():
+                    shutil.copytree(shard / name, folder / name, dirs_exist_ok=True)
+            run.take(
+                (row for row in read_lines(shard / "generated.jsonl") if row.get("key") not in known),
+                (one for one in read_lines(shard / "scores.jsonl") if one.get("key") not in known),
+            )
+            known = run.rows().keys()
+
+
+def _common(info: Mapping[str, Any]) -> dict[str, Any]:
+    """What shards of one run agree on."""
+    options = {name: value for name, value in info.get("options", {}).items() if name != "shard"}
+    return {name: value for name, value in info.items() if name not in UNCOMPARED} | {"options": options}

@@ -1,0 +1,130 @@
+"""Plots of a run as SVG that lives inside a page and follows its colours."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+INK, FAINT = "#010203", "#040506"
+"""Stand for the page's text and line colours until the plot is written."""
+MARKERS = "osD^vPX*h"
+"""One fewer than colours, so that ninety recipes differ in one or the other."""
+COLOURS = 10
+"""How many `--series-N` colours the page has."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One recipe: a mean with the ends of its interval on each axis (None: no interval)."""
+
+    name: str
+    x: tuple[float, float | None, float | None]
+    y: tuple[float, float | None, float | None]
+
+    @property
+    def known(self) -> bool:
+        """Whether it has a place: both means are numbers."""
+        return math.isfinite(self.x[0]) and math.isfinite(self.y[0])
+
+
+def scatter(points: Sequence[Point], x_title: str, y_title: str) -> str:
+    """Recipes on two measures with their 95% intervals.
+
+    Args:
+        points: in the order of the page's series colours.
+        x_title, y_title: of the axes, with the way that is better.
+
+    Returns:
+        One `<svg>` element. Names are text (escaped); colours are the page's `--series-N`, `--faint` and
+        `currentColor`, so that the plot follows dark mode and print.
+    """
+    import matplotlib as mpl
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    settings: Any = {
+        "svg.fonttype": "none",  # text stays text: to be searched, copied and read aloud
+        "svg.hashsalt": f"{x_title}/{y_title}",  # the same run gives the same bytes; two plots share no ids
+        "font.family": "sans-serif",
+        "font.size": 10,
+        "text.color": INK,
+        "axes.edgecolor": FAINT,
+        "axes.labelcolor": INK,
+        "xtick.color": INK,
+        "ytick.color": INK,
+        "text.parse_math": False,
+    }
+    with mpl.rc_context(settings):
+        figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+        FigureCanvasSVG(figure)
+        axes = figure.add_subplot()
+        for number, point in enumerate(points):
+            if not point.known:
+                continue
+            colour, marker = _stand_in(number), MARKERS[number % len(MARKERS)]
+            axes.errorbar(
+                point.x[0],
+                point.y[0],
+                xerr=_arms(point.x),
+                yerr=_arms(point.y),
+                fmt="none",
+                ecolor=colour,
+                elinewidth=1.2,
+                capsize=3,
+            )
+            axes.plot(
+                *point.x[:1], *point.y[:1], marker, color=colour, markersize=8, label=_label(point.name)
+            )
+        axes.set_xlabel(x_title)
+        axes.set_ylabel(y_title)
+        axes.grid(color=FAINT, linewidth=0.5, alpha=0.5)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.margins(0.08)
+        figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+        figure.patch.set_visible(False)
+        axes.patch.set_visible(False)
+        written = io.StringIO()
+        figure.savefig(written, format="svg", metadata={"Date": None, "Creator": None})
+    return _for_page(written.getvalue(), f"{y_title} against {x_title}")
+
+
+def _arms(value: tuple[float, float | None, float | None]) -> list[list[float]] | None:
+    mean, low, high = value
+    return None if low is None or high is None else [[mean - low], [high - mean]]
+
+
+def _label(name: str) -> str:
+    """A legend leaves out labels that begin with an underscore."""
+    return "\u200b" + name if name.startswith("_") else name
+
+
+def _stand_in(number: int) -> str:
+    return f"#0a0b{number % COLOURS:02x}"
+
+
+def _for_page(svg: str, title: str) -> str:
+    """Only the element, the page's colours in place of the stand-ins, and its own width."""
+    from markupsafe import escape
+
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<style[^>]*>.*?</style>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'<g id="[^"]*">', "<g>", svg)  # nothing refers to them, and two plots would share them
+    svg = re.sub(r"\b(fill|stroke): (#\w{6})", lambda found: f"{found[1]}: {_page_colour(found[2])}", svg)
+    start = f'<svg role="img" aria-label="{escape(title)}"'
+    return re.sub(r'<svg((?:\s+[\w:]+="[^"]*")*)', lambda found: start + _kept(found[1]), svg, count=1)
+
+
+def _page_colour(colour: str) -> str:
+    named = {INK: "currentColor", FAINT: "var(--faint)"}
+    series = {_stand_in(number): f"var(--series-{number})" for number in range(COLOURS)}
+    return {**named, **series}.get(colour, colour)
+
+
+def _kept(attributes: str) -> str:
+    return re.sub(r'\s(?:width|height)="[^"]*"', "", attributes)

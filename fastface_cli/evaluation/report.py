@@ -1,0 +1,346 @@
+"""A run as one page: `report.html` beside the run's images, opened from disk, without a network."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+from urllib.parse import quote
+
+from ..files import write_atomically
+from .finished import read_rows, read_summary
+from .numbers import Style, Verdict, verdict
+from .plots import COLOURS, Point, scatter
+from .rows import Row, finite
+from .runs import Run
+from .table import styles
+
+ID_COLUMNS = ("adaface", "dlib", "id")
+"""How alike a picture is, independent judges first: each that the run has gets a plot."""
+PROMPT_COLUMNS = ("clip_l14", "clip_b32", "clip_pocket")
+"""How close to its prompt: the first of them that the run has is the plots' other axis."""
+FEW = 8
+"""Identities below which intervals are too narrow, as `statistics.mean_interval` explains."""
+MARKS: Mapping[Verdict, str] = {"better": "▲", "worse": "▼", "differs": "◆", "unclear": ""}
+"""A sign beside each verdict: colour alone tells nothing to many readers."""
+
+
+def write_report(run: Path) -> Path:
+    """Write the page of a run that has been scored and summarised.
+
+    Args:
+        run: its folder, with run.json, images.jsonl and summary.json.
+
+    Returns:
+        RUN/report.html.
+
+    Raises:
+        UsageError: there is no run in the folder, or it has no summary yet.
+    """
+    info = Run.reopen(run, writable=False)
+    summary = read_summary(run)
+    rows = read_rows(run)
+    page = _render(_page(run, info, summary, rows))
+    return write_atomically(run / "report.html", page.encode("utf-8", "replace"), force=True)
+
+
+def _page(run: Path, info: Run, summary: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
+    """Everything that the template shows."""
+    recipes = list(summary["recipes"])
+    dataset = info.info.get("dataset") or {}
+    return {
+        "title": dataset.get("name") or run.resolve().name,
+        "recipes": recipes,
+        "first": recipes[0] if recipes else "",
+        "facts": _facts(summary, rows),
+        "few": len(summary["identities"]) if len(summary["identities"]) < FEW else None,
+        "counts": summary["counts"],
+        "results": _results(summary),
+        "stress": list(summary.get("stress", {})),
+        "plots": _plots(summary),
+        "failures": _failures(rows, info.score_errors()),
+        "about": _about(info.info),
+        "recipe_files": {name: _pretty(value) for name, value in (info.info.get("recipes") or {}).items()},
+        "data": _data(summary, rows),
+    }
+
+
+def _facts(summary: Mapping[str, Any], rows: Sequence[Row]) -> list[tuple[int, str]]:
+    """The size of the run, in words."""
+    made = [row for row in rows if row.file is not None]
+    clean = sum(row.stress is None for row in made)
+    numbers = [
+        (len(summary["recipes"]), "recipe", "recipes"),
+        (len({row.identity for row in rows}), "identity", "identities"),
+        (len({(row.prompt_index, row.prompt) for row in rows}), "prompt", "prompts"),
+        (len({row.seed_index for row in rows}), "seed", "seeds"),
+        (clean, "image", "images"),
+        (len(made) - clean, "image of a degraded reference", "images of degraded references"),
+        (len(rows) - len(made), "failed", "failed"),
+    ]
+    return [(count, one if count == 1 else many) for count, one, many in numbers if count]
+
+
+# -------------------------------------------------------------------------------------------- results
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A mean and its interval on a scale of 0 to 100 that a metric's recipes share."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def _results(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One entry a column: its words, and a cell a recipe."""
+    found = []
+    written = styles(summary)
+    for name, column in summary["columns"].items():
+        means = {recipe: numbers.get(name) for recipe, numbers in summary["recipes"].items()}
+        if not any(means.values()):
+            continue  # measured on degraded references alone
+        ends = [
+            end
+            for mean in means.values()
+            if mean
+            for end in (mean["mean"], mean["low"], mean["high"])
+            if end is not None
+        ]
+        cells = [
+            _cell(
+                mean,
+                summary["paired"].get(recipe, {}).get(name),
+                written[name],
+                column["higher_is_better"],
+                (min(ends), max(ends)),
+                summary["counts"].get(recipe, {}).get("images"),
+            )
+            for recipe, mean in means.items()
+        ]
+        found.append({"heading": heading(column), "description": column["description"], "cells": cells})
+    return found
+
+
+def _cell(
+    mean: Mapping[str, Any] | None,
+    paired: Mapping[str, Any] | None,
+    style: Style,
+    higher_is_better: bool | None,
+    scale: tuple[float, float],
+    images: int | None,
+) -> dict[str, Any] | None:
+    if mean is None:
+        return None
+    said = verdict(paired, higher_is_better)
+    return {
+        "mean": typeset(style.value(mean["mean"])),
+        "interval": typeset(style.interval(mean["low"], mean["high"])),
+        "n": mean["n"] if mean["n"] != images else None,
+        "bar": _bar(mean, *scale),
+        "difference": typeset(style.difference(paired["difference"])) if paired else None,
+        "between": typeset(style.interval(paired["low"], paired["high"])) if paired else "",
+        "verdict": said,
+        "mark": MARKS[said],
+    }
+
+
+def heading(column: Mapping[str, Any]) -> str:
+    """A column's title and which way is better."""
+    arrow = {True: " ↑", False: " ↓", None: ""}[column["higher_is_better"]]
+    return f"{column['title']}{arrow}"
+
+
+def typeset(number: str) -> str:
+    """A number with the minus sign of print."""
+    return number.replace("-", "−")
+
+
+def _bar(mean: Mapping[str, Any], least: float, most: float) -> Bar | None:
+    if mean["low"] is None or mean["high"] is None or least == most:
+        return None
+    low, middle, high = (
+        round(100 * (mean[name] - least) / (most - least), 1) for name in ("low", "mean", "high")
+    )
+    return Bar(middle, low, high)
+
+
+def _plots(summary: Mapping[str, Any]) -> list[str]:
+    columns = summary["columns"]
+    against = next((name for name in PROMPT_COLUMNS if name in columns), None)
+    if against is None:
+        return []
+    plots = []
+    for name in ID_COLUMNS:
+        if name not in columns:
+            continue
+        points = [
+            Point(recipe, _ends(numbers.get(against)), _ends(numbers.get(name)))
+            for recipe, numbers in summary["recipes"].items()
+        ]
+        if any(point.known for point in points):
+            plots.append(scatter(points, heading(columns[against]), heading(columns[name])))
+    return plots
+
+
+def _ends(mean: Mapping[str, Any] | None) -> tuple[float, float | None, float | None]:
+    if mean is None:
+        return float("nan"), None, None
+    return mean["mean"], mean["low"], mean["high"]
+
+
+# ------------------------------------------------------------------------------------------- failures
+
+
+def _failures(rows: Sequence[Row], unscored: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What went wrong, most frequent first: why, and which images."""
+    causes: dict[tuple[str, str, str], list[str]] = {}
+    for row in rows:
+        if row.error is not None:
+            why = row.error.get("message") or row.error.get("kind") or "unknown"
+            causes.setdefault(("not made", str(why), str(row.error.get("hint") or "")), []).append(row.key)
+        for metric, error in unscored.get(row.key, {}).items():
+            why = error.get("message", "") if isinstance(error, Mapping) else str(error)
+            causes.setdefault((f"{metric} not measured", why, ""), []).append(row.key)
+    return [
+        {"what": what, "why": why, "hint": hint, "keys": keys}
+        for (what, why, hint), keys in sorted(causes.items(), key=lambda item: -len(item[1]))
+    ]
+
+
+# ---------------------------------------------------------------------------------------------- about
+
+
+def _about(info: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """The parts of run.json that say how it was made; long lists as their length."""
+    parts = []
+    for name in ("dataset", "options", "versions", "hardware"):
+        value = info.get(name)
+        if value:
+            entries = value.items() if isinstance(value, Mapping) else [(name, value)]
+            parts.append((name, [(str(key), _short(entry)) for key, entry in entries]))
+    return parts
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and len(value) > 8:
+        return f"{len(value)} of them"
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _pretty(value: Any) -> str:
+    import yaml
+
+    if isinstance(value, str):
+        return value
+    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=100)
+
+
+# ----------------------------------------------------------------------------------------------- data
+
+
+def _data(summary: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
+    """What the page's script draws: breakdowns and the gallery. Names stand once, cells hold numbers."""
+    recipes, columns = list(summary["recipes"]), list(summary["columns"])
+    recipes += sorted({row.recipe for row in rows} - set(recipes))
+    written = styles(summary)
+    return {
+        "recipes": recipes,
+        "columns": [
+            {
+                "name": name,
+                "heading": heading(column),
+                "title": column["title"],
+                "higher": column["higher_is_better"],
+                "unit": column["unit"],
+                "digits": written[name].digits,
+            }
+            for name, column in summary["columns"].items()
+        ],
+        "identities": summary["identities"],
+        "attributes": summary["attributes"],
+        "clean": summary["recipes"],
+        "stress": summary.get("stress", {}),
+        "groups": _groups(rows, recipes, columns),
+    }
+
+
+def _groups(rows: Sequence[Row], recipes: Sequence[str], columns: Sequence[str]) -> list[dict[str, Any]]:
+    """The gallery's lines: one an identity, prompt, seed and stress, with a picture a recipe."""
+    number = {name: index for index, name in enumerate(recipes)}
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in rows:
+        place = (row.stress or "", row.identity, row.prompt_index, row.seed_index)
+        if place not in found:
+            found[place] = {
+                "identity": row.identity,
+                "prompt": row.prompt,
+                "index": [row.prompt_index, row.seed_index],
+                "seed": row.seed,
+                "stress": row.stress,
+                "attributes": row.attributes,
+                "reference": link(row.reference),
+                "held_out": link(row.held_out),
+                "pictures": [None] * len(recipes),
+            }
+        found[place]["pictures"][number[row.recipe]] = {
+            "file": link(row.file),
+            "error": (row.error.get("message") or "failed") if row.error else None,
+            "seconds": row.seconds,
+            "samples": row.unet_samples,
+            "scores": [_rounded(row.scores.get(name)) for name in columns],
+        }
+    return [found[place] for place in sorted(found)]
+
+
+def _rounded(value: float | None) -> float | None:
+    """Enough digits to sort by, few enough for a small page."""
+    known = finite(value)
+    return None if known is None else float(f"{known:.5g}")
+
+
+def link(path: str | None) -> str | None:
+    """The address of a file of the run, relative to the page; of a file elsewhere, from the root.
+
+    Names are percent-encoded, and a relative address begins with `./`: whatever a data set calls its files,
+    no name is read as another scheme, a fragment or a query.
+    """
+    if not path:
+        return None
+    for kind in (PurePosixPath, PureWindowsPath):
+        if kind(path).is_absolute():
+            return kind(path).as_uri()
+    return "./" + quote(path.replace("\\", "/"), errors="surrogateescape")
+
+
+# ------------------------------------------------------------------------------------------ rendering
+
+
+def _render(page: Mapping[str, Any]) -> str:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("fastface_cli.evaluation", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "separators": (",", ":")}
+    script = _text("report.js")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return environment.get_template("report.html.j2").render(
+        page, style=_text("report.css"), script=script, script_hash=f"sha256-{digest}", series=COLOURS
+    )
+
+
+def _text(name: str) -> str:
+    return resources.files("fastface_cli.evaluation").joinpath(name).read_text(encoding="utf-8")

@@ -1,0 +1,287 @@
+"""Data sets in their three forms, degraded references, people, and pictures of other programs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import eval_stand_ins as stand_in
+import numpy as np
+import pytest
+from face_stand_ins import SquareAnalyser, drawn
+from PIL import Image
+
+from fastface_cli.errors import NoFaceError, UsageError
+from fastface_cli.evaluation.dataset import Subject, load_dataset
+from fastface_cli.evaluation.foreign import adopt, read_order
+from fastface_cli.evaluation.people import People, degraded_path, held_out_path, reference_path
+from fastface_cli.evaluation.runner import joined, score
+from fastface_cli.evaluation.runs import Run
+from fastface_cli.evaluation.stress import SMALL, STRESSES, degrade, parse_stresses
+from fastface_cli.recipe_files import load_recipe
+
+
+@pytest.fixture
+def published(tmp_path):
+    folder = tmp_path / "published"
+    (folder / "id_photos").mkdir(parents=True)
+    for name in ("b", "a", "C"):
+        drawn((64, 64), (16, 16, 32, ord(name))).save(folder / "id_photos" / f"{name}.png")
+    (folder / "prompts.txt").write_text("Line drawing; a Man\n\n a Woman \n")
+    (folder / "prompts_nostyle.txt").write_text("a Woman\n")
+    (folder / "prompts_style.txt").write_text("Line drawing; a Man\n")
+    return folder
+
+
+def test_the_published_layout(published):
+    found = load_dataset(published)
+    assert (found.name, [subject.name for subject in found.subjects]) == ("published", ["C", "a", "b"])
+    assert found.subjects[1].photos == (published / "id_photos" / "a.png",)
+    assert found.prompts == ("Line drawing; a Man", "a Woman")
+    assert load_dataset(published, split="realistic").prompts == ("a Woman",)
+    assert load_dataset(published, split="style", lower=True).prompts == ("line drawing; a man",)
+
+
+def test_a_folder_of_photos_and_a_prompts_file(published, tmp_path):
+    (tmp_path / "mine.txt").write_text("one\ntwo\n")
+    (published / "id_photos" / "notes.md").write_text("no photo")
+    found = load_dataset(published / "id_photos", prompts=tmp_path / "mine.txt")
+    assert ([subject.name for subject in found.subjects], found.prompts) == (["C", "a", "b"], ("one", "two"))
+
+
+def test_a_manifest(tmp_path):
+    lines = [
+        {"identity": "zoe", "photos": ["z1.png", "z2.png"], "held_out": "z3.png", "age": 31, "glasses": True},
+        {"photos": "x/ann.jpg", "light": "dim"},
+    ]
+    path = tmp_path / "people.jsonl"
+    path.write_text("# people\n\n" + "\n".join(map(json.dumps, lines)))
+    (tmp_path / "prompts.txt").write_text("p\n")
+    found = load_dataset(path)
+    assert found.subjects == (
+        Subject("ann", (tmp_path / "x/ann.jpg",), None, {"light": "dim"}),
+        Subject(
+            "zoe",
+            (tmp_path / "z1.png", tmp_path / "z2.png"),
+            tmp_path / "z3.png",
+            {"age": "31", "glasses": "true"},
+        ),
+    )
+
+
+def test_the_hash_is_of_everything_that_decides_a_number(published):
+    before = load_dataset(published).hash
+    assert load_dataset(published).hash == before
+    assert load_dataset(published, split="style").hash != before
+    assert load_dataset(published, lower=True).hash != before
+    with (published / "id_photos" / "a.png").open("ab") as photo:
+        photo.write(b" ")
+    changed = load_dataset(published).hash
+    (published / "id_photos" / "a.png").rename(published / "id_photos" / "d.png")
+    assert len({before, changed, load_dataset(published).hash}) == 3
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ("", "names nobody"),
+        ("{", "people.jsonl:1: is not valid JSON"),
+        ("[]", "people.jsonl:1: is not a JSON object"),
+        ('{"identity": "a"}', "'photos' must be one or several paths"),
+        ('{"photos": []}', "'photos' must be one or several paths"),
+        ('{"photos": ["a.png"], "identity": 3}', "'identity' and 'held_out' must be text"),
+        ('{"photos": ["a.png"], "light": ["x"]}', "the attribute 'light' must be text or a number"),
+        ('{"photos": "a.png"}\n{"photos": "b/A.png"}', "two people are called 'a' or 'A'|'A' or 'a'"),
+        ('{"photos": "a.png", "identity": "../x"}', "'../x' cannot name a person"),
+        ('{"photos": "a.png", "identity": ".."}', "cannot name a person"),
+    ],
+)
+def test_what_is_wrong_with_a_manifest_is_named(tmp_path, lines, said):
+    (tmp_path / "people.jsonl").write_text(lines)
+    (tmp_path / "prompts.txt").write_text("p\n")
+    with pytest.raises(UsageError, match=said):
+        load_dataset(tmp_path / "people.jsonl")
+
+
+def test_missing_parts_are_named(published, tmp_path):
+    with pytest.raises(UsageError, match="there is no data set"):
+        load_dataset(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match="there are no photos in"):
+        load_dataset(tmp_path / "empty")
+    with pytest.raises(UsageError, match=r"has no prompts\.txt"):
+        load_dataset(published / "id_photos")
+    with pytest.raises(UsageError, match="--split belongs to"):
+        load_dataset(published, prompts=published / "prompts.txt", split="style")
+
+
+# ---------------------------------------------------------------------------------------------- stress
+
+FACE = (20.0, 20.0, 84.0, 84.0)
+
+
+@pytest.fixture(scope="module")
+def noisy():
+    pixels = np.random.default_rng(0).integers(0, 256, (104, 104, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).resize((104, 104))
+
+
+@pytest.mark.parametrize("stress", STRESSES)
+def test_stress_is_the_same_every_time(noisy, stress):
+    before = noisy.tobytes()
+    made = degrade(noisy, stress, "anna", FACE)
+    assert made.tobytes() == degrade(noisy, stress, "anna", FACE).tobytes() != before
+    assert noisy.tobytes() == before
+    assert made.mode == "RGB"
+    assert made.size == ((52, 52) if stress == "small" else noisy.size)
+
+
+def test_what_stress_does(noisy):
+    grey = np.asarray(Image.new("RGB", (104, 104), (128, 128, 128)))
+    dark = np.asarray(degrade(Image.fromarray(grey), "lowlight", "anna", FACE), np.float32)
+    assert abs(dark.mean() - 128 * 0.15 ** (1 / 2.2)) < 0.5
+    assert abs(dark.std() - 6) < 0.3
+    flat = np.asarray(degrade(noisy, "blur", "anna", FACE), np.float32)
+    assert flat.std() < np.asarray(noisy, np.float32).std() / 5
+    changed = np.asarray(degrade(noisy, "occlusion", "anna", FACE)) != np.asarray(noisy)
+    rows, columns = np.nonzero(changed.any(axis=2))
+    assert (columns.min(), columns.max()) == (20, 83)
+    assert 24 <= rows.max() - rows.min() + 1 <= 26  # two fifths of 64
+    places = {
+        np.asarray(degrade(noisy, "occlusion", name, FACE))[45].tobytes()
+        for name in ("a", "b", "c", "d", "e")
+    }
+    assert len(places) == 2  # the eyes of some, the mouth of others
+    assert degrade(noisy, "small", "anna", (0, 0, 64, 64)).width / 104 == SMALL / 64
+    assert degrade(noisy, "small", "anna", (0, 0, 20, 20)).size == noisy.size
+
+
+def test_stresses_are_read_from_a_list():
+    assert parse_stresses(" jpeg,blur, jpeg") == ("blur", "jpeg")
+    assert parse_stresses("") == ()
+    with pytest.raises(UsageError, match="there is no stress 'blurr'") as caught:
+        parse_stresses("blurr")
+    assert caught.value.hint == "did you mean 'blur'?"
+
+
+# ---------------------------------------------------------------------------------------------- people
+
+
+@pytest.fixture
+def people(tmp_path):
+    analyser, said = SquareAnalyser(), []
+    made = People(tmp_path / "run", {"pack": lambda: analyser}, said.append)
+    return made, analyser, said
+
+
+def test_a_person_is_measured_once_in_the_life_of_a_run(published, tmp_path, people):
+    made, analyser, _ = people
+    subject = load_dataset(published).subjects[1]
+    first = made.identity(subject, None, "pack")
+    looked = len(analyser.asked)
+    assert looked > 0
+    again = People(tmp_path / "run", {"pack": lambda: analyser}, print).identity(subject, None, "pack")
+    assert again.digest() == first.digest()
+    assert len(analyser.asked) == looked
+
+
+def test_a_degraded_person_is_somebody_else_and_kept_beside(published, tmp_path, people):
+    made, _, _ = people
+    subject = load_dataset(published).subjects[1]
+    clean, degraded = (made.identity(subject, stress, "pack") for stress in (None, "occlusion"))
+    assert clean.digest() != degraded.digest()
+    kept = Image.open(tmp_path / "run" / degraded_path(subject, "occlusion"))
+    assert (kept.size, kept.tobytes() == Image.open(subject.photos[0]).tobytes()) == ((64, 64), False)
+    with pytest.raises(NoFaceError, match="no face found in the photo"):
+        made.identity(subject, "lowlight", "pack")
+
+
+def test_photos_are_kept_as_they_are_and_broken_ones_are_said(published, tmp_path, people):
+    made, _, said = people
+    dataset = load_dataset(published)
+    bitmap = tmp_path / "held.bmp"
+    drawn((32, 32), (8, 8, 16, 9)).save(bitmap)
+    subject = replace(dataset.subjects[0], held_out=bitmap)
+    made.keep_photos(subject)
+    run = tmp_path / "run"
+    assert (run / reference_path(subject)).read_bytes() == subject.photos[0].read_bytes()
+    assert held_out_path(subject) == "references/C+held-out.png"
+    assert Image.open(run / "references/C+held-out.png").tobytes() == Image.open(bitmap).tobytes()
+    assert said == []
+    broken = Subject("d", (tmp_path / "d.png",))
+    made.keep_photos(broken)
+    assert len(said) == 1
+    assert "there is no photo" in said[0]
+    with pytest.raises(UsageError, match="there is no photo"):
+        made.identity(broken, None, "pack")
+
+
+# --------------------------------------------------------------------------------------------- foreign
+
+
+@pytest.fixture
+def theirs(published, tmp_path):
+    """Pictures in the order b, C, a; the third person's second one is missing."""
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    for index in range(5):
+        Image.new("RGB", (8, 8), (index * 10, 0, 0)).save(folder / f"{index}.png")
+    (tmp_path / "order.txt").write_text("b.png\nC.png\nid_photos/a.png\n")
+    return folder
+
+
+def take(theirs, published, folder):
+    adopt(
+        theirs,
+        folder,
+        load_dataset(published),
+        theirs.parent / "order.txt",
+        name="upstream",
+        recipe=load_recipe("pocket").recipe,
+        rules="published",
+        split="full",
+        log=print,
+    )
+
+
+def test_pictures_of_another_program_find_their_person_and_prompt(theirs, published, tmp_path):
+    metric = stand_in.Brightness()
+    for _ in range(2):  # the second time nothing changes
+        take(theirs, published, tmp_path / "run")
+    with Run.reopen(tmp_path / "run") as run:
+        score(run, stand_in.scoring(metric))
+        rows = joined(run, [metric])
+    assert [(row.key, row.scores.get("brightness")) for row in rows] == [
+        ("upstream/C/0000-0", 20.0),
+        ("upstream/C/0001-0", 30.0),
+        ("upstream/a/0000-0", 40.0),
+        ("upstream/a/0001-0", None),
+        ("upstream/b/0000-0", 0.0),
+        ("upstream/b/0001-0", 10.0),
+    ]
+    assert rows[3].error is not None
+    assert rows[3].error["message"] == "there is no picture 5.png: No such file or directory"
+    assert rows[1].prompt == "a Woman"
+    assert (tmp_path / "run" / rows[0].reference).is_file()
+
+
+@pytest.mark.parametrize(
+    ("order", "said"),
+    [
+        ("b\nC\nannie\n", "names 'annie', who is not in the data set"),
+        ("b\nC\n", "does not name a"),
+        ("b\nC\na\nb\n", "names 'b' twice"),
+    ],
+)
+def test_an_order_that_cannot_be_is_refused(published, tmp_path, order, said):
+    (tmp_path / "order.txt").write_text(order)
+    with pytest.raises(UsageError, match=said):
+        read_order(tmp_path / "order.txt", load_dataset(published))
+
+
+def test_a_folder_without_pictures_is_refused(published, theirs, tmp_path):
+    for file in theirs.iterdir():
+        file.unlink()
+    with pytest.raises(UsageError, match=r"holds no INDEX\.png"):
+        take(theirs, published, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,426 @@
+"""A run from plan to numbers, with stand-ins for people, workers and metrics."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import json
+import pathlib
+import random
+import subprocess
+import sys
+import tracemalloc
+from dataclasses import replace
+from pathlib import Path
+
+import eval_stand_ins as stand_in
+import pytest
+
+from fastface_cli.errors import DeviceError, FastFaceError, UsageError
+from fastface_cli.evaluation.engines import LocalPool, make_all
+from fastface_cli.evaluation.maker import Job
+from fastface_cli.evaluation.merge import merge
+from fastface_cli.evaluation.rows import Row, image_seed, row_key
+from fastface_cli.evaluation.runner import Watch, generate, joined, score
+from fastface_cli.evaluation.runs import Log, Run, compare, read_lines
+from fastface_cli.evaluation.scoring import CHUNK, Chunks
+
+
+def run_all(folder: Path, plan, *, pool=None, people=None, metric=None, **options) -> list[Row]:
+    """A whole run; its joined rows."""
+    metric = metric or stand_in.Brightness()
+    with Run.open(folder, stand_in.info(plan)) as run:
+        generate(
+            run,
+            plan,
+            lambda: pool or stand_in.Here(),
+            people or stand_in.People(),
+            stand_in.scoring(metric),
+            **options,
+        )
+        return joined(run, [metric])
+
+
+# ------------------------------------------------------------------------------------------------- rows
+
+
+def test_a_row_survives_json():
+    row = Row(
+        "r/a/0000-0", "r", "a", "p", 0, 0, 7, attributes={"x": "1"}, scores={"id": 0.5, "bad": float("nan")}
+    )
+    again = Row.from_json(json.loads(json.dumps(row.to_json(), allow_nan=False)) | {"of a later version": 1})
+    assert again == replace(row, scores={"id": 0.5, "bad": None})
+
+
+def test_seeds_are_the_same_on_every_machine_and_differ_between_images():
+    assert image_seed("anna", "a café", 0) == 1106974609
+    seeds = {image_seed(name, prompt, index) for name in "ab" for prompt in "cd" for index in range(3)}
+    assert len(seeds) == 12
+    assert image_seed("ab", "c", 0) != image_seed("a", "bc", 0)
+
+
+def test_a_plan_is_every_person_prompt_seed_recipe_and_stress():
+    plan = stand_in.plan(2, 3, recipes=("one", "two"), seeds=2, stresses=("blur",))
+    rows = list(plan.rows())
+    assert len(rows) == plan.count() == 2 * 2 * 2 * 3 * 2
+    assert len({row.key for row in rows}) == len(rows)
+    assert rows[0].key == row_key("one", "p000", 0, 0) == "one/p000/0000-0"
+    assert rows[12].key == "one/p000/0000-0+blur"
+    assert rows[12].degraded == "references/p000+blur.png"
+    by_place = {(row.identity, row.prompt_index, row.seed_index): set() for row in rows}
+    for row in rows:
+        by_place[row.identity, row.prompt_index, row.seed_index].add(row.seed)
+    assert all(len(seeds) == 1 for seeds in by_place.values())  # the same noise for every recipe and stress
+
+
+def test_shards_are_whole_chunks_and_together_the_run():
+    whole = stand_in.plan(7, 9)
+    shards = [replace(whole, shard=(part, 3)) for part in (1, 2, 3)]
+    keys = [[row.key for row in shard.rows()] for shard in shards]
+    assert [len(part) for part in keys] == [shard.count() for shard in shards]
+    assert sorted(itertools.chain(*keys)) == sorted(row.key for row in whole.rows())
+    chunks = Chunks(stand_in.info(whole))
+    complete = [rows for row in shards[0].rows() if (rows := chunks.add(row))]
+    assert sum(map(len, complete)) == len(keys[0])
+
+
+def test_a_small_run_is_shared_out_too():
+    """One chunk a recipe: the second shard makes the second recipe, and there is nothing for a third."""
+    whole = stand_in.plan(2, 2, recipes=("one", "two"))
+    shards = [list(replace(whole, shard=(part, 3)).rows()) for part in (1, 2, 3)]
+    assert [{row.recipe for row in rows} for rows in shards] == [{"one"}, {"two"}, set()]
+
+
+def test_shards_made_apart_are_merged_into_the_run(tmp_path):
+    whole = stand_in.plan(7, 9)
+    wanted = run_all(tmp_path / "whole", whole)
+    folders = []
+    for part in (1, 2, 3):
+        shard, folder = replace(whole, shard=(part, 3)), tmp_path / str(part)
+        told = stand_in.info(shard)
+        told["options"]["shard"] = f"{part}/3"
+        with Run.open(folder, told) as run:
+            generate(run, shard, stand_in.Here, stand_in.People(), stand_in.scoring())
+        folders.append(folder)
+    for _ in range(2):  # the second time nothing is added
+        merge([*folders, folders[1]], tmp_path / "merged")
+        with Run.reopen(tmp_path / "merged") as run:
+            assert joined(run, [stand_in.Brightness()]) == wanted
+    assert len(list(read_lines(tmp_path / "merged" / "generated.jsonl"))) == len(wanted)
+    told = json.loads((folders[0] / "run.json").read_text())
+    told["options"]["seeds"] = 3
+    (folders[0] / "run.json").write_text(json.dumps(told))
+    with pytest.raises(UsageError, match="not shards of one run"):
+        merge(folders, tmp_path / "other")
+
+
+# ------------------------------------------------------------------------------------------ the folder
+
+
+def test_a_torn_line_counts_as_never_written(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(b'{"a": 1}\n' + b"\0" * 9 + b'\n{"a": 2}\n{"a": 3')
+    assert [record["a"] for record in read_lines(path)] == [1, 2]
+    log = Log(path)
+    log.append([{"a": 4}])
+    log.close()
+    assert [record["a"] for record in read_lines(path)] == [1, 2, 4]
+    path.write_bytes(b"x" * 200_000)
+    Log(path).close()
+    assert path.read_bytes() == b""
+
+
+def test_a_row_without_its_picture_is_made_again(tmp_path):
+    plan = stand_in.plan()
+    whole = run_all(tmp_path / "run", plan)
+    (tmp_path / "run" / str(whole[3].file)).unlink()
+    (tmp_path / "run" / str(whole[5].file)).write_bytes(b"")  # after a power cut
+    pool = stand_in.Here()
+    assert run_all(tmp_path / "run", plan, pool=pool) == whole
+    assert pool.sent == 2
+
+
+def test_other_inputs_are_refused_and_named(tmp_path):
+    plan = stand_in.plan()
+    run_all(tmp_path / "run", plan)
+    before = (tmp_path / "run" / "generated.jsonl").read_bytes()
+    other = stand_in.info(stand_in.plan(seeds=2)) | {"versions": {"fastface": "1"}, "hardware": "another"}
+    other["recipes"]["pocket"]["guidance"]["text"] = 3.0
+    with pytest.raises(UsageError) as caught:
+        Run.open(tmp_path / "run", other)
+    assert caught.value.message.splitlines()[1:] == [
+        "  options.seeds: 1 then, 2 now",
+        "  recipes.pocket.guidance.text: [1.0, 3.0, 3.0, 1.0] then, 3.0 now",
+        '  versions.fastface: "0" then, "1" now',
+    ]
+    assert (tmp_path / "run" / "generated.jsonl").read_bytes() == before
+
+
+def test_compare_names_what_came_and_went():
+    assert list(compare({"a": 1, "b": {"c": 2}}, {"b": {}, "d": 3})) == [
+        "  a: 1 then, not there now",
+        "  b.c: 2 then, not there now",
+        "  d: not there then, 3 now",
+    ]
+
+
+def test_one_process_writes(tmp_path):
+    with (
+        Run.open(tmp_path / "run", stand_in.info(stand_in.plan())),
+        pytest.raises(UsageError, match="another process"),
+    ):
+        Run.open(tmp_path / "run", stand_in.info(stand_in.plan()))
+    Run.open(tmp_path / "run", stand_in.info(stand_in.plan())).__exit__(None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("notes.txt", "mine", "is not empty, and not a run"),
+        ("run.json", "{", "cannot read"),
+        ("run.json", "[]", "is not of a run"),
+        ("run.json", '{"version": 99}', "newer fastface"),
+    ],
+)
+def test_a_folder_of_something_else_is_left_alone(tmp_path, name, content, said):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UsageError, match=said):
+        Run.open(tmp_path, stand_in.info(stand_in.plan()))
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == content
+
+
+# -------------------------------------------------------------------------------------------- running
+
+
+def test_every_image_is_made_and_scored_in_fixed_chunks(tmp_path):
+    plan, metric = stand_in.plan(5, 7, recipes=("one", "two")), stand_in.Brightness()
+    made, scored = [], []
+    rows = run_all(tmp_path / "run", plan, metric=metric, watch=Watch(made=made.append, scored=scored.append))
+    assert [row.key for row in rows] == sorted(row.key for row in plan.rows())
+    assert sum(made) == sum(scored) == 70
+    assert all(row.scores["brightness"] == row.seed % 256 for row in rows)
+    assert sorted(row.scores["brightness_rank"] for row in rows) == list(range(70))
+    wanted = [row.key for row in plan.rows()]
+    expected = [wanted[0:16], wanted[16:32], wanted[32:35], wanted[35:51], wanted[51:67], wanted[67:70]]
+    assert sorted(metric.batches) == sorted(expected)
+
+
+def test_failures_are_recorded_and_the_run_goes_on(tmp_path):
+    plan = stand_in.plan(3, 3)
+    plan = replace(plan, dataset=replace(plan.dataset, prompts=("a", "too large", "c")))
+    rows = {row.key: row for row in run_all(tmp_path / "run", plan, people=stand_in.People(("p001",)))}
+    assert len(rows) == 9
+    failed = {key: row.error["kind"] for key, row in rows.items() if row.error}
+    assert failed == {
+        "pocket/p000/0001-0": "device",
+        "pocket/p001/0000-0": "no_face",
+        "pocket/p001/0001-0": "no_face",
+        "pocket/p001/0002-0": "no_face",
+        "pocket/p002/0001-0": "device",
+    }
+    assert all((row.file is None) == (row.scores == {}) == (key in failed) for key, row in rows.items())
+    pool = stand_in.Here()
+    run_all(tmp_path / "run", plan, pool=pool)
+    assert pool.sent == 0  # failures stay
+    again = run_all(tmp_path / "run", plan, pool=pool, retry_failed=True)
+    assert pool.sent == 5
+    assert sum(row.error is not None for row in again) == 3  # she has a face now, and is too large once
+
+
+def test_cut_off_anywhere_and_taken_up_the_numbers_are_the_same(tmp_path):
+    """An exception in the place of a kill: what a killed process leaves is what is on the disk then."""
+    plan = stand_in.plan(4, 10, recipes=("one", "two"), stresses=("blur",))
+    whole = run_all(tmp_path / "whole", plan)
+    chance = random.Random(4)
+
+    class CutError(Exception):
+        pass
+
+    cuts = 0
+    while True:
+        left = chance.randrange(1, 40)
+
+        def made(count: int, left: list[int] = [left]) -> None:  # noqa: B006
+            left[0] -= count == 1
+            if left[0] < 0:
+                raise CutError
+
+        try:
+            cut = run_all(tmp_path / "cut", plan, watch=Watch(made=made))
+        except CutError:
+            cuts += 1
+            for name in ("generated.jsonl", "scores.jsonl"):
+                path = tmp_path / "cut" / name
+                path.write_bytes(
+                    path.read_bytes()[: -chance.randrange(1, 30)]
+                    if chance.random() < 0.5
+                    else path.read_bytes()
+                )
+            continue
+        break
+    assert cuts >= 4
+    assert cut == whole
+
+
+def test_more_metrics_later(tmp_path):
+    plan = stand_in.plan()
+    with Run.open(tmp_path / "run", stand_in.info(plan)) as run:
+        nothing = stand_in.Scoring([], lambda: None)
+        generate(run, plan, stand_in.Here, stand_in.People(), nothing)
+        assert run.scores() == {}
+        metric = stand_in.Brightness()
+        score(run, stand_in.scoring(metric))
+        score(run, stand_in.scoring(metric))
+        assert len(metric.batches) == 1  # the second time nothing was left
+        score(run, stand_in.scoring(metric), again=True)
+        assert len(metric.batches) == 2
+        rows = joined(run, [metric])
+    assert all(row.scores["brightness"] == row.seed % 256 for row in rows)
+
+
+def test_a_picture_that_cannot_be_read_costs_only_its_own_scores(tmp_path):
+    plan = stand_in.plan()
+    with Run.open(tmp_path / "run", stand_in.info(plan)) as run:
+        generate(run, plan, stand_in.Here, stand_in.People(), stand_in.Scoring([], lambda: None))
+        (run.folder / "images/pocket/p001/0002-0.png").write_bytes(b"no picture")
+        metric = stand_in.Brightness()
+        score(run, stand_in.scoring(metric))
+        errors = run.score_errors()
+        rows = joined(run, [metric])
+    assert list(errors) == ["pocket/p001/0002-0"]
+    assert errors["pocket/p001/0002-0"]["pictures"]["kind"] == "usage"
+    assert [row.key for row in rows if "brightness" not in row.scores] == ["pocket/p001/0002-0"]
+
+
+def test_scoring_that_cannot_start_ends_the_run(tmp_path):
+    def load() -> None:
+        raise DeviceError("out of memory on cuda")
+
+    plan, pool = stand_in.plan(10, 10), stand_in.Here()
+    with Run.open(tmp_path / "run", stand_in.info(plan)) as run:
+        scoring = stand_in.Scoring([stand_in.Brightness()], load)
+        with pytest.raises(DeviceError, match="out of memory"):
+            generate(run, plan, lambda: pool, stand_in.People(), scoring)
+        assert pool.closed
+        assert len(run.rows()) >= CHUNK  # what was made is kept
+
+
+def test_memory_stays_flat_over_2000_rows(tmp_path):
+    plan, sizes = stand_in.plan(50, 40), {}
+
+    def scored(count: int, seen: list[int] = [0]) -> None:  # noqa: B006
+        seen[0] += count
+        if seen[0] in (512, 2000):
+            gc.collect()
+            # pathlib interns names: the interpreter's own table of them doubles at some time.
+            mine = tracemalloc.take_snapshot().filter_traces([tracemalloc.Filter(False, pathlib.__file__)])
+            sizes[seen[0]] = sum(trace.size for trace in mine.traces)
+
+    tracemalloc.start()
+    try:
+        run_all(tmp_path / "run", plan, watch=Watch(scored=scored))
+    finally:
+        tracemalloc.stop()
+    assert sizes[2000] - sizes[512] < 500_000, sizes  # 1,500 rows held would be 2,000,000
+
+
+# -------------------------------------------------------------------------------------------- workers
+
+
+def jobs(plan) -> list[Job]:
+    return [Job(row, stand_in.somebody()) for row in plan.rows()]
+
+
+def test_processes_make_what_this_process_makes(tmp_path):
+    plan = stand_in.plan(2, 3)
+    made = list(make_all(LocalPool(stand_in.plain, ["cpu", "cpu"]), jobs(plan)))
+    assert {one.row.key: one.picture for one in made} == {
+        job.row.key: stand_in.picture(job) for job in jobs(plan)
+    }
+
+
+def test_a_killed_workers_image_is_made_by_another(tmp_path):
+    plan, said = stand_in.plan(2, 3), []
+    pool = LocalPool(stand_in.Dying(tmp_path, "prompt 1", 1), ["cpu", "cpu"])
+    made = list(make_all(pool, jobs(plan), said.append))
+    assert len(said) == 2
+    assert "ended by SIGKILL" in said[0]
+    assert all(one.row.error is None for one in made)
+    assert {one.row.key for one in made} == {row.key for row in plan.rows()}
+
+
+def test_an_image_that_costs_every_worker_fails_alone(tmp_path):
+    plan, said = stand_in.plan(1, 3), []
+    made = list(
+        make_all(LocalPool(stand_in.Dying(tmp_path, "prompt 1", 9), ["cpu"]), jobs(plan), said.append)
+    )
+    assert len(said) == 3
+    errors = {one.row.prompt: one.row.error for one in made}
+    assert errors["prompt 0"] is errors["prompt 2"] is None
+    assert errors["prompt 1"]["message"].startswith("3 workers were lost over it: ended by SIGKILL")
+
+
+def test_workers_that_cannot_start_end_the_run():
+    pool = stand_in.Here(stand_in.broken)
+    with pytest.raises(FastFaceError, match="no such device") as caught:
+        list(make_all(pool, jobs(stand_in.plan())))
+    assert (caught.value.exit_code, caught.value.hint, pool.closed) == (4, "another one", True)
+
+
+def test_losing_every_worker_ends_the_run():
+    pool = stand_in.Losing()
+    with pytest.raises(FastFaceError, match="6 workers in a row were lost"):
+        list(make_all(pool, jobs(stand_in.plan(5, 5))))
+    assert pool.closed
+
+
+KILLED = """
+import sys
+sys.path.insert(0, {tests!r})
+import eval_stand_ins as stand_in
+from fastface_cli.evaluation.engines import LocalPool
+from fastface_cli.evaluation.runner import generate
+from fastface_cli.evaluation.runs import Run
+if __name__ == "__main__":
+    plan = stand_in.plan(8, 10, recipes=("one", "two"))
+    with Run.open({folder!r}, stand_in.info(plan)) as run:
+        pool = lambda: LocalPool(stand_in.slow, ["cpu", "cpu"])
+        generate(run, plan, pool, stand_in.People(), stand_in.scoring())
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_ten_random_moments_the_numbers_are_the_same(tmp_path):
+    plan, chance, metric = (
+        stand_in.plan(8, 10, recipes=("one", "two")),
+        random.Random(8),
+        stand_in.Brightness(),
+    )
+    whole = run_all(tmp_path / "whole", plan)
+    script = tmp_path / "killed.py"
+    folder = tmp_path / "killed"
+    script.write_text(
+        KILLED.format(tests=str(Path(__file__).parent), folder=str(folder)).replace(
+            f"Run.open({str(folder)!r}", f"Run.open(__import__('pathlib').Path({str(folder)!r})"
+        )
+    )
+    kills, log = 0, folder / "generated.jsonl"
+    while kills < 10:
+        before = log.stat().st_size if log.exists() else 0
+        process = subprocess.Popen([sys.executable, str(script)])
+        while process.poll() is None and (log.stat().st_size if log.exists() else 0) == before:
+            pass
+        try:
+            assert process.wait(chance.uniform(0, 0.35)) == 0
+            break  # it has come to its end before ten kills
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills += 1
+            with log.open("ab") as torn:
+                torn.write(b'{"key": "one/p0')
+    assert subprocess.run([sys.executable, str(script)], check=False).returncode == 0
+    with Run.reopen(folder) as run:
+        assert joined(run, [metric]) == whole
+    assert kills == 10

@@ -1,0 +1,272 @@
+"""The page and the terminal's tables as text: numbers, verdicts, escaping, addresses."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from run_folder import COLUMNS, RECIPES, build_run
+
+from fastface_cli import console
+from fastface_cli.errors import UsageError
+from fastface_cli.evaluation.numbers import Style, verdict
+from fastface_cli.evaluation.plots import Point, scatter
+from fastface_cli.evaluation.report import link, write_report
+from fastface_cli.evaluation.summary import summarise
+from fastface_cli.evaluation.table import tables
+
+
+def data_of(page: str) -> dict[str, Any]:
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
+    assert found
+    data: dict[str, Any] = json.loads(found[1])
+    return data
+
+
+def words(page: str) -> str:
+    """What a reader of the page's table sees, tags and repeated blanks aside."""
+    return " ".join(html.unescape(re.sub(r"<[^>]*>", " ", page)).split())
+
+
+# -------------------------------------------------------------------------------------------- numbers
+
+
+@pytest.mark.parametrize(
+    ("unit", "values", "number", "value", "difference"),
+    [
+        ("", [0.51, 0.498], 0.51234, "0.512", "+0.512"),
+        ("", [5.2], 5.234, "5.23", "+5.23"),
+        ("s", [12.3, 99.0], 12.34, "12.3 s", "+12.3 s"),
+        ("", [1234.0], 1234.4, "1234", "+1234"),
+        ("share", [0.9], 0.9375, "93.8%", "+93.8 points"),
+        ("", [0.2], -0.0512, "-0.051", "-0.051"),
+        ("", [], 0.5, "0.50", "+0.50"),
+        ("", [0.0], None, "-", "-"),
+    ],
+)
+def test_numbers_are_written_in_their_unit(
+    unit: str, values: list[float | None], number: float | None, value: str, difference: str
+) -> None:
+    style = Style.of(unit, values)
+    assert style.value(number) == value
+    assert style.difference(number) == difference
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "higher", "said"),
+    [
+        (0.01, 0.2, True, "better"),
+        (0.01, 0.2, False, "worse"),
+        (-0.2, -0.01, True, "worse"),
+        (-0.2, -0.01, False, "better"),
+        (-0.2, -0.01, None, "differs"),
+        (-0.1, 0.1, True, "unclear"),
+        (0.0, 0.1, True, "unclear"),
+        (None, None, True, "unclear"),
+    ],
+)
+def test_a_verdict_needs_an_interval_without_zero(
+    low: float | None, high: float | None, higher: bool | None, said: str
+) -> None:
+    assert verdict({"difference": 0.0, "low": low, "high": high}, higher) == said
+
+
+def test_no_difference_has_no_verdict() -> None:
+    assert verdict(None, True) == "unclear"
+
+
+# ------------------------------------------------------------------------------------------- terminal
+
+
+def test_the_table_says_what_the_summary_says(tmp_path: Path) -> None:
+    rows = build_run(tmp_path, stresses=(None, "blur"), no_face=["am1/ann/0000-0"])
+    summary = summarise(rows, COLUMNS, recipes=RECIPES, resamples=500)
+    results, counts, blur = tables(summary)
+    assert results.columns[4] == "less baseline"
+    lines = {(line[0], line[1]): line for line in results.rows}
+    mean = summary["recipes"]["am1"]["id"]
+    assert lines["ID", "baseline"][4:7] == ("", "", "")
+    assert lines["", "am1"][2:]  # a measure names itself once
+    am1 = next(line for line in results.rows if line[1] == "am1")
+    assert am1[2] == f"{mean['mean']:.3f}"
+    assert am1[3] == f"[{mean['low']:.3f}, {mean['high']:.3f}]"
+    assert am1[4] == f"{summary['paired']['am1']['id']['difference']:+.3f}"
+    assert am1[6] == "better"
+    assert am1[7] == "23"
+    assert ("am1", "24", "0", "1") in counts.rows
+    assert blur.title == "references degraded: blur"
+    assert [line[6] for line in blur.rows[:3]] == ["worse"] * 3  # the fixture takes 0.1 away
+
+
+def test_brackets_in_a_name_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    console.print_table("[bold]title", ["[red]head"], [["[link=x]cell[/link]"], ["[/]"]])
+    said = capsys.readouterr().out
+    assert all(text in said for text in ("[bold]title", "[red]head", "[link=x]cell[/link]", "[/]"))
+
+
+def test_less_is_better_is_said_and_counts(tmp_path: Path) -> None:
+    summary = summarise(build_run(tmp_path), COLUMNS, recipes=RECIPES, resamples=500)
+    line = next(line for line in tables(summary)[0].rows if line[0].startswith("Latency"))
+    assert line[0] == "Latency (less is better)"
+    slower = [line for line in tables(summary)[0].rows if line[4] == "+0.50 s"]
+    assert [line[6] for line in slower] == ["worse"]
+
+
+# ----------------------------------------------------------------------------------------------- page
+
+
+def test_the_page_says_what_the_summary_says(tmp_path: Path) -> None:
+    build_run(tmp_path, fail=["am1/bob/0001-0"])
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    text = words(page)
+    for recipe in summary["recipes"]:
+        mean = summary["recipes"][recipe]["id"]
+        assert f"{mean['mean']:.3f} [{mean['low']:.3f}, {mean['high']:.3f}]" in text
+    paired = summary["paired"]["fastface"]["id"]
+    assert f"+{paired['difference']:.3f} ▲ [{paired['low']:.3f}, {paired['high']:.3f}]" in text
+    clip = summary["paired"]["fastface"]["clip_l14"]
+    assert f"−{-clip['difference']:.3f} ▼ [−{-clip['low']:.3f}, −{-clip['high']:.3f}]" in text
+    assert "1 not made: out of memory on cuda:0 close programs am1/bob/0001-0" in text
+    assert "6 identities" in text
+    assert "71 images" in text
+
+
+def test_the_page_asks_for_nothing_from_elsewhere(tmp_path: Path) -> None:
+    build_run(tmp_path)
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    assert set(re.findall(r'(?:src|href)="([^"#]+)', page)) == set()
+    assert not re.search(r"url\((?!#)|@import|https?://(?!www\.w3\.org/)", page)
+    assert "default-src 'none'" in page
+
+
+HOSTILE = (
+    "</script><script>window.hacked=1</script>",
+    '"><img src=x onerror="window.hacked=1">',
+    "<!--<script>",
+    "{{ 7*7 }}{% raw %}",
+    "$x^2$ & 'quotes' \u2028 \U0001f600",
+)
+
+
+@pytest.mark.parametrize("hostile", HOSTILE)
+def test_no_text_of_a_data_set_becomes_markup(tmp_path: Path, hostile: str) -> None:
+    """As a prompt, a person, an attribute, a recipe, an error and the data set's name."""
+    rows = build_run(tmp_path, recipes=("first", "second"), prompts=("plain", hostile), identities=("a", "b"))
+    clean = write_report(tmp_path).read_text(encoding="utf-8")
+    for name in ("images.jsonl", "summary.json", "run.json"):
+        text = (tmp_path / name).read_text(encoding="utf-8")
+        spoiled = text
+        for word in ("first", "bright", "made-up", "pocket", "light", "dim"):
+            spoiled = spoiled.replace(json.dumps(word), json.dumps(hostile + word))
+        assert name == "summary.json" or spoiled != text
+        (tmp_path / name).write_text(spoiled, encoding="utf-8")
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    assert tags(page) == tags(clean)
+    assert hostile in {group["prompt"] for group in data_of(page)["groups"]}
+    assert data_of(page)["recipes"] == [hostile + "first", "second"]
+    assert len(data_of(page)["groups"]) == len(rows) / 2
+
+
+def tags(page: str) -> list[str]:
+    """The elements of a page as a parser sees them."""
+    from html.parser import HTMLParser
+
+    class Parser(HTMLParser):
+        def __init__(self) -> None:
+            super().__init__()
+            self.found: list[str] = []
+
+        def handle_starttag(self, tag: str, _attributes: list[tuple[str, str | None]]) -> None:
+            self.found.append(tag)
+
+    parser = Parser()
+    parser.feed(re.sub(r"<svg role.*?</svg>", "<svg>", page, flags=re.DOTALL))
+    return parser.found
+
+
+def test_a_run_without_scores_has_a_page(tmp_path: Path) -> None:
+    rows = build_run(tmp_path)
+    (tmp_path / "summary.json").write_text(json.dumps(summarise(rows, {})))
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    assert data_of(page)["columns"] == []
+    assert "72 images" in words(page)
+
+
+def test_a_run_of_one_recipe_and_one_person_has_a_page(tmp_path: Path) -> None:
+    build_run(tmp_path, recipes=("alone",), identities=("ann",))
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "difference to" not in page
+    assert "One identity says little about people in general: there is no interval." in words(page)
+    assert "1 recipe 1 identity 4 prompts" in words(page)
+
+
+def test_few_people_are_said_to_be_few(tmp_path: Path) -> None:
+    people = [f"person {number}" for number in range(8)]
+    build_run(tmp_path / "seven", identities=people[:7], prompts=("one",), resamples=50)
+    build_run(tmp_path / "eight", identities=people, prompts=("one",), resamples=50)
+    said = [words(write_report(tmp_path / name).read_text(encoding="utf-8")) for name in ("seven", "eight")]
+    assert "7 identities say little about people in general: these intervals are too narrow." in said[0]
+    assert "too narrow" not in said[1]
+
+
+def test_failures_stand_together_by_cause_the_most_frequent_first(tmp_path: Path) -> None:
+    build_run(tmp_path, fail=["am1/bob/0001-0", "am1/ann/0001-0"])
+    errors = {"dlib": {"kind": "run_failed", "message": "picture too small"}}
+    line = {"key": "baseline/ann/0000-0", "scores": {"dlib": None}, "errors": errors, "metrics": ["dlib"]}
+    (tmp_path / "scores.jsonl").write_text(json.dumps(line) + "\n")
+    text = words(write_report(tmp_path).read_text(encoding="utf-8"))
+    assert text.index("2 not made: out of memory") < text.index("1 dlib not measured: picture too small")
+
+
+def test_a_folder_without_a_finished_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="there is no run"):
+        write_report(tmp_path)
+    build_run(tmp_path)
+    (tmp_path / "summary.json").unlink()
+    with pytest.raises(UsageError, match=r"not finished.*summary\.json"):
+        write_report(tmp_path)
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1))
+def test_a_file_name_is_never_another_scheme_query_or_fragment(name: str) -> None:
+    address = link(name)
+    assert address is not None
+    assert address.startswith(("./", "file:///", "file://"))
+    assert not set(address) & set('<>"?# \n')
+
+
+def test_a_file_name_with_every_odd_sign_is_found(tmp_path: Path) -> None:
+    from urllib.parse import unquote
+
+    name = "images/a b/50%/was #1?/é<&>.png"
+    assert unquote(link(name) or "") == "./" + name
+    assert link(None) is None
+    assert link("") is None
+    assert link("javascript:alert(1)") == "./javascript%3Aalert%281%29"
+    assert link(str(tmp_path / "a b.png")) == (tmp_path / "a b.png").as_uri()
+
+
+# ----------------------------------------------------------------------------------------------- plot
+
+
+def test_a_plot_follows_the_page_and_keeps_names_as_text() -> None:
+    points = [
+        Point("_first</text><script>", (0.2, 0.1, 0.3), (1.0, 0.9, 1.2)),
+        Point("$no$ math", (0.3, None, None), (1.1, None, None)),
+        Point("unmeasured", (float("nan"), None, None), (1.0, 0.9, 1.1)),
+    ]
+    plot = scatter(points, "CLIP ↑", "ID ↑")
+    assert plot.startswith('<svg role="img" aria-label="ID ↑ against CLIP ↑"')
+    assert "_first&lt;/text&gt;&lt;script&gt;" in plot
+    assert "$no$ math" in plot
+    assert "unmeasured" not in plot
+    assert "var(--series-0)" in plot
+    assert not re.search(r"#0a0b|#010203|#040506|<metadata|http(?!://www\.w3\.org/)", plot)
+    assert plot == scatter(points, "CLIP ↑", "ID ↑")
