@@ -1,0 +1,63 @@
+"""What the shell offers on Tab. Everything here must come at once: nothing imports torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+
+def complete_recipe(incomplete: str) -> list[str]:
+    """Recipes by name; a shell completes the paths of files by itself."""
+    from ..recipe_files import recipe_names
+
+    return _starting(incomplete, recipe_names())
+
+
+def complete_model(incomplete: str) -> list[str]:
+    """Recipes and models, as `fastface download` takes them."""
+    from ..manifest import manifest
+    from ..recipe_files import recipe_names
+
+    return _starting(incomplete, [*recipe_names(), *manifest()])
+
+
+def complete_cached(incomplete: str) -> list[str]:
+    """Models that take room on this disk, downloaded and fused."""
+    from ..settings import load_settings
+    from ..store import Store
+
+    store = Store(load_settings())
+    fused = [one.name for one in store.fused.entries()]
+    return _starting(incomplete, [entry.artefact.name for entry in store.entries()] + fused)
+
+
+def complete_field(incomplete: str) -> list[str]:
+    """Fields of a recipe, for `--set`."""
+    from ..recipe import Recipe
+
+    return _starting(incomplete, [f"{field}=" for field in _fields(Recipe, "")])
+
+
+def complete_device(incomplete: str) -> list[str]:
+    """Devices by kind."""
+    return _starting(incomplete, ("auto", "cpu", "cuda", "mps"))
+
+
+def complete_dtype(incomplete: str) -> list[str]:
+    """Number formats."""
+    return _starting(incomplete, ("float32", "float16", "bfloat16"))
+
+
+def _fields(section: type, prefix: str) -> Iterator[str]:
+    """Dotted names of the values below a section of the recipe."""
+    from ..recipe import Section
+
+    assert issubclass(section, Section)
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from _fields(field.annotation, f"{prefix}{name}.")
+        elif name not in ("name", "summary"):
+            yield f"{prefix}{name}"
+
+
+def _starting(incomplete: str, names: Iterable[str]) -> list[str]:
+    return [name for name in names if name.startswith(incomplete)]

@@ -1,0 +1,65 @@
+"""`fastface licenses`: what the licences of a recipe's model parts allow."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from .. import console
+from .options import RecipeOption
+
+
+def licenses(
+    recipe: RecipeOption = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Take the checkpoints for this many steps.", min=1, show_default=False)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show each model part of a recipe, its licence, and whether it may be used commercially.
+
+    Example: fastface licenses --recipe hyper-fastface
+    """
+    from ..api import artefacts_of
+    from ..recipe_files import load_recipe
+    from ..settings import load_settings
+
+    flags = {} if steps is None else {"sampling.steps": (steps, "--steps")}
+    found = load_recipe(recipe or load_settings().recipe, flags=flags).recipe
+    parts = artefacts_of(found)
+    uses = {part.commercial for part in parts.values()}
+    whole = "no" if "no" in uses else "unclear" if "unclear" in uses else "yes"
+    if as_json:
+        console.print_json(
+            {
+                "ok": True,
+                "recipe": found.name,
+                "commercial": whole,
+                "parts": [
+                    {
+                        "role": role,
+                        "name": part.name,
+                        "licence": part.licence,
+                        "licence_link": part.licence_link,
+                        "commercial": part.commercial,
+                        "commercial_note": part.commercial_note,
+                    }
+                    for role, part in parts.items()
+                ],
+                "error": None,
+            }
+        )
+        return
+    console.print_table(
+        "",
+        ["part", "model", "licence", "commercial use"],
+        [
+            [role, part.name, part.licence, f"{part.commercial}: {note}" if note else part.commercial]
+            for role, part in parts.items()
+            for note in (part.commercial_note,)
+        ],
+    )
+    for link in dict.fromkeys(part.licence_link for part in parts.values() if part.licence_link):
+        console.line(link)
+    console.line(f"commercial use of {found.name} as a whole: {whole}")
