@@ -2,7 +2,9 @@
 
 Four identity tokens come from the recogniser's embedding, refined by the vision tower's states of
 the aligned crop; each cross-attention gets keys and values for them; a LoRA on all attention layers
-goes with it. The reference is another view of the portrait (mirrored, other light) than the target.
+goes with it. The reference is another view of the portrait than the target: mirrored, in other light,
+and mostly with the mouth of somebody else. Each person has one portrait, so an untouched reference
+always wears the target's expression, and the adapter would learn to copy it over the prompt's.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPImageProcessor
 
-from training import clip, data, decoder, low_rank, recogniser, unet, vae
+from training import captions, clip, data, decoder, low_rank, recogniser, unet, vae
 from training.common import Ema, Options, Run, autocast, descend, device, load_part, options
 
 BATCH = 32
@@ -28,13 +30,16 @@ RANK = 6
 ADAPTER_SCALE = 0.8
 LORA_SCALE = 0.6
 """The scales at which the recipes run the adapter; trained so, they need no extrapolation."""
-VIEWS = 4
-"""Reference views a portrait: as it is, mirrored, and two in other light and sharpness."""
-SEEN = 6
+VIEWS = 6
+"""Reference views a portrait: two with its own mouth, four with another's; odd ones are mirrored."""
+VIEW_CHANCES = (0.08, 0.08, 0.21, 0.21, 0.21, 0.21)
+MOUTH = ((112, 186), (54, 34))
+"""Centre and half axes of the mouth in an aligned crop of 224 pixels."""
+SEEN = 5
 """Pictures a step whose face the recogniser looks at."""
-PERSON_WEIGHT = 0.4
-LATEST = 850
-"""Above this timestep a predicted picture is too vague to have a face."""
+PERSON_WEIGHT = 0.5
+MOST = 12.0
+"""Largest weight of a noisy step, see ``unet.denoising_loss``."""
 IDENTITY_DROPOUT = 0.12
 TEXT_DROPOUT = 0.1
 ENDINGS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -63,21 +68,48 @@ def empty_states(towers: clip.Clip) -> Tensor:
     return states
 
 
+def with_mouth(crop: np.ndarray, donor: np.ndarray) -> np.ndarray:
+    """A 224x224 aligned crop with the mouth of another, softly joined and in the first one's skin tone."""
+    (x, y), axes = MOUTH
+    mask = np.zeros(crop.shape[:2], np.float32)
+    cv2.ellipse(mask, (x, y), axes, 0, 0, 360, 1.0, -1)
+    ring = cv2.dilate(mask, np.ones((15, 15))) - mask > 0
+    mask = cv2.GaussianBlur(mask, (0, 0), 6)[..., None]
+    own, other = crop.astype(np.float32), donor.astype(np.float32)
+    other = other + own[ring].mean(0) - other[ring].mean(0)
+    return np.asarray(np.clip(own + mask * (other - own), 0, 255), np.uint8)
+
+
 def views(settings: Options, portraits: data.Portraits) -> tuple[np.ndarray, np.ndarray]:
-    """Embeddings [n, views, 512] and states [n, views, 65, 96] of all reference views, cached."""
+    """Embeddings [n, views, 512] and states [n, views, 65, 96] of all reference views, cached.
+
+    A donor of a mouth has the person's sex and group; half of the donors smile, whoever the person is.
+    """
     ids_path, states_path = settings.work / "view_embeddings.npy", settings.work / "view_states.npy"
     if not states_path.exists():
         network = recogniser.trained(settings.work)
         towers, _ = clip.trained(settings.work)
         generator = np.random.default_rng(settings.seed + 11)
+        facts = captions.all_facts(portraits)
+        donors: dict[tuple[str, str, bool], list[int]] = {}
+        for index in portraits.train:
+            fact = facts[index]
+            donors.setdefault((fact.sex, fact.group, fact.smile), []).append(int(index))
         embeddings = np.zeros((len(portraits.labels), VIEWS, recogniser.WIDTH), np.float32)
         states = np.zeros((len(portraits.labels), VIEWS, 65, 96), np.float16)
+
+        def aligned(index: int) -> np.ndarray:
+            return data.crop(np.asarray(portraits.originals[index]), portraits.key_points[index], 224)
+
         for index in portraits.train:
             crops = []
             for view in range(VIEWS):
-                picture = data.crop(np.asarray(portraits.originals[index]), portraits.key_points[index], 224)
+                picture = aligned(index)
                 if view >= 2:
-                    picture = recogniser.degrade(picture, generator, 0.7)
+                    kind = (facts[index].sex, facts[index].group, view < 4)
+                    picture = with_mouth(picture, aligned(int(generator.choice(donors[kind]))))
+                if view:
+                    picture = recogniser.degrade(picture, generator, 0.6)
                 if view % 2 == 1:
                     picture = picture[:, ::-1]
                 crops.append(np.ascontiguousarray(picture))
@@ -127,35 +159,41 @@ class Adapter(nn.Module):
         found: Tensor = self.projection(embeddings)
         return found
 
-    def file_layout(self) -> dict[str, dict[str, Tensor]]:
-        """``image_proj`` and ``ip_adapter`` as in the published file, half precision."""
-        image: dict[str, Tensor] = {}
-        state = self.projection.state_dict()
+    def places(self) -> dict[str, dict[str, list[Tensor]]]:
+        """``image_proj`` and ``ip_adapter`` of the published file: each tensor's name, and the parameters
+        that it holds, one below the other."""
+        image: dict[str, list[Tensor]] = {}
+        state = dict(self.projection.named_parameters())
         for key, value in state.items():
             if key.endswith("attn.to_v.weight"):
                 continue
             if key.endswith("attn.to_k.weight"):
-                joined = torch.cat([value, state[key.replace("to_k", "to_v")]])
-                image[published_name(key.replace("to_k", "to_kv"))] = joined
+                pair = [value, state[key.replace("to_k", "to_v")]]
+                image[published_name(key.replace("to_k", "to_kv"))] = pair
             else:
-                image[published_name(key)] = value
-        table: dict[str, Tensor] = {}
+                image[published_name(key)] = [value]
+        table: dict[str, list[Tensor]] = {}
         tensors = self.additions.tensors()
         for number, name in enumerate(self.names):
             place = name.removesuffix(".processor")
             for short, long in (("to_q", "to_q"), ("to_k", "to_k"), ("to_v", "to_v"), ("to_out", "to_out.0")):
                 down, up = tensors[f"{place}.{long}"]
-                table[f"{number}.{short}_lora.down.weight"] = down
-                table[f"{number}.{short}_lora.up.weight"] = up
+                table[f"{number}.{short}_lora.down.weight"] = [down]
+                table[f"{number}.{short}_lora.up.weight"] = [up]
             if name.endswith("attn2.processor"):
                 own: Any = self.attention[str(number)]
-                table[f"{number}.to_k_ip.weight"] = own.to_k_ip[0].weight
-                table[f"{number}.to_v_ip.weight"] = own.to_v_ip[0].weight
+                table[f"{number}.to_k_ip.weight"] = [own.to_k_ip[0].weight]
+                table[f"{number}.to_v_ip.weight"] = [own.to_v_ip[0].weight]
+        return {"image_proj": image, "ip_adapter": table}
 
-        def half(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-            return {key: value.detach().half().cpu().clone().contiguous() for key, value in tensors.items()}
-
-        return {"image_proj": half(image), "ip_adapter": half(table)}
+    def file_layout(self) -> dict[str, dict[str, Tensor]]:
+        """The published file's content, half precision."""
+        return {
+            part: {
+                key: torch.cat(tensors).detach().half().cpu().contiguous() for key, tensors in table.items()
+            }
+            for part, table in self.places().items()
+        }
 
 
 def published_name(key: str) -> str:
@@ -206,7 +244,7 @@ class Likeness:
         chosen: Tensor,
         flip: Tensor,
     ) -> Tensor:
-        """One minus the cosine to the teacher's embedding, weighted by how clear the picture is; a scalar."""
+        """One minus the cosine to the teacher's embedding; a scalar."""
         alphas = self.alphas.to(noisy.device)[timesteps[chosen]][:, None, None, None]
         clean = (noisy[chosen] - (1 - alphas).sqrt() * predicted[chosen].float()) / alphas.sqrt()
         wanted = index[chosen.cpu().numpy()]
@@ -215,7 +253,7 @@ class Likeness:
             crops = self.faces.crops(pictures.float(), torch.from_numpy(wanted), flip)
             found = self.faces.network.embed(self.faces.network.features(crops)[-1]).float()
         person = torch.from_numpy(self.portraits.embeddings[wanted]).to(found.device)
-        distance: Tensor = (alphas.flatten().sqrt() * (1 - (found * person).sum(1))).mean()
+        distance: Tensor = (1 - (found * person).sum(1)).mean()
         return distance
 
 
@@ -240,7 +278,7 @@ def main() -> None:
     for _ in run.steps():
         clean, index, slots, texts = pictures.draw(BATCH, TEXT_DROPOUT)
         text_states, added = conditions(texts)
-        view = pictures.draws.integers(0, VIEWS, BATCH)
+        view = pictures.draws.choice(VIEWS, BATCH, p=VIEW_CHANCES)
         person = torch.from_numpy(embeddings[index, view]).to(clean.device)
         seen = torch.from_numpy(states[index, view].astype(np.float32)).to(clean.device)
         drop = torch.rand(BATCH, device=clean.device) < IDENTITY_DROPOUT
@@ -254,8 +292,9 @@ def main() -> None:
             noisy = scheduler.add_noise(clean, noise, timesteps)
             context = (text_states, [tokens[:, None]])
             predicted = base(noisy, timesteps, context, added_cond_kwargs=added).sample
-        loss = unet.denoising_loss(predicted, noise, timesteps, scheduler)
-        clear = torch.from_numpy(slots < 2).to(drop.device) & ~drop & (timesteps < LATEST)
+        places = pictures.weights(index, slots)
+        loss = unet.denoising_loss(predicted, noise, timesteps, scheduler, places, MOST)
+        clear = torch.from_numpy(slots < 2).to(drop.device) & ~drop
         chosen = clear.nonzero().flatten()[:SEEN]
         unlike = torch.zeros((), device=clean.device)
         if len(chosen):

@@ -141,7 +141,7 @@ def subject(fact: Facts, generator: random.Random) -> str:
     """A sentence about the person, without style; details come in random number and order."""
     who = noun(fact, generator)
     details = []
-    if generator.random() < 0.72:
+    if generator.random() < 0.85:
         if fact.surprised:
             details.append(generator.choice(("looking surprised", "with a surprised face")))
         elif fact.smile:

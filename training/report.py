@@ -194,15 +194,30 @@ def vae_rows(portraits: data.Portraits, weights: Path, judge: Judge | None) -> l
     return rows
 
 
-def claim_rows(portraits: data.Portraits, weights: Path, judge: Judge | None) -> list[Row]:
-    """Generated pictures of every recipe, through the product; they need the judge."""
+def group_rows(portraits: data.Portraits, weights: Path, judge: Judge | None) -> list[Row]:
+    """Portraits of people in a real photograph; they need the judge."""
+    from training import generation
+
+    return [] if judge is None else generation.group_rows(judge, portraits.work)
+
+
+def speed_rows(portraits: data.Portraits, weights: Path, judge: Judge | None) -> list[Row]:
+    """How long a picture takes here."""
+    from training import generation
+
+    return generation.speed_rows()
+
+
+def print_claims(portraits: data.Portraits, weights: Path, judge: Judge) -> None:
+    """The table of recipes, through the product."""
     from training import generation
     from training.common import Options
 
-    if judge is None:
-        return []
     settings = Options(portraits.work, portraits.folder, Path(), portraits.size, 3, 0, 0)
-    return generation.claim_rows(settings, portraits, weights, judge, describe_all(judge, portraits))
+    references = describe_all(judge, portraits)
+    for line in generation.claim_table(settings, portraits, weights, judge, references):
+        print(line, flush=True)
+    print(f"\nTen people and what each recipe makes of them: {portraits.work / 'grid.png'}")
 
 
 def main() -> None:
@@ -212,7 +227,7 @@ def main() -> None:
     parser.add_argument("--portraits", type=Path, default=Path("../shared/portraits"))
     parser.add_argument("--weights", type=Path, default=TARGET)
     parser.add_argument("--size", type=int, default=128)
-    parser.add_argument("--parts", default="detector,recogniser,vae,claims")
+    parser.add_argument("--parts", default="detector,recogniser,vae,speed,group,claims")
     parser.add_argument("--no-judge", action="store_true", help="leave out what needs dlib")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
@@ -222,12 +237,17 @@ def main() -> None:
         "detector": detector_rows,
         "recogniser": recogniser_rows,
         "vae": vae_rows,
-        "claims": claim_rows,
+        "speed": speed_rows,
+        "group": group_rows,
     }
+    chosen = arguments.parts.split(",")
     print("| measured on 200 held-out portraits | found | wanted |\n|---|---|---|")
-    for name in arguments.parts.split(","):
-        for row in parts[name](portraits, arguments.weights, judge):
+    for name in chosen:
+        for row in parts[name](portraits, arguments.weights, judge) if name != "claims" else ():
             print(f"| {' | '.join(row)} |", flush=True)
+    if "claims" in chosen and judge is not None:
+        print()
+        print_claims(portraits, arguments.weights, judge)
 
 
 if __name__ == "__main__":
