@@ -6,12 +6,12 @@ READY := $(BIN)/fastface
 # Two processes of one thread each beat one process of two threads on small models.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
-.PHONY: demo test test-slow lint pocket-report clean
+.PHONY: demo test test-slow lint bench pocket-report clean
 
 $(READY):
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,dlib]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,dlib,ray]'
 
 demo: $(READY)  ## one picture with the miniature stack; prints its path
 	$(BIN)/fastface generate --recipe pocket --face examples/portrait.png \
@@ -27,6 +27,9 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: $(READY)  ## what the pocket stack's speed is worth; benchmarks/gpu.sh measures a GPU
+	$(BIN)/python benchmarks/bench.py
 
 pocket-report: $(READY)  ## the pocket's numbers; needs the training portraits beside the checkout
 	$(BIN)/python -m training.report

@@ -10,11 +10,11 @@ face.generate(me, "a woman smiling, watercolour", seed=1)[0].save("out.png")
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import DeviceError
+from .errors import DeviceError, LicenceError, UsageError
 from .manifest import Artefact, resolve
 from .recipe import Recipe
 from .settings import Settings, load_settings
@@ -22,6 +22,7 @@ from .settings import Settings, load_settings
 if TYPE_CHECKING:
     from PIL import Image
 
+    from .best import Best, Scorer
     from .faces import InsightFaceAnalyser
     from .identity import Identity
     from .pipeline import Pipeline
@@ -47,7 +48,7 @@ def check_device(recipe: Recipe, device: str) -> str:
     Raises:
         DeviceError: no such device, or a full-size stack and no GPU.
     """
-    from .pipeline import pick_device
+    from .loading import pick_device
 
     found = pick_device(device)
     weight = sum(artefact.bytes for artefact in artefacts_of(recipe).values())
@@ -57,6 +58,33 @@ def check_device(recipe: Recipe, device: str) -> str:
             "--recipe pocket runs on any machine; --device cpu tries all the same (slow, 24 GB of memory)",
         )
     return str(found)
+
+
+def check_commercial(artefacts: Iterable[Artefact], what: str, log: Log = lambda _: None) -> None:
+    """Refuse what a licence keeps from commercial use. A lawyer's answer it is not.
+
+    A saved identity changes nothing: its embedding came out of the face models.
+
+    Args:
+        artefacts: the model parts that are to be used.
+        what: what they belong to, as "recipe 'pocket'".
+        log: told of the parts whose licence leaves it unclear.
+
+    Raises:
+        LicenceError: names every part that forbids it.
+    """
+    parts = {artefact.name: artefact for artefact in artefacts}.values()
+    for part in parts:
+        if part.commercial == "unclear":
+            note = part.commercial_note or "its licence is not known here"
+            log(f"commercial use of {part.name} is unclear: {note} {part.page}".rstrip())
+    forbidden = [f"{part.name} ({part.licence})" for part in parts if part.commercial == "no"]
+    if forbidden:
+        raise LicenceError(
+            f"{what} may not be used commercially: {', '.join(forbidden)}",
+            "`fastface licenses` tells each part's terms; recipe 'pocket' is free, and --set model.PART=... "
+            "names another part",
+        )
 
 
 def fetch(
@@ -107,6 +135,7 @@ class FastFace:
         device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`; None takes the machine's setting.
         dtype: `float32`, `float16` or `bfloat16`; None chooses by device.
         offline: fetch nothing; None asks HF_HUB_OFFLINE.
+        fused_cache: keep the fused models on the disk, so that the next start is quicker.
         progress: show progress on stderr when it is a terminal.
         log: takes one line of notice.
 
@@ -123,6 +152,7 @@ class FastFace:
         device: str | None = None,
         dtype: str | None = None,
         offline: bool | None = None,
+        fused_cache: bool = True,
         progress: bool = False,
         log: Log = lambda _: None,
     ) -> None:
@@ -137,11 +167,13 @@ class FastFace:
         self.device = device or self.settings.device
         self.dtype = dtype
         self.offline = offline
+        self.fused_cache = fused_cache
         self.progress = progress
         self.log = log
         self._paths: dict[str, Path] = {}
         self._analyser: InsightFaceAnalyser | None = None
         self._pipeline: Pipeline | None = None
+        self._scorer: Scorer | None = None
 
     def paths(self, *, faces: bool) -> Mapping[str, Path]:
         """Where the model files lie, by role; fetched if need be, face models only when asked for."""
@@ -156,12 +188,52 @@ class FastFace:
         """The loaded stack."""
         if self._pipeline is None:
             from .pipeline import Pipeline
+            from .store import Store
 
             device = check_device(self.recipe, self.device)
             self._pipeline = Pipeline.load(
-                self.recipe, self.paths(faces=False), device=device, dtype=self.dtype, log=self.log
+                self.recipe,
+                self.paths(faces=False),
+                device=device,
+                dtype=self.dtype,
+                log=self.log,
+                fused=Store(self.settings).fused if self.fused_cache else None,
             )
         return self._pipeline
+
+    @property
+    def analyser(self) -> InsightFaceAnalyser:
+        """The loaded face models."""
+        from .faces import load_face_models
+        from .loading import pick_device
+
+        if self._analyser is None:
+            device = str(pick_device(self.device))
+            self._analyser = load_face_models(self.paths(faces=True)["face"], device=device)
+            if self._analyser.note:
+                self.log(self._analyser.note)
+        return self._analyser
+
+    @property
+    def scorer(self) -> Scorer:
+        """What measures candidates for the best of several; says through `log` what it cannot measure."""
+        from .best import PROMPT_SCORER, Scorer, clip_prompt_scorer, own_prompt_scorer, pick_judge
+        from .store import Store
+
+        if self._scorer is None:
+            judge = pick_judge(self.analyser, self.log)
+            prompt = own_prompt_scorer(self.pipeline)
+            if prompt is None:
+                store, artefact = Store(self.settings, offline=self.offline), resolve(PROMPT_SCORER)
+                if not store.missing([artefact]):
+                    prompt = clip_prompt_scorer(store.path(artefact), self.pipeline)
+                else:
+                    self.log(
+                        "whether pictures follow the prompt is not scored: no CLIP is here; "
+                        f"`fastface download {PROMPT_SCORER}` fetches it"
+                    )
+            self._scorer = Scorer(self.analyser, judge, prompt)
+        return self._scorer
 
     def identity(
         self,
@@ -175,17 +247,10 @@ class FastFace:
             UsageError: a photo cannot be read.
             NoFaceError: no usable face in them.
         """
-        from .faces import load_face_models
         from .identity import make_identity
-        from .pipeline import pick_device
 
-        if self._analyser is None:
-            device = str(pick_device(self.device))
-            self._analyser = load_face_models(self.paths(faces=True)["face"], device=device)
-            if self._analyser.note:
-                self.log(self._analyser.note)
         given = [Path(photo) if isinstance(photo, str) else photo for photo in photos]
-        return make_identity(given, self._analyser, face_index=face_index, face_box=face_box, log=self.log)
+        return make_identity(given, self.analyser, face_index=face_index, face_box=face_box, log=self.log)
 
     def generate(
         self,
@@ -224,3 +289,42 @@ class FastFace:
             Request(prompt, first + index, identity, negative, adapter_scale) for index in range(count)
         ]
         return [picture.image for picture in self.pipeline.generate(requests, **options)]
+
+    def best_of(
+        self,
+        identity: Identity,
+        prompt: str,
+        *,
+        n: int = 8,
+        seed: int | None = None,
+        negative_prompt: str | None = None,
+        adapter_scale: float | None = None,
+        **options: Any,
+    ) -> Best:
+        """The picture most like the person among `n`, of those that follow the prompt: see `best.choose`.
+
+        Args:
+            identity: who.
+            prompt: what.
+            n: how many pictures are made.
+            seed: of the first one; the next ones follow. None: random.
+            negative_prompt: None is the recipe's.
+            adapter_scale: None is the recipe's.
+            options: of `Pipeline.generate`: `batch_size`, `on_step`.
+
+        Raises:
+            UsageError: fewer than one picture is asked for, or more than a thousand.
+            DeviceError: out of memory.
+            ModelUnavailableError: a model cannot be had or loaded.
+        """
+        from .best import MOST, Best, make_candidates
+        from .pipeline import Request
+
+        if not 1 <= n <= MOST:
+            raise UsageError(f"best of {n}: it takes 1 to {MOST} pictures")
+        first = random_seed() if seed is None else seed
+        negative = self.recipe.negative_prompt if negative_prompt is None else negative_prompt
+        requests = [Request(prompt, first + index, identity, negative, adapter_scale) for index in range(n)]
+        found = make_candidates(self.pipeline, self.scorer, requests, **options)
+        kept = found.pictures[found.kept]
+        return Best(kept.image, kept.request.seed, found.scores, found.judge)

@@ -58,19 +58,41 @@ def print_json(value: dict[str, Any]) -> None:
     line(text)
 
 
-def print_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
-    """A table on stdout; whole cells even when piped."""
+def print_table(
+    title: str, columns: Iterable[str], rows: Iterable[Iterable[str]], *, aside: bool = False
+) -> None:
+    """A table on stdout, or `aside` on stderr; whole cells even when piped. A `[` in a name is a `[`."""
     from rich.table import Table
+    from rich.text import Text
 
-    console = out()
-    table = Table(title=title or None, title_justify="left", header_style="bold")
+    console = err() if aside else out()
+    table = Table(title=Text(title) if title else None, title_justify="left", header_style="bold")
     for column in columns:
-        table.add_column(column, overflow="fold")
+        table.add_column(Text(column), overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     if not console.is_terminal:
         console.width = 200
     console.print(table)
+
+
+def print_finding(level: str, subject: str, message: str, command: str | None) -> None:
+    """One line of a report on stdout: what was looked at, what was found, and the command that mends it."""
+    from rich.table import Table
+    from rich.text import Text
+
+    console = out()
+    colour = {"ok": "green", "warning": "yellow", "failure": "bold red"}[level]
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(width=7)
+    grid.add_column(width=14)
+    grid.add_column(overflow="fold")
+    grid.add_row(Text(level, style=colour), subject, Text(message))
+    if not console.is_terminal:
+        console.width = 1000
+    console.print(grid)
+    if command is not None:  # unbroken, whatever the width: it is made to be copied
+        console.print(Text(" " * 25 + command, style="cyan"), crop=False, overflow="ignore", no_wrap=True)
 
 
 def print_error(error: FastFaceError) -> None:

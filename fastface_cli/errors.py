@@ -43,6 +43,12 @@ class RecipeError(UsageError):
     kind = "recipe"
 
 
+class LicenceError(UsageError):
+    """A model part's licence forbids the use that was asked for."""
+
+    kind = "licence"
+
+
 class ModelUnavailableError(FastFaceError):
     """A model file is missing and cannot be had, or is not the file it should be."""
 

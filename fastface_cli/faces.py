@@ -72,8 +72,8 @@ class InsightFaceAnalyser:
         """What the user should know, or None."""
         if wants_cuda and self.provider != "CUDAExecutionProvider":
             self.note = (
-                "the face models run on the CPU because this ONNX Runtime has no working CUDA; to mend it: "
-                "pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime-gpu"
+                "the face models run on the CPU because this ONNX Runtime has no working CUDA; "
+                "`fastface doctor --fix` puts onnxruntime-gpu in its place"
             )
 
     def detect(self, picture: np.ndarray, size: int) -> list[Face]:
@@ -128,6 +128,8 @@ def load_face_models(pack_folder: Path, *, device: str = "cpu") -> InsightFaceAn
             providers: list[Any] = ["CPUExecutionProvider"]
             wants_cuda = device.startswith("cuda")
             if wants_cuda and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+                if hasattr(onnxruntime, "preload_dlls"):  # CUDA's libraries lie where only PyTorch looks
+                    onnxruntime.preload_dlls()
                 number = int(device.partition(":")[2] or 0)
                 providers.insert(0, ("CUDAExecutionProvider", {"device_id": number}))
             # An absolute folder as the name is used as it is; `root` is given so that the home folder,

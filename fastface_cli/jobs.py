@@ -5,6 +5,7 @@ A job is a JSON object; every key may be left out, and then the command line dec
     {"face": "me.jpg", "prompt": "an astronaut", "seed": 7, "output": "out/{seed}.png"}
     {"face": ["a.jpg", "b.jpg"], "set": {"guidance.text": [1, 2, 2, 1]}, "adapter_scale": 0.6}
     {"identity": "me.safetensors", "negative_prompt": "blurry", "set": ["sampling.steps=8"]}
+    {"prompt": "a sailor", "best_of": 8}
 
 Blank lines and lines that start with # are skipped. Paths are relative to the current folder. A line that is
 wrong spoils that line alone. For each job one JSON object (`record`) goes to stdout, in the order of the
@@ -52,6 +53,8 @@ class Job(BaseModel):
     set: list[_Name] = []
     """Changes to the recipe, `field=VALUE`, as `--set`; a JSON object of fields is turned into these."""
     adapter_scale: Annotated[float, Field(ge=-5, le=5)] | None = None
+    best_of: Annotated[int, Field(ge=1, le=1000)] | None = None
+    """Pictures made for the one that is kept, as `--best-of`."""
 
     @field_validator("face", mode="before")
     @classmethod

@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 from xml.sax.saxutils import quoteattr
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -26,6 +26,9 @@ from . import __version__
 from .errors import UsageError
 from .manifest import manifest
 from .recipe import Recipe, Weight, WeightFunction
+
+if TYPE_CHECKING:
+    from .pipeline import Picture
 
 SCHEMA = 1
 """Version of the JSON in `fastface`; a reader refuses newer ones."""
@@ -76,6 +79,7 @@ class Provenance:
     versions: Mapping[str, str]
     """fastface, torch, diffusers and transformers, as installed then."""
     local_parts: tuple[LocalPart, ...] = ()
+    best_of: BestOf | None = None
 
     def as_run(self) -> Recipe:
         """The recipe with prompt, negative prompt, seed and adapter scale of this very picture."""
@@ -126,6 +130,19 @@ class Provenance:
         return [part for part in self.local_parts if part.mark and now.get(part.field) != part.mark]
 
 
+class BestOf(BaseModel):
+    """That a picture was chosen among several, and by what."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    count: Annotated[int, Field(ge=1)]
+    first_seed: Annotated[int, Field(ge=0, lt=2**63)]
+    """Of the candidates; the others followed on."""
+    judge: Annotated[str, Field(max_length=100)]
+    likeness: float | None
+    prompt: float | None
+
+
 class _Stored(BaseModel):
     """The JSON of the `fastface` chunk."""
 
@@ -140,6 +157,7 @@ class _Stored(BaseModel):
     adapter_scale: float
     identity: Annotated[str, Field(pattern=r"^[0-9a-f]{8,128}$")]
     unet_samples: Annotated[int, Field(ge=0)]
+    best_of: BestOf | None = None
 
 
 @functools.cache
@@ -165,6 +183,7 @@ def describe(
     identity_digest: str,
     unet_samples: int,
     versions: Mapping[str, str] | None = None,
+    best_of: Mapping[str, Any] | None = None,
 ) -> dict[str, str]:
     """The text chunks of one picture, by keyword, for `pictures.write_png`.
 
@@ -177,6 +196,7 @@ def describe(
         identity_digest: hex digest that tells one person from another.
         unet_samples: how many samples went through the UNet.
         versions: None takes `installed_versions()`.
+        best_of: the fields of `BestOf`, where the picture was chosen among several.
 
     Raises:
         UsageError: the description is longer than any reader would accept.
@@ -192,6 +212,7 @@ def describe(
         "adapter_scale": adapter_scale,
         "identity": identity_digest,
         "unet_samples": unet_samples,
+        **({"best_of": dict(best_of)} if best_of else {}),
     }
     # Escaped to ASCII: every PNG reader and every encoding agrees on it.
     data = json.dumps(stored, sort_keys=True)
@@ -211,10 +232,28 @@ def describe(
             adapter_scale=adapter_scale,
             identity_digest=identity_digest,
             made_by=name,
+            best_of=best_of["count"] if best_of else 1,
         ),
         KEYWORD: data,
         **marker(name),
     }
+
+
+def describe_made(
+    recipe: Recipe, picture: Picture, *, best_of: Mapping[str, Any] | None = None
+) -> dict[str, str]:
+    """`describe` of a picture that a pipeline made."""
+    request = picture.request
+    return describe(
+        recipe,
+        prompt=request.prompt,
+        negative_prompt=request.negative_prompt,
+        seed=request.seed,
+        adapter_scale=picture.adapter_scale,
+        identity_digest=request.identity.digest(),
+        unet_samples=picture.unet_samples,
+        best_of=best_of,
+    )
 
 
 def marker(made_by: str = f"fastface {__version__}") -> dict[str, str]:
@@ -236,6 +275,7 @@ def _parameters(
     adapter_scale: float,
     identity_digest: str,
     made_by: str,
+    best_of: int,
 ) -> str:
     """Prompt, negative prompt, and one line of `Name: value` pairs, as stable-diffusion-webui writes them."""
     sampling, guidance, scheduler = recipe.sampling, recipe.guidance, recipe.model.scheduler
@@ -254,6 +294,7 @@ def _parameters(
         "Text guidance": _weight(guidance.text),
         "Adapter scale": f"{adapter_scale:g}",
         "Identity": identity_digest[:12],
+        **({"Best of": str(best_of)} if best_of > 1 else {}),
         "Version": made_by,
     }
     lines = [_printable(prompt)]
@@ -457,6 +498,7 @@ def _provenance(stored: _Stored) -> Provenance:
         unet_samples=stored.unet_samples,
         versions=stored.versions,
         local_parts=tuple(part for part in found if part.field not in other_steps),
+        best_of=stored.best_of,
     )
 
 

@@ -182,6 +182,11 @@ def write_png(
     Raises:
         FastFaceError: the file system refuses; nothing is left behind.
     """
+    return write_atomically(path, encode_png(image, text), force=force)
+
+
+def encode_png(image: Image.Image, text: Mapping[str, str] | None = None) -> bytes:
+    """The bytes of `write_png`'s file."""
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
@@ -193,7 +198,7 @@ def write_png(
             info.add_itxt(keyword, value.encode("utf-8", "replace").decode())
     encoded = io.BytesIO()
     image.save(encoded, format="PNG", compress_level=COMPRESSION, pnginfo=info)
-    return write_atomically(path, encoded.getvalue(), force=force)
+    return encoded.getvalue()
 
 
 def grid(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import platformdirs
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from .errors import UsageError, nearest
 
@@ -30,6 +30,17 @@ class Settings(BaseModel):
     """FASTFACE_RECIPE: the recipe used when none is named."""
     verbosity: int = 0
     """FASTFACE_VERBOSITY: 0 quiet, 1 what is done (same as -v)."""
+
+    low_memory: Literal["auto", "off", "12", "8", "6"] = "auto"
+    """FASTFACE_LOW_MEMORY: how a stack is fitted into the card's memory; auto asks how much is free."""
+    fused_cache: Annotated[float, Field(ge=0)] = 20.0
+    """FASTFACE_FUSED_CACHE: GB on the disk for fused models kept between runs; 0 keeps none."""
+
+    @field_validator("low_memory", mode="before")
+    @classmethod
+    def _plain(cls, value: Any) -> Any:
+        """YAML reads 8 as a number and off as false."""
+        return "off" if value is False else str(value)
 
     @property
     def hub_folder(self) -> Path:
@@ -61,7 +72,7 @@ def load_settings() -> Settings:
         if not isinstance(read, dict):
             raise UsageError(f"the settings file {path} must hold 'name: value' lines")
         values = read
-    for key in ("home", "device", "recipe", "verbosity"):
+    for key in ("home", "device", "recipe", "verbosity", "low_memory", "fused_cache"):
         value = os.environ.get(f"FASTFACE_{key.upper()}")
         if value:
             values[key] = value

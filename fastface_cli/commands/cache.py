@@ -9,6 +9,7 @@ import typer
 
 from .. import console
 from ..errors import UsageError, nearest
+from .completion import complete_cached
 
 app = typer.Typer(help="See and remove downloaded models.", no_args_is_help=True)
 
@@ -17,7 +18,7 @@ app = typer.Typer(help="See and remove downloaded models.", no_args_is_help=True
 def list_(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Show every downloaded model, its size and where it lies.
+    """Show every downloaded model and every fused one that is kept, its size and where it lies.
 
     Example: fastface cache list
     """
@@ -26,7 +27,8 @@ def list_(
 
     settings = load_settings()
     store = Store(settings)
-    entries, total = store.entries(), store.disk_bytes()
+    entries, fused = store.entries(), store.fused.entries()
+    total = store.disk_bytes()
     aside = [(path, path.stat().st_size) for path in store.quarantined()]
     if json:
         console.print_json(
@@ -45,34 +47,55 @@ def list_(
                     }
                     for entry in entries
                 ],
+                "fused": [
+                    {
+                        "name": one.name,
+                        "recipe": one.recipe,
+                        "inputs": list(one.inputs),
+                        "bytes": one.bytes,
+                        "path": str(store.fused.file(one.key)),
+                    }
+                    for one in fused
+                ],
                 "quarantine": [{"path": str(path), "bytes": size} for path, size in aside],
             }
         )
         return
-    if not entries and not aside:
+    if not entries and not fused and not aside:
         console.line(f"nothing is downloaded in {settings.hub_folder}")
         return
-    console.print_table(
-        "",
-        ["model", "files", "size", "state"],
-        [
+    if entries:
+        console.print_table(
+            "",
+            ["model", "files", "size", "state"],
             [
-                entry.artefact.name,
-                str(entry.files),
-                human_bytes(entry.bytes + entry.partial_bytes),
-                "complete" if entry.complete else "incomplete",
-            ]
-            for entry in entries
-        ],
-    )
-    console.line(f"{human_bytes(total)} in {settings.hub_folder}")
+                [
+                    entry.artefact.name,
+                    str(entry.files),
+                    human_bytes(entry.bytes + entry.partial_bytes),
+                    "complete" if entry.complete else "incomplete",
+                ]
+                for entry in entries
+            ],
+        )
+        console.line(f"{human_bytes(total)} in {settings.hub_folder}")
+    if fused:
+        console.print_table(
+            "",
+            ["fused, for a quicker start", "first made for", "size", "of"],
+            [[one.name, one.recipe, human_bytes(one.bytes), ", ".join(one.inputs)] for one in fused],
+        )
+        console.line(f"{human_bytes(sum(one.bytes for one in fused))} in {store.fused.folder}")
     for path, size in aside:
         console.line(f"{human_bytes(size)} with wrong bytes in {path}")
 
 
 @app.command()
 def remove(
-    names: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="Models to remove.")] = None,
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="NAME", help="Models to remove.", autocompletion=complete_cached),
+    ] = None,
     everything: Annotated[bool, typer.Option("--all", help="Remove all of them.")] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object; needs --yes.")] = False,
@@ -86,13 +109,16 @@ def remove(
 
     store = Store(load_settings())
     entries = {entry.artefact.name: entry.artefact for entry in store.entries()}
+    fused = {one.name: one for one in store.fused.entries()}
     if everything == bool(names):
         raise UsageError("name the models to remove, or give --all", "`fastface cache list` shows them")
-    artefacts = list(entries.values())
+    artefacts, keys = list(entries.values()), fused
     if names:
+        keys = {name: fused[name] for name in names if name in fused}
+        names = [name for name in names if name not in fused]
         for name in names:
             if name not in entries and name not in store.known and not name.startswith("hub:"):
-                near = nearest(name, [*entries, *store.known])
+                near = nearest(name, [*entries, *fused, *store.known])
                 raise UsageError(
                     f"there is no downloaded model called '{name}'",
                     f"did you mean '{near}'?" if near else "`fastface cache list` shows them",
@@ -101,9 +127,12 @@ def remove(
     if not yes:
         if json or not sys.stdin.isatty():
             raise UsageError("removing models needs --yes where nobody can be asked")
-        typer.confirm(f"Remove {', '.join(artefact.name for artefact in artefacts)}?", abort=True, err=True)
+        told = [*(artefact.name for artefact in artefacts), *keys]
+        typer.confirm(f"Remove {', '.join(told)}?", abort=True, err=True)
     freed = {artefact.name: store.remove(artefact) for artefact in artefacts}
+    freed |= {name: store.fused.remove(one.key) for name, one in keys.items()}
     if everything:
+        freed["fused"] = store.fused.clear()
         freed["quarantine"] = store.clear_quarantine()
     total = sum(freed.values())
     if json:

@@ -7,10 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .. import console
-from ..errors import ModelUnavailableError, RecipeError, nearest
+from ..errors import ModelUnavailableError, RecipeError, UsageError, nearest
+from .completion import complete_model
 
 if TYPE_CHECKING:
     from ..store import Artefact, FileStatus, Store
+
+DATASET = "diversefaces"
+"""The one name that is no model."""
 
 
 def download(
@@ -18,8 +22,9 @@ def download(
         list[str] | None,
         typer.Argument(
             metavar="RECIPE|MODEL",
-            help="Recipes or models; left out, the default recipe.",
+            help="Recipes, models, or the data set 'diversefaces'; left out, the default recipe.",
             show_default=False,
+            autocompletion=complete_model,
         ),
     ] = None,
     dry_run: Annotated[
@@ -43,6 +48,13 @@ def download(
 
     settings = load_settings()
     store = Store(settings, offline=True if offline else None)
+    if names and DATASET in names:
+        if names != [DATASET] or dry_run or verify:
+            raise UsageError(
+                f"{DATASET} is a data set and is fetched by itself", f"fastface download {DATASET}"
+            )
+        _fetch_dataset(store, json=json)
+        return
     chosen = names or ([] if verify else [settings.recipe])
     artefacts = _artefacts(chosen, steps)
     if verify:
@@ -51,6 +63,20 @@ def download(
         _show(store, artefacts, json=json)
     else:
         _fetch(store, artefacts, json=json)
+
+
+def _fetch_dataset(store: Store, *, json: bool) -> None:
+    """Fetch the published data set and say what it holds, which its makers have not."""
+    from ..evaluation.dataset import load_dataset
+    from ..evaluation.download import fetch_diversefaces
+
+    path = fetch_diversefaces(store.settings, offline=store.offline, log=console.note)
+    found = load_dataset(path)
+    counts = {"identities": len(found.subjects), "prompts": len(found.prompts)}
+    if json:
+        console.print_json({"ok": True, "datasets": [{"name": DATASET, "path": str(path), **counts}]})
+        return
+    console.line(f"{DATASET}: {path}, {counts['identities']} identities, {counts['prompts']} prompts")
 
 
 def _artefacts(names: list[str], steps: int | None) -> list[Artefact]:

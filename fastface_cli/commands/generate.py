@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,9 +14,14 @@ import typer
 
 from .. import console
 from ..errors import UsageError
+from .completion import complete_device, complete_dtype, complete_field
+from .options import RecipeOption
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from ..api import FastFace
+    from ..best import Candidates, Scorer
     from ..identity import Identity
     from ..metadata import Provenance
     from ..pipeline import Picture, Pipeline, Request
@@ -38,6 +43,7 @@ class Options:
     force: bool
     seed: int | None
     count: int
+    best_of: int
     scales: list[float]
     flags: dict[str, tuple[Any, str]]
     overrides: list[str]
@@ -54,6 +60,7 @@ class Options:
     dtype: str | None
     batch_size: int
     offline: bool
+    commercial: bool
     as_json: bool
     verbose: int
 
@@ -66,10 +73,18 @@ class Work:
     prompts: list[str]
     negative_prompt: str | None
     seeds: list[int]
+    """Of each picture of a prompt; of its first candidate where the best of several is kept."""
     scales: list[float]
-    paths: list[Path]
+    slots: list[list[Path]]
+    """Where each picture goes, for each candidate that may become it: names may hold its seed."""
+    best_of: int = 1
     expected_identity: str | None = None
     """Digest of the identity that a replayed picture was made with."""
+
+    @property
+    def paths(self) -> list[Path]:
+        """Where the pictures go, if the first candidate of each is kept."""
+        return self.slots[0]
 
     def cells(self) -> Iterator[tuple[str, int, float]]:
         """Prompt, seed and adapter scale of every picture, in order."""
@@ -93,20 +108,23 @@ class Report:
 
 def generate(
     face: Annotated[
-        list[Path] | None, typer.Option("--face", help="Photo of the person; repeat for several photos.")
+        list[Path] | None,
+        typer.Option("--face", metavar="PHOTO", help="Photo of the person; repeat for several photos."),
     ] = None,
     prompt: Annotated[
-        list[str] | None, typer.Option("--prompt", "-p", help="What to make; repeat for several pictures.")
+        list[str] | None,
+        typer.Option("--prompt", "-p", metavar="TEXT", help="What to make; repeat for several pictures."),
     ] = None,
-    recipe: Annotated[
-        str | None,
-        typer.Option("--recipe", "-r", help="Name or path of a recipe.", show_default="hyper-fastface"),
-    ] = None,
+    recipe: RecipeOption = None,
     output: Annotated[
         str | None, typer.Option("--output", "-o", help="File, folder or template as '{recipe}-{seed}.png'.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the first picture; random when left out.")] = None,
     count: Annotated[int, typer.Option(min=1, max=10000, help="Pictures a prompt: seed, seed+1, ...")] = 1,
+    best_of: Annotated[
+        int,
+        typer.Option(min=1, max=1000, help="Make N pictures for each and keep the one most like the person."),
+    ] = 1,
     prompts_file: Annotated[Path | None, typer.Option(help="A file with one prompt a line.")] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What to stay away from.")] = None,
     identity: Annotated[Path | None, typer.Option(help="A saved identity in place of photos.")] = None,
@@ -122,7 +140,13 @@ def generate(
     ] = None,
     lora_scale: Annotated[float | None, typer.Option(help="Weight of the LoRA inside the adapter.")] = None,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", help="Change the recipe: guidance.text=[1,2,2,1].")
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="FIELD=VALUE",
+            help="Change the recipe: guidance.text=[1,2,2,1].",
+            autocompletion=complete_field,
+        ),
     ] = None,
     stack: Annotated[
         Path | None, typer.Option(help="Folder of local weights for the recipe's models.")
@@ -135,10 +159,17 @@ def generate(
     save_latents: Annotated[Path | None, typer.Option(help="Keep the latents as FILE.safetensors.")] = None,
     no_metadata: Annotated[bool, typer.Option("--no-metadata", help="Write nothing into the PNG.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace existing files.")] = False,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.", autocompletion=complete_device)
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, float16 or bfloat16.", autocompletion=complete_dtype)
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures that share a UNet call.")] = 1,
     offline: Annotated[bool, typer.Option("--offline", help="Fetch nothing.")] = False,
+    commercial: Annotated[
+        bool, typer.Option("--commercial", help="Refuse models whose licence forbids commercial use.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
     verbose: Annotated[
         int, typer.Option("--verbose", "-v", count=True, show_default=False, help="Say what is done.")
@@ -151,6 +182,8 @@ def generate(
       fastface generate --recipe pocket --face me.jpg --prompt "a woman smiling"
 
       fastface generate --face me.jpg --prompt "an astronaut in a cafe" --count 4 --seed 7 -o out/
+
+      fastface generate --face me.jpg --prompt "a sailor" --best-of 4 -o picture.png
 
       fastface generate --from picture.png --face me.jpg
     """
@@ -177,6 +210,7 @@ def generate(
         force=force,
         seed=seed,
         count=count,
+        best_of=best_of,
         scales=scales,
         flags=flags,
         overrides=set_ or [],
@@ -193,6 +227,7 @@ def generate(
         dtype=dtype,
         batch_size=batch_size,
         offline=offline,
+        commercial=commercial,
         as_json=as_json,
         verbose=verbose,
     )
@@ -237,8 +272,9 @@ def run(options: Options, report: Report) -> None:
         took = time.perf_counter() - began
         console.note(f"models loaded in {took:.1f} s on {face.device}, {pipeline.dtype}")
         print_plan(pipeline.plan())
-    pictures = make(options, work, pipeline, identity, report)
-    finish(options, work, pictures, report)
+    scorer = face.scorer if work.best_of > 1 else None
+    made = make(options, work, pipeline, identity, report, scorer)
+    finish(options, work, made, report)
 
 
 def ready(options: Options, recipe: Recipe, settings: Settings) -> FastFace:
@@ -249,7 +285,7 @@ def ready(options: Options, recipe: Recipe, settings: Settings) -> FastFace:
         UsageError: no such dtype.
     """
     from ..api import FastFace, check_device
-    from ..pipeline import pick_device, pick_dtype
+    from ..loading import pick_device, pick_dtype
 
     device = check_device(recipe, options.device or settings.device)
     pick_dtype(options.dtype, pick_device(device))
@@ -268,14 +304,17 @@ def prepare(options: Options, default_recipe: str) -> Work:
 
     Raises:
         UsageError: something is missing, contradictory or in the way.
+        LicenceError: --commercial, and a licence that forbids it.
     """
-    from ..api import random_seed
+    from ..api import artefacts_of, check_commercial, random_seed
     from ..files import check_target
     from ..jobs import prompts_file
     from ..pictures import plan_paths
 
     provenance = _replayed(options)
     recipe = _recipe(options, provenance, default_recipe)
+    if options.commercial:
+        check_commercial(artefacts_of(recipe).values(), f"recipe '{recipe.name}'", console.note)
     prompts = [_text(prompt) for prompt in options.prompts]
     if options.prompts_file is not None:
         prompts += prompts_file(options.prompts_file)
@@ -287,24 +326,32 @@ def prepare(options: Options, default_recipe: str) -> Work:
     seed = said.seed if options.seed is None else options.seed
     if seed is None:
         seed = random_seed()
-    if not 0 <= seed <= 2**63 - options.count:
+    if not 0 <= seed <= 2**63 - options.count * options.best_of:
         raise UsageError(f"seed {seed} is out of range", "seeds lie between 0 and 2^63 - 1")
     negative = said.negative_prompt if options.negative_prompt is None else _text(options.negative_prompt)
     work = Work(
         recipe=recipe,
         prompts=prompts,
         negative_prompt=negative,
-        seeds=[seed + index for index in range(options.count)],
+        seeds=[seed + index * options.best_of for index in range(options.count)],
         scales=options.scales or [said.adapter.scale],
-        paths=[],
+        slots=[],
+        best_of=options.best_of,
         expected_identity=provenance.identity_digest if provenance else None,
     )
-    fields: list[Mapping[str, str | int | float]] = [
-        {"recipe": recipe.name, "seed": seed, "prompt": prompt, "scale": scale, "index": index}
-        for index, (prompt, seed, scale) in enumerate(work.cells(), start=1)
-    ]
-    work.paths = plan_paths(options.output, count=len(fields), fields=fields, force=options.force)
-    taken = {os.path.abspath(path) for path in work.paths}
+    for candidate in range(options.best_of):
+        fields: list[Mapping[str, str | int | float]] = [
+            {
+                "recipe": recipe.name,
+                "seed": seed + candidate,
+                "prompt": prompt,
+                "scale": scale,
+                "index": index,
+            }
+            for index, (prompt, seed, scale) in enumerate(work.cells(), start=1)
+        ]
+        work.slots.append(plan_paths(options.output, count=len(fields), fields=fields, force=options.force))
+    taken = {os.path.abspath(path) for paths in work.slots for path in paths}
     for flag, extra in (
         ("--save-identity", options.save_identity),
         ("--save-latents", options.save_latents),
@@ -386,50 +433,151 @@ def people(options: Options) -> tuple[Identity | None, list[Path]]:
     return None, options.faces
 
 
+@dataclass
+class Made:
+    """What was made and is still needed: pictures for their latents, and the cells of the contact sheet."""
+
+    pictures: list[Picture] = field(default_factory=list)
+    cells: list[tuple[Image.Image, str]] = field(default_factory=list)
+
+
 def make(
-    options: Options, work: Work, pipeline: Pipeline, identity: Identity, report: Report
-) -> list[Picture]:
-    """Make the pictures, writing each as soon as it is there."""
+    options: Options,
+    work: Work,
+    pipeline: Pipeline,
+    identity: Identity,
+    report: Report,
+    scorer: Scorer | None = None,
+) -> Made:
+    """Make the pictures, writing each as soon as it is there.
+
+    Args:
+        scorer: measures the candidates where the best of several is kept.
+    """
     from ..pipeline import Request
 
     requests = [
-        Request(prompt, seed, identity, work.negative_prompt, scale) for prompt, seed, scale in work.cells()
+        Request(prompt, first + candidate, identity, work.negative_prompt, scale)
+        for prompt, first, scale in work.cells()
+        for candidate in range(work.best_of)
     ]
-    kept = []
+    made = Made()
     with console.step_progress() as progress:
         steps = progress.add_task("steps", total=len(requests) * work.recipe.sampling.steps)
-        pictures = pipeline.generate(
-            requests,
-            batch_size=options.batch_size,
-            on_step=lambda done: progress.advance(steps, done),
+
+        def on_step(done: int) -> None:
+            progress.advance(steps, done)
+
+        if scorer is None:
+            pictures = pipeline.generate(requests, batch_size=options.batch_size, on_step=on_step)
+            for picture, path in zip(pictures, work.paths, strict=True):
+                written = write(picture, path, work.recipe, metadata=options.metadata, force=options.force)
+                _tell(options, report, describe_picture(picture, written))
+                _remember(options, made, picture, f"{picture.request.seed}  {picture.request.prompt}")
+        else:
+            _make_best(options, work, pipeline, requests, report, scorer, on_step, made)
+    return made
+
+
+def _make_best(
+    options: Options,
+    work: Work,
+    pipeline: Pipeline,
+    requests: Sequence[Request],
+    report: Report,
+    scorer: Scorer,
+    on_step: Callable[[int], None],
+    made: Made,
+) -> None:
+    """Of each picture's candidates only the best is written; the sheet shows them all."""
+    from ..best import make_candidates
+
+    for cell in range(len(work.paths)):
+        chosen = requests[cell * work.best_of : (cell + 1) * work.best_of]
+        found = make_candidates(pipeline, scorer, chosen, batch_size=options.batch_size, on_step=on_step)
+        picture, path = found.pictures[found.kept], work.slots[found.kept][cell]
+        written = write(
+            picture,
+            path,
+            work.recipe,
+            metadata=options.metadata,
+            force=options.force,
+            best_of=found.summary(),
         )
-        for picture, path in zip(pictures, work.paths, strict=True):
-            written = write(picture, path, work.recipe, metadata=options.metadata, force=options.force)
-            report.images.append(describe_picture(picture, written))
-            if not options.as_json:
-                console.line(str(written))
-            if options.grid or options.save_latents:
-                kept.append(picture)
-    return kept
+        if not options.as_json:
+            _print_scores(found)
+        record = describe_picture(picture, written)
+        candidates = [score.record() for score in found.scores]
+        seconds = round(sum(one.seconds for one in found.pictures), 3)
+        record["best_of"] = found.summary() | {"candidates": candidates, "seconds": seconds}
+        _tell(options, report, record)
+        if options.save_latents:
+            made.pictures.append(picture)
+        if options.grid:
+            made.cells += [(one.image, _label(found, index)) for index, one in enumerate(found.pictures)]
 
 
-def write(picture: Picture, path: Path, recipe: Recipe, *, metadata: bool, force: bool) -> Path:
+def _tell(options: Options, report: Report, record: dict[str, Any]) -> None:
+    """A picture is there: for the JSON at the end, or as a path now."""
+    report.images.append(record)
+    if not options.as_json:
+        console.line(record["path"])
+
+
+def _remember(options: Options, made: Made, picture: Picture, label: str) -> None:
+    if options.save_latents:
+        made.pictures.append(picture)
+    if options.grid:
+        made.cells.append((picture.image, label))
+
+
+def _label(found: Candidates, index: int) -> str:
+    """Below a candidate on the sheet; a star marks the one that was kept."""
+    score = found.scores[index]
+    likeness = "no face" if score.likeness is None else f"{score.likeness:.2f}"
+    return f"{'* ' if index == found.kept else ''}{score.seed}  {likeness}"
+
+
+def _print_scores(found: Candidates) -> None:
+    """The table of candidates, on stderr."""
+    from ..best import standing
+
+    stands = standing(found.scores)
+    rows = []
+    for index, score in enumerate(found.scores):
+        if index == found.kept:
+            verdict = "kept"
+        elif score.likeness is None:
+            verdict = "no face"
+        else:
+            verdict = "" if index in stands else "follows the prompt less"
+        rows.append(
+            [
+                str(score.seed),
+                "" if score.likeness is None else f"{score.likeness:.3f}",
+                "" if score.prompt is None else f"{score.prompt:.3f}",
+                verdict,
+            ]
+        )
+    columns = ("seed", f"likeness by {found.judge}", "prompt", "")
+    prompt = found.pictures[0].request.prompt
+    console.print_table(f"best of {len(rows)}: {prompt}", columns, rows, aside=True)
+
+
+def write(
+    picture: Picture,
+    path: Path,
+    recipe: Recipe,
+    *,
+    metadata: bool,
+    force: bool,
+    best_of: Mapping[str, Any] | None = None,
+) -> Path:
     """Write one picture with what it says about how it was made; where it went."""
-    from ..metadata import describe
+    from ..metadata import describe_made
     from ..pictures import write_png
 
-    request: Request = picture.request
-    text = None
-    if metadata:
-        text = describe(
-            recipe,
-            prompt=request.prompt,
-            negative_prompt=request.negative_prompt,
-            seed=request.seed,
-            adapter_scale=picture.adapter_scale,
-            identity_digest=request.identity.digest(),
-            unet_samples=picture.unet_samples,
-        )
+    text = describe_made(recipe, picture, best_of=best_of) if metadata else None
     return write_png(picture.image, path, text=text, force=force)
 
 
@@ -445,7 +593,7 @@ def describe_picture(picture: Picture, path: Path) -> dict[str, Any]:
     }
 
 
-def finish(options: Options, work: Work, pictures: Sequence[Picture], report: Report) -> None:
+def finish(options: Options, work: Work, made: Made, report: Report) -> None:
     """What is made of all pictures together: contact sheet and latents."""
     if options.save_latents is not None:
         import torch
@@ -454,17 +602,18 @@ def finish(options: Options, work: Work, pictures: Sequence[Picture], report: Re
 
         save_latents(
             options.save_latents,
-            initial_latents=torch.stack([picture.initial_latents for picture in pictures]),
-            latents=torch.stack([picture.latents for picture in pictures], dim=1),
-            timesteps=pictures[0].timesteps,
+            initial_latents=torch.stack([picture.initial_latents for picture in made.pictures]),
+            latents=torch.stack([picture.latents for picture in made.pictures], dim=1),
+            timesteps=made.pictures[0].timesteps,
             force=options.force,
         )
     if options.grid:
         from ..metadata import marker
         from ..pictures import grid, write_png
 
-        labels = [f"{picture.request.seed}  {picture.request.prompt}" for picture in pictures]
-        sheet = grid([picture.image for picture in pictures], labels=labels)
+        images, labels = zip(*made.cells, strict=True)
+        rows_of_candidates = work.best_of if work.best_of > 1 and len(work.paths) > 1 else None
+        sheet = grid(images, rows_of_candidates, labels)
         text = marker() if options.metadata else None
         report.grid = write_png(sheet, _grid_path(work), text=text, force=options.force)
         if not options.as_json:

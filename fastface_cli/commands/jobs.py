@@ -90,7 +90,9 @@ class _Bench:
         work = prepare(options, self.settings.recipe)
         identity = self._identity(options, work)
         report = Report()
-        make(options, work, self._pipeline(work), identity, report)
+        pipeline = self._pipeline(work)
+        scorer = self._face(work).scorer if work.best_of > 1 else None
+        make(options, work, pipeline, identity, report, scorer)
         return report.images[0]
 
     def _options(self, job: Job) -> Options:
@@ -105,6 +107,7 @@ class _Bench:
             seed=given.seed if job.seed is None else job.seed,
             output=job.output or given.output,
             overrides=[*given.overrides, *job.set],
+            best_of=job.best_of or given.best_of,
             scales=given.scales if job.adapter_scale is None else [job.adapter_scale],
             as_json=True,
         )

@@ -9,20 +9,17 @@ import typer
 
 from .. import console
 from ..errors import FastFaceError, RecipeError
+from .completion import complete_field, complete_recipe
 
 app = typer.Typer(help="List, show and validate recipes.", no_args_is_help=True)
 
 
-def complete_recipe(incomplete: str) -> list[str]:
-    """Names for shell completion."""
-    from ..recipe_files import recipe_names
-
-    return [name for name in recipe_names() if name.startswith(incomplete)]
-
-
 @app.command("list")
 def list_(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
-    """List the recipes that ship with fastface."""
+    """List the recipes that ship with fastface.
+
+    Example: fastface recipes list
+    """
     from ..recipe_files import list_recipes
 
     found = list_recipes()
@@ -48,7 +45,13 @@ def show(
     steps: Annotated[int | None, typer.Option("--steps", help="Number of steps.", show_default=False)] = None,
     overrides: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="FIELD=VALUE", help="Override a field.", show_default=False),
+        typer.Option(
+            "--set",
+            metavar="FIELD=VALUE",
+            help="Override a field.",
+            show_default=False,
+            autocompletion=complete_field,
+        ),
     ] = None,
     stack: Annotated[
         Path | None, typer.Option("--stack", metavar="DIR", help="Local models.", show_default=False)
@@ -58,6 +61,12 @@ def show(
     """Print a recipe's file; with --resolved everything it says, after extending and overriding.
 
     Both are recipes themselves: save one, edit it, and pass its path as --recipe.
+
+    Examples:
+
+      fastface recipes show hyper-fastface
+
+      fastface recipes show pocket --resolved --set guidance.text=[1,2,2,1]
     """
     from ..recipe_files import find_recipe, load_recipe, to_yaml
     from ..recipe_tree import read_text
@@ -86,14 +95,23 @@ def show(
 @app.command()
 def validate(
     recipes: Annotated[
-        list[str], typer.Argument(metavar="RECIPE...", help="Names or paths.", show_default=False)
+        list[str],
+        typer.Argument(
+            metavar="RECIPE...",
+            help="Names or paths.",
+            show_default=False,
+            autocompletion=complete_recipe,
+        ),
     ],
     stack: Annotated[
         Path | None, typer.Option("--stack", metavar="DIR", help="Local models.", show_default=False)
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Check recipes and name everything wrong with them; exit code 2 if any is invalid."""
+    """Check recipes and name everything wrong with them; exit code 2 if any is invalid.
+
+    Example: fastface recipes validate hyper lcm
+    """
     from ..recipe_files import load_recipe
 
     results: list[dict[str, Any]] = []

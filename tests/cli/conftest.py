@@ -1,16 +1,19 @@
-"""What tests of `fastface generate` share: a local stack, two people, and the command in this process."""
+"""What tests of the commands share: a local stack, two people, a loopback Hub, and how to call them."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from hub_server import hub_server
+from tiny_manifest import Shop, fill, use_hub
 
 from fastface_cli import cli
+from fastface_cli import manifest as manifest_module
 
 
 class Ended(NamedTuple):
@@ -72,3 +75,18 @@ def generate(capfd: pytest.CaptureFixture[str]) -> Call:
         return Ended(code, *capfd.readouterr())
 
     return generate
+
+
+@pytest.fixture
+def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shop]:
+    """A loopback Hub, and a manifest that names what it serves in place of the one that ships."""
+    with hub_server() as hub:
+        fill(hub)
+        use_hub(monkeypatch, hub, tmp_path / "home")
+        found = Shop(hub, tmp_path / "home")
+        text = tmp_path / "manifest.yaml"
+        text.write_text(found.text, encoding="utf-8")
+        monkeypatch.setattr(manifest_module, "MANIFEST", text)
+        manifest_module.manifest.cache_clear()
+        yield found
+    manifest_module.manifest.cache_clear()

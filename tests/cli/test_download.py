@@ -6,15 +6,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hub_server import COMMIT, hub_server
-from tiny_manifest import BIG, CONFIG, MODEL, Shop, fill, sha256, use_hub
+from hub_server import COMMIT
+from tiny_manifest import BIG, CONFIG, MODEL, Shop, sha256
 
-from fastface_cli import manifest as manifest_module
 from fastface_cli.cli import run
 
 Capture = pytest.CaptureFixture[str]
@@ -30,20 +28,6 @@ model:
   image_encoder: tiny-package
   face: tiny-face
 """
-
-
-@pytest.fixture
-def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shop]:
-    with hub_server() as hub:
-        fill(hub)
-        use_hub(monkeypatch, hub, tmp_path / "home")
-        found = Shop(hub, tmp_path / "home")
-        text = tmp_path / "manifest.yaml"
-        text.write_text(found.text, encoding="utf-8")
-        monkeypatch.setattr(manifest_module, "MANIFEST", text)
-        manifest_module.manifest.cache_clear()
-        yield found
-    manifest_module.manifest.cache_clear()
 
 
 @pytest.fixture
