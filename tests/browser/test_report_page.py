@@ -301,15 +301,15 @@ def test_a_narrow_screen_scrolls_only_downwards(browser: Any, run: Path) -> None
 
 
 def test_print_leaves_the_controls_out_and_shows_pictures(browser: Any, run: Path) -> None:
-    """The printed page holds pictures once the button has loaded them; only few of them are on the screen."""
+    """The button loads every picture, and each of them is in the print."""
     reader = Reader(browser, run, color_scheme="dark")
-    before = reader.page.pdf()
     reader.page.evaluate("window.print = () => { window.printed = true; }")
     reader.page.get_by_role("button", name="Print with pictures").click()
     reader.page.wait_for_function("window.printed")
     assert reader.page.evaluate("[...document.images].every((image) => image.naturalWidth > 0)")
-    after = reader.page.pdf()
-    assert after.count(b"/Subtype /Image") > before.count(b"/Subtype /Image") + 20
+    pictures = reader.page.evaluate("new Set([...document.images].map((image) => image.src)).size")
+    assert pictures > 20
+    assert reader.page.pdf().count(b"/Subtype /Image") >= pictures
     reader.page.emulate_media(media="print")
     assert not reader.page.locator("#filters").is_visible()
     assert not reader.page.locator("nav").is_visible()
