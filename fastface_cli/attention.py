@@ -6,8 +6,8 @@ Source: FastFace (arXiv 2505.21144), section 3. Identity attention is `A = softm
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
@@ -382,13 +382,26 @@ def processors(layers: Layers) -> list[IdentityAttnProcessor]:
     return made
 
 
+def projections(layer: AttentionLayer, processor: IdentityAttnProcessor) -> list[torch.nn.Module]:
+    """The weights behind a layer's keys and values: needed by `project` alone."""
+    return [layer.to_k, layer.to_v, processor.to_k_ip, processor.to_v_ip]
+
+
 def project(
-    layers: Layers, made: Sequence[IdentityAttnProcessor], text: Tensor, identity: Tensor
+    layers: Layers,
+    made: Sequence[IdentityAttnProcessor],
+    text: Tensor,
+    identity: Tensor,
+    there: Callable[..., AbstractContextManager[None]] = lambda *_: nullcontext(),
 ) -> tuple[tuple[Tensor, Tensor], ...]:
-    """Keys and values of all layers, to be computed once a run, as `Rows.projected` has them."""
+    """Keys and values of all layers, to be computed once a run, as `Rows.projected` has them.
+
+    `there` is entered with a layer's projections around their use.
+    """
     groups: dict[int, list[list[list[Tensor]]]] = {}
     for (_, layer), processor in zip(layers, made, strict=True):
-        groups.setdefault(processor.group, []).append(processor.project(layer, text, identity))
+        with there(*projections(layer, processor)):
+            groups.setdefault(processor.group, []).append(processor.project(layer, text, identity))
     return tuple(
         (_stacked([of_text for of_text, _ in found]), _stacked([of_person for _, of_person in found]))
         for found in groups.values()

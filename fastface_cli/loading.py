@@ -39,6 +39,7 @@ from transformers.utils import logging as transformers_logging
 from . import console, fused
 from .errors import DeviceError, ModelUnavailableError, UsageError
 from .fused import FusedModels
+from .memory import OFF, Level, next_smaller
 from .recipe import Recipe
 from .store.fused import FusedCache, fused_inputs, fused_key
 
@@ -350,9 +351,11 @@ class Homes:
     vae: torch.device
 
     @classmethod
-    def all_on(cls, device: torch.device) -> Homes:
-        """Everything in one place."""
-        return cls(device, device, device)
+    def of(cls, device: torch.device, level: Level) -> Homes:
+        """On the device, but for what visits it only while it is used."""
+        away = torch.device("cpu")
+        models = away if level.models else device
+        return cls(models, away if level.encoders else device, models)
 
 
 def load_parts(
@@ -511,8 +514,8 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 @contextmanager
-def memory_errors(device: torch.device) -> Iterator[None]:
-    """Out of memory becomes one sentence and exit code 4."""
+def memory_errors(device: torch.device, level: Level = OFF) -> Iterator[None]:
+    """Out of memory becomes one sentence and exit code 4, and names the level of saving that is left."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -521,9 +524,11 @@ def memory_errors(device: torch.device) -> Iterator[None]:
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        raise DeviceError(
-            f"out of memory on {device}", "try a smaller --size, --batch-size 1 or --dtype float16"
-        ) from error
+        smaller = next_smaller(level)
+        hint = "try a smaller --size, --batch-size 1 or --dtype float16"
+        if smaller is not None and device.type != "cpu":
+            hint = f"try --low-memory {smaller.name}, which gives the same picture more slowly; or {hint[4:]}"
+        raise DeviceError(f"out of memory on {device}", hint) from error
 
 
 @contextmanager

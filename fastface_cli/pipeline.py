@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ from transformers import CLIPImageProcessorPil
 from . import attention, guidance
 from .acceleration import DEFAULT, Acceleration, arrange, check
 from .compiling import compiled
-from .errors import FastFaceError, RecipeError
+from .errors import FastFaceError, RecipeError, UsageError
 from .loading import (
     Homes,
     configured,
@@ -35,6 +36,7 @@ from .loading import (
     pick_dtype,
     quiet_libraries,
 )
+from .memory import OFF, Level, in_blocks, visiting
 from .recipe import Block, Order, Recipe
 
 if TYPE_CHECKING:
@@ -44,7 +46,7 @@ if TYPE_CHECKING:
 BLOCKS: tuple[Block, ...] = ("down", "mid", "up")
 
 Watch = Callable[[str], AbstractContextManager[None]]
-"""Entered around every `text`, `identity`, `step` and `vae` stage: how a benchmark takes their times."""
+"""Entered around every `text`, `identity`, `keys`, `step` and `vae` stage: how a benchmark times them."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,11 @@ class Pipeline:
         scheduler: a scheduler of the right class and configuration; copied for every run.
         log: takes one line of notice (a prompt cut short).
         faster: what is done for speed.
+        level: what of the stack is on the device only while it is used.
+        device: to run on; None is where the UNet is.
+
+    Raises:
+        UsageError: what is done for speed and the level exclude each other.
     """
 
     def __init__(
@@ -108,8 +115,12 @@ class Pipeline:
         scheduler: Any,
         log: Callable[[str], None] = lambda _: None,
         faster: Acceleration = DEFAULT,
+        level: Level = OFF,
+        device: torch.device | None = None,
     ) -> None:
+        check_level(level, faster)
         self.recipe = recipe
+        self.level = level
         self.faster = faster
         self.parts = parts
         self.unet, self.vae = parts.unet, parts.vae
@@ -121,8 +132,19 @@ class Pipeline:
         size = parts.image_encoder.config.image_size
         # The PIL one by name: with torchvision installed the plain class would resize differently.
         self.processor = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=size)
-        self.device = self.unet.device
+        self.device = device or self.unet.device
         self.dtype = self.unet.dtype
+        # What is needed only to project is no part of the UNet that visits the device.
+        self._projections = (
+            {
+                part
+                for (_, layer), processor in zip(self.layers, self.processors, strict=True)
+                for module in attention.projections(layer, processor)
+                for part in module.modules()
+            }
+            if level.projections
+            else set()
+        )
         self.latent_scale = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self._denoise: Callable[..., Tensor] = denoise
         self._decode: Callable[..., Tensor] = vae_decode
@@ -144,6 +166,7 @@ class Pipeline:
         log: Callable[[str], None] = lambda _: None,
         fused: FusedCache | None = None,
         acceleration: Acceleration = DEFAULT,
+        level: Level = OFF,
     ) -> Pipeline:
         """Build the stack of a recipe.
 
@@ -155,22 +178,24 @@ class Pipeline:
             log: takes one line of notice.
             fused: keeps the fused models for the next time; None keeps nothing.
             acceleration: what is done for speed.
+            level: what of the stack is on the device only while it is used.
 
         Raises:
             ModelUnavailableError: a file is missing, broken or of another shape.
             DeviceError: no such device, it cannot do what the acceleration asks for, or out of memory.
-            UsageError: the acceleration needs another dtype or a package.
+            UsageError: the acceleration needs another dtype or a package, or excludes the level.
         """
         where = pick_device(device)
         number = pick_dtype(dtype, where)
         check(acceleration, where, number)
-        with quiet_libraries(), memory_errors(where):
+        check_level(level, acceleration)
+        with quiet_libraries(), memory_errors(where, level):
             pipe, projection = load_parts(
-                recipe, paths, Homes.all_on(where), number, fused, fuse=acceleration.fuse_lora
+                recipe, paths, Homes.of(where, level), number, fused, fuse=acceleration.fuse_lora
             )
             arrange(pipe.unet, pipe.vae, acceleration)
             scheduler = load_scheduler(recipe, configured(paths), paths.get("scheduler"))
-        return cls(recipe, pipe, projection, scheduler, log, acceleration)
+        return cls(recipe, pipe, projection, scheduler, log, acceleration, level, where)
 
     def with_recipe(self, recipe: Recipe, paths: Mapping[str, Path]) -> Pipeline:
         """The same loaded models under another recipe.
@@ -192,7 +217,16 @@ class Pipeline:
                 )
         with quiet_libraries():
             scheduler = load_scheduler(recipe, configured(paths), paths.get("scheduler"))
-        return Pipeline(recipe, self.parts, self.projection, scheduler, self.log, self.faster)
+        return Pipeline(
+            recipe,
+            self.parts,
+            self.projection,
+            scheduler,
+            self.log,
+            self.faster,
+            self.level,
+            self.device,
+        )
 
     # -------------------------------------------------------------------------------------- conditions
 
@@ -205,8 +239,9 @@ class Pipeline:
                 self.parts.tokenizer.model_max_length, width, device=self.device, dtype=self.dtype
             )
             return zeros, zeros.new_zeros(second.projection_dim)
-        with quiet_libraries():  # they would say at length what we say in a line
-            self._warn_if_cut(text)
+        encoders = (self.parts.text_encoder, self.parts.text_encoder_2)
+        with quiet_libraries(), self.there(*encoders, away=self.level.encoders):
+            self._warn_if_cut(text)  # the libraries would say at length what we say in a line
             embeds, _, pooled, _ = self.parts.encode_prompt(
                 text, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
             )
@@ -230,13 +265,15 @@ class Pipeline:
         pixels = self.processor(Image.fromarray(crop), return_tensors="pt").pixel_values
         pixels = pixels.to(self.device, self.dtype)
         images = torch.cat([torch.zeros_like(pixels), pixels])
-        features = self.parts.image_encoder(images, output_hidden_states=True).hidden_states[-2]
+        with self.there(self.parts.image_encoder, away=self.level.encoders):
+            features = self.parts.image_encoder(images, output_hidden_states=True).hidden_states[-2]
         embedding = torch.from_numpy(identity.mean()).to(self.device, self.dtype)
         embeddings = torch.stack([torch.zeros_like(embedding), embedding])
         projection: Any = self.projection
         try:
             projection.clip_embeds = features[:, None]
-            tokens = projection(embeddings[:, None])
+            with self.there(projection, away=self.level.encoders):
+                tokens = projection(embeddings[:, None])
         finally:
             projection.clip_embeds = None
         return tokens[0], tokens[1]
@@ -286,11 +323,11 @@ class Pipeline:
         for start in range(0, len(requests), batch_size):
             group = requests[start : start + batch_size]
             began = time.perf_counter()
-            with torch.inference_mode(), memory_errors(self.device):
+            with torch.inference_mode(), memory_errors(self.device, self.level):
                 steps = self.plan(prune=prune)
                 trace, timesteps = self.sample(group, steps, on_step=on_step)
                 # Pictures on the CPU end the wait for the device, which the time below must contain.
-                with self.watch("vae"):
+                with self.watch("vae"), self.there(self.vae, away=self.level.models):
                     images = [to_pil(self.decode(latents)) for latents in trace.latents[-1]]
             seconds = (time.perf_counter() - began) / len(group)
             for index, (request, image) in enumerate(zip(group, images, strict=True)):
@@ -332,21 +369,19 @@ class Pipeline:
         # For the UNet on the device, all at once; the scheduler reads its own.
         times = scheduler.timesteps.to(self.device, torch.float32)
         extra = {"generator": generators} if _is_stochastic(scheduler) else {}
-        branches = guidance.BRANCHES[self.recipe.guidance.order]
         trace = Trace(latents.clone())
         chains = [self._chains(step.index, len(steps)) for step in steps]
         if self.faster.compile:
             chains = attention.as_tensors(chains, self.device)
-        with attention.installed(self.layers, self.processors):
+        with attention.installed(self.layers, self.processors), self._unet_there():
             for step, t in zip(steps, scheduler.timesteps, strict=True):
                 with self.watch("step"):
-                    chosen = [branches[index] for index in step.branches]
-                    rows = conditions.select(chosen, chains[step.index])
                     guided = self._predict(
                         scheduler.scale_model_input(latents, t),
                         times[step.index],
-                        rows,
-                        pooled[conditions.text_rows],
+                        conditions,
+                        chains[step.index],
+                        pooled,
                         time_ids,
                         step,
                     )
@@ -355,18 +390,44 @@ class Pipeline:
                 on_step(images)
         return trace, scheduler.timesteps
 
+    def there(self, *modules: torch.nn.Module, away: bool) -> AbstractContextManager[None]:
+        """Modules are on the device for the time of the context; `away` says that they live elsewhere."""
+        # Asked first: to walk through a large model takes longer than a small step.
+        return visiting(self.device, *modules) if away else nullcontext()
+
+    def _unet_there(self) -> AbstractContextManager[None]:
+        """The UNet, or each of its blocks in turn, is on the device for the time of the context."""
+        if self.level.blocks:
+            return in_blocks(self.device, self.unet, without=self._projections)
+        return (
+            visiting(self.device, self.unet, without=self._projections)
+            if self.level.models
+            else nullcontext()
+        )
+
     def _predict(
         self,
         latents: Tensor,
         time: Tensor,
-        rows: attention.Rows,
+        conditions: attention.Conditions,
+        chains: attention.Chains,
         pooled: Tensor,
         time_ids: Tensor,
         step: guidance.Step,
     ) -> Tensor:
         """The guided prediction [images, 4, h, w] of one step, in float32."""
         weights = self.recipe.guidance
+        chosen = [guidance.BRANCHES[weights.order][index] for index in step.branches]
         numbers: Sequence[float] | Tensor = guidance.mixing(step, weights)
+        renorm = guidance.is_renormed(step, weights)
+        if self.level.one_branch and not guidance.couples_branches(self.recipe.attention, step.index):
+            found = []
+            for branch in chosen:
+                rows = conditions.select([branch], chains)
+                text = pooled[conditions.text_rows]
+                found.append(predict(self.unet, latents, time, rows, text, time_ids))
+            return guidance.mix(torch.cat(found), numbers, weights.order, weights.rescale, renorm=renorm)
+        rows = conditions.select(chosen, chains)
         if self.faster.compile:
             numbers = torch.tensor(numbers).to(self.device)
         return self._denoise(
@@ -374,12 +435,12 @@ class Pipeline:
             latents,
             time,
             rows,
-            pooled,
+            pooled[conditions.text_rows],
             time_ids,
             numbers,
             weights.order,
             weights.rescale,
-            renorm=guidance.is_renormed(step, weights),
+            renorm=renorm,
         )
 
     def _chains(self, step: int, steps: int) -> attention.Chains:
@@ -406,7 +467,8 @@ class Pipeline:
             speaks=any(scales) or self.faster.compile,
         )
         if self.faster.cache_kv:
-            conditions.projected = self.project(conditions.text, conditions.identity)
+            with self.watch("keys"):
+                conditions.projected = self.project(conditions.text, conditions.identity)
         return conditions, torch.stack([pooled for _, pooled in negative + positive])
 
     def warm_up(self, *, batch_size: int = 1) -> float:
@@ -433,7 +495,8 @@ class Pipeline:
 
     def project(self, text: Tensor, identity: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
         """Keys and values of every layer, from [rows, tokens, width] each."""
-        return attention.project(self.layers, self.processors, text, identity)
+        there = partial(self.there, away=self.level.projections)
+        return attention.project(self.layers, self.processors, text, identity, there)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [4, h, w] to a picture [3, H, W] float32 in [0, 1]."""
@@ -469,6 +532,19 @@ def denoise(
     Returns:
         [images, 4, h, w], float32.
     """
+    predicted = predict(unet, latents, time, rows, pooled, time_ids)
+    return guidance.mix(predicted, numbers, order, rescale, renorm=renorm)
+
+
+def predict(
+    unet: torch.nn.Module,
+    latents: Tensor,
+    time: Tensor,
+    rows: attention.Rows,
+    pooled: Tensor,
+    time_ids: Tensor,
+) -> Tensor:
+    """One UNet call over the branches of `rows`: [branches, images, 4, h, w]; arguments as of `denoise`."""
     count = len(pooled)
     branches = count // len(latents)
     predicted: Tensor = unet(
@@ -478,14 +554,32 @@ def denoise(
         added_cond_kwargs={"text_embeds": pooled, "time_ids": time_ids.expand(count, -1)},
         return_dict=False,
     )[0]
-    predicted = predicted.reshape(branches, *latents.shape)
-    return guidance.mix(predicted, numbers, order, rescale, renorm=renorm)
+    return predicted.reshape(branches, *latents.shape)
 
 
 def vae_decode(vae: Any, scaled: Tensor) -> Tensor:
     """What is compiled of the VAE: scaled latents [1, 4, h, w] to a picture [3, H, W] float32 in [0, 1]."""
     decoded: Tensor = vae.decode(scaled, return_dict=False)[0][0]
     return (decoded.float() / 2 + 0.5).clamp(0, 1)
+
+
+def check_level(level: Level, faster: Acceleration) -> None:
+    """Refuse what excludes a level of saving memory.
+
+    Raises:
+        UsageError: it does.
+    """
+    if level.moves_unet and faster.compile:
+        raise UsageError(
+            f"--low-memory {level.name} moves the UNet, and what is compiled must stay where it is",
+            "leave out --compile, or take --low-memory 12",
+        )
+    if level.projections and not faster.cache_kv:
+        raise UsageError(
+            f"--low-memory {level.name} projects keys and values once a picture", "leave out cache_kv=off"
+        )
+    if level.moves_unet and not faster.fuse_lora:
+        raise UsageError(f"--low-memory {level.name} moves a fused UNet", "leave out fuse_lora=off")
 
 
 def _loaded_parts(recipe: Recipe) -> tuple[Any, ...]:

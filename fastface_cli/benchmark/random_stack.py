@@ -48,8 +48,7 @@ def random_pipeline(
         projection = settle_adapter(parts, recipe.adapter.lora_scale, fuse=acceleration.fuse_lora)
         projection.to(device, dtype).requires_grad_(False)
         arrange(parts.unet, parts.vae, acceleration)
-        scheduler = _scheduler(recipe, stack)
-        return Pipeline(recipe, parts, projection, scheduler, lambda _: None, acceleration)
+        return Pipeline(recipe, parts, projection, scheduler(recipe, stack), lambda _: None, acceleration)
 
 
 def random_reference(
@@ -57,46 +56,47 @@ def random_reference(
 ) -> Reference:
     """The published structure over the same random weights as `random_pipeline`'s."""
     with quiet_libraries(), memory_errors(device), torch.no_grad():
-        return Reference(recipe, random_parts(recipe, device, dtype, stack), _scheduler(recipe, stack))
+        return Reference(recipe, random_parts(recipe, device, dtype, stack), scheduler(recipe, stack))
 
 
 def random_parts(recipe: Recipe, device: torch.device, dtype: torch.dtype, stack: Stack) -> Any:
     """A diffusers pipeline with an image encoder, and the adapter in its UNet with its LoRA unfused."""
-    import transformers
-    from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
+    from diffusers import StableDiffusionXLPipeline
 
     with _made_as(device, dtype):
-        unet = UNet2DConditionModel.from_config(stack.unet)
-        vae = AutoencoderKL.from_config({**stack.vae, "force_upcast": recipe.model.vae is None})
-        encoder = transformers.CLIPTextModel(transformers.CLIPTextConfig(**stack.text_encoder))
-        encoder_2 = transformers.CLIPTextModelWithProjection(
-            transformers.CLIPTextConfig(**stack.text_encoder_2)
-        )
-        image_encoder = transformers.CLIPVisionModelWithProjection(
-            transformers.CLIPVisionConfig(**stack.image_encoder)
-        )
-    for index, model in enumerate((unet, vae, encoder, encoder_2, image_encoder)):
+        models = make_models(recipe, stack)
+    unet, vae = models["unet"], models["vae"]
+    for index, model in enumerate(models.values()):
         fill(model.named_parameters(), index)
         model.to(device, dtype).eval().requires_grad_(False)
     if vae.config.force_upcast and dtype is torch.float16:
         vae.to(torch.float32)  # as real weights are loaded
-    tokenizer, tokenizer_2 = _tokenizers(stack)
     parts = StableDiffusionXLPipeline(
-        vae=vae,
-        text_encoder=encoder,
-        text_encoder_2=encoder_2,
-        tokenizer=tokenizer,
-        tokenizer_2=tokenizer_2,
-        unet=unet,
-        scheduler=_scheduler(recipe, stack),
-        add_watermarker=False,
+        **models, **tokenizers(stack), scheduler=scheduler(recipe, stack), add_watermarker=False
     )
-    parts.register_modules(image_encoder=image_encoder)
     parts.load_ip_adapter(
         _adapter(stack, device, dtype), subfolder="", weight_name="", image_encoder_folder=None
     )
     unet.to(device, dtype).requires_grad_(False)  # the LoRA comes in float32
     return parts
+
+
+def make_models(recipe: Recipe, stack: Stack) -> dict[str, Any]:
+    """The models of a stack without an adapter, by the names of diffusers, wherever tensors are made now."""
+    import transformers
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    return {
+        "unet": UNet2DConditionModel.from_config(stack.unet),
+        "vae": AutoencoderKL.from_config({**stack.vae, "force_upcast": recipe.model.vae is None}),
+        "text_encoder": transformers.CLIPTextModel(transformers.CLIPTextConfig(**stack.text_encoder)),
+        "text_encoder_2": transformers.CLIPTextModelWithProjection(
+            transformers.CLIPTextConfig(**stack.text_encoder_2)
+        ),
+        "image_encoder": transformers.CLIPVisionModelWithProjection(
+            transformers.CLIPVisionConfig(**stack.image_encoder)
+        ),
+    }
 
 
 @contextmanager
@@ -139,19 +139,21 @@ def _adapter(stack: Stack, device: torch.device, dtype: torch.dtype) -> dict[str
     return found
 
 
-def _scheduler(recipe: Recipe, stack: Stack) -> Any:
+def scheduler(recipe: Recipe, stack: Stack) -> Any:
+    """A scheduler of the class that a recipe names."""
     wanted = recipe.model.scheduler
     config: Config = TURBO_SCHEDULER if wanted.kind == "euler_ancestral" else stack.scheduler
     changes = {} if wanted.spacing is None else {"timestep_spacing": wanted.spacing}
     return SCHEDULERS[wanted.kind].from_config(config, **changes)
 
 
-def _tokenizers(stack: Stack) -> list[Any]:
+def tokenizers(stack: Stack) -> dict[str, Any]:
+    """Tokenizers of the stack's vocabularies, by the names of diffusers."""
     from transformers import CLIPTokenizer
 
-    found = []
+    found = {}
     with tempfile.TemporaryDirectory() as folder:
         for (name, pad), config in zip(PADS.items(), (stack.text_encoder, stack.text_encoder_2), strict=True):
             write_tokenizer(Path(folder) / name, config["vocab_size"], pad)
-            found.append(CLIPTokenizer.from_pretrained(Path(folder) / name, local_files_only=True))
+            found[name] = CLIPTokenizer.from_pretrained(Path(folder) / name, local_files_only=True)
     return found
