@@ -73,11 +73,16 @@ bench baseline 120 hyper-baseline --against reference "${speed[@]}" --repeats "$
 # Every item of speed turned off alone, without the compiler: each of its rows would be compiled anew.
 bench ablation 90 hyper-fastface --ablation --accelerate channels_last=on --no-cold \
     --repeats $((repeats > 10 ? 10 : repeats))
+# The memory that each level of saving takes, in a process of its own: what footprint.py can only count.
+levels=(12 8 6)
+for level in "${levels[@]}"; do
+    bench "memory-$level" 60 hyper-fastface --low-memory "$level" --repeats 3
+done
 
 # Few files: one JSON for each step, and one page, one log and one list of tests for all.
 : >"$out/results.md"
 : >"$out/log.txt"
-for name in install fastface tests am1 baseline ablation; do
+for name in install fastface tests am1 baseline ablation "${levels[@]/#/memory-}"; do
     if [ -f "$out/$name/bench.md" ]; then
         mv "$out/$name/bench.json" "$out/$name.json"
         cat "$out/$name/bench.md" >>"$out/results.md"

@@ -6,9 +6,9 @@ a picture that one was used for says so. A tiny VAE is lossy too, and part of th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from .errors import DeviceError, UsageError
 
@@ -57,6 +57,28 @@ class Acceleration:
 
 DEFAULT = Acceleration()
 
+
+def parse(changes: Iterable[str]) -> Acceleration:
+    """The default with some items changed, each as "channels_last=on" or "vae=half".
+
+    Raises:
+        UsageError: no such item or value.
+    """
+    known, changed = DEFAULT.describe(), dict[str, Any]()
+    for change in changes:
+        name, _, text = change.partition("=")
+        if name not in known:
+            raise UsageError(f"--accelerate {name}: there is no such item", f"items are {', '.join(known)}")
+        choices = ("on", "off") if isinstance(known[name], bool) else get_args(VaePrecision)
+        if text not in choices:
+            raise UsageError(
+                f"--accelerate {change}: {name} is one of {', '.join(choices)}",
+                f"as in --accelerate {name}={choices[-1]}",
+            )
+        changed[name] = text == "on" if isinstance(known[name], bool) else text
+    return replace(DEFAULT, **changed)
+
+
 SMALL = 512
 """Linear layers narrower than this stay as they are: quantising their input costs more than it saves."""
 FP8_CAPABILITY = (8, 9)
@@ -77,11 +99,13 @@ def check(faster: Acceleration, device: torch.device, number: torch.dtype) -> No
     if not faster.fp8:
         return
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
-        raise DeviceError(f"{device} cannot multiply 8-bit floats", "leave out --fp8")
+        raise DeviceError(f"{device} cannot multiply 8-bit floats", "leave out --accelerate fp8=on")
     if number is not torch.bfloat16:
         raise UsageError("8-bit floats are scaled from bfloat16 alone", "add --dtype bfloat16")
     if importlib.util.find_spec("torchao") is None:
-        raise UsageError("--fp8 needs torchao", "install it: pip install 'fastface-cli[lowbit]'")
+        raise UsageError(
+            "--accelerate fp8=on needs torchao", "install it: pip install 'fastface-cli[lowbit]'"
+        )
 
 
 def arrange(unet: torch.nn.Module, vae: torch.nn.Module, faster: Acceleration) -> None:

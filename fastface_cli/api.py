@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .acceleration import DEFAULT, Acceleration
 from .errors import DeviceError, LicenceError, UsageError
 from .manifest import Artefact, resolve
 from .recipe import Recipe
-from .settings import Settings, load_settings
+from .settings import Saving, Settings, load_settings
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from .best import Best, Scorer
     from .faces import InsightFaceAnalyser
     from .identity import Identity
+    from .memory import Level
     from .pipeline import Pipeline
 
 Log = Callable[[str], None]
@@ -42,6 +44,11 @@ def artefacts_of(recipe: Recipe) -> dict[str, Artefact]:
     return {role: resolve(reference) for role, reference in recipe.references().items()}
 
 
+def is_full_size(recipe: Recipe) -> bool:
+    """Whether a recipe's stack weighs as much as SDXL, and not as little as the pocket."""
+    return sum(artefact.bytes for artefact in artefacts_of(recipe).values()) > GPU_BYTES
+
+
 def check_device(recipe: Recipe, device: str) -> str:
     """The device to run on, asked before any model is looked at.
 
@@ -51,8 +58,7 @@ def check_device(recipe: Recipe, device: str) -> str:
     from .loading import pick_device
 
     found = pick_device(device)
-    weight = sum(artefact.bytes for artefact in artefacts_of(recipe).values())
-    if device == "auto" and found.type == "cpu" and weight > GPU_BYTES:
+    if device == "auto" and found.type == "cpu" and is_full_size(recipe):
         raise DeviceError(
             f"recipe '{recipe.name}' needs a GPU, and there is no CUDA device here",
             "--recipe pocket runs on any machine; --device cpu tries all the same (slow, 24 GB of memory)",
@@ -136,6 +142,9 @@ class FastFace:
         dtype: `float32`, `float16` or `bfloat16`; None chooses by device.
         offline: fetch nothing; None asks HF_HUB_OFFLINE.
         fused_cache: keep the fused models on the disk, so that the next start is quicker.
+        low_memory: `off`, `12`, `8` or `6` (GB of the card), or `auto`; None takes the machine's setting.
+        acceleration: what is done for speed; None is `Acceleration()`.
+        remember: keep identities by the hash of their photos, and take them from there.
         progress: show progress on stderr when it is a terminal.
         log: takes one line of notice.
 
@@ -153,6 +162,9 @@ class FastFace:
         dtype: str | None = None,
         offline: bool | None = None,
         fused_cache: bool = True,
+        low_memory: Saving | None = None,
+        acceleration: Acceleration = DEFAULT,
+        remember: bool = False,
         progress: bool = False,
         log: Log = lambda _: None,
     ) -> None:
@@ -168,6 +180,9 @@ class FastFace:
         self.dtype = dtype
         self.offline = offline
         self.fused_cache = fused_cache
+        self.low_memory: Saving = low_memory or self.settings.low_memory
+        self.acceleration = acceleration
+        self.remember = remember
         self.progress = progress
         self.log = log
         self._paths: dict[str, Path] = {}
@@ -191,6 +206,10 @@ class FastFace:
             from .store import Store
 
             device = check_device(self.recipe, self.device)
+            if self.acceleration.compile:
+                from .compiling import keep_graphs
+
+                keep_graphs(self.settings.home / "graphs")
             self._pipeline = Pipeline.load(
                 self.recipe,
                 self.paths(faces=False),
@@ -198,8 +217,34 @@ class FastFace:
                 dtype=self.dtype,
                 log=self.log,
                 fused=Store(self.settings).fused if self.fused_cache else None,
+                acceleration=self.acceleration,
+                level=self._level(device),
             )
         return self._pipeline
+
+    def _level(self, device: str) -> Level:
+        """How the stack is fitted into the device's memory; `auto` looks at what is free on a card."""
+        import torch
+
+        from .loading import pick_dtype
+        from .memory import GIB, LEVELS, OFF, choose
+
+        where = torch.device(device)
+        if self.low_memory != "auto":
+            return LEVELS[self.low_memory]
+        if where.type != "cuda" or not is_full_size(self.recipe):
+            return OFF
+        free, _ = torch.cuda.mem_get_info(where)
+        sampling, half = self.recipe.sampling, pick_dtype(self.dtype, where).itemsize == 2
+        level = choose(free, sampling.width * sampling.height, half=half)
+        if level.moves_unet and self.acceleration.compile:
+            level = LEVELS["12"]  # the smallest that leaves the UNet in its place
+        if level is not OFF:
+            self.log(
+                f"{free / GIB:.1f} GiB of the card are free: --low-memory {level.name}, the same picture "
+                "more slowly; --low-memory off keeps all models there"
+            )
+        return level
 
     @property
     def analyser(self) -> InsightFaceAnalyser:
@@ -248,9 +293,19 @@ class FastFace:
             NoFaceError: no usable face in them.
         """
         from .identity import make_identity
+        from .remembered import Remembered, key_of
 
         given = [Path(photo) if isinstance(photo, str) else photo for photo in photos]
-        return make_identity(given, self.analyser, face_index=face_index, face_box=face_box, log=self.log)
+        files, kept = [photo for photo in given if isinstance(photo, Path)], Remembered(self.settings.home)
+        key = None
+        if self.remember and len(files) == len(given):
+            key = key_of(files, artefacts_of(self.recipe)["face"], face_index, face_box)
+            if key is not None and (known := kept.find(key)) is not None:
+                return known
+        found = make_identity(given, self.analyser, face_index=face_index, face_box=face_box, log=self.log)
+        if key is not None:
+            kept.keep(key, found)
+        return found
 
     def generate(
         self,

@@ -203,7 +203,7 @@ def own_prompt_scorer(pipeline: Pipeline) -> PromptScorer | None:
         text=lambda ids: parts.text_encoder_2(ids).text_embeds,
         processor=pipeline.processor,
         vision=lambda pixels: parts.image_encoder(pixels).image_embeds,
-        device=pipeline.device,
+        device=parts.image_encoder.device,  # where memory is saved, not the pipeline's
         dtype=pipeline.dtype,
     )
 
@@ -214,28 +214,32 @@ def clip_prompt_scorer(folder: Path, pipeline: Pipeline) -> PromptScorer:
     Raises:
         ModelUnavailableError: the folder does not hold one.
     """
+    import torch
     from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
     from .loading import quiet_libraries
 
+    # Where memory is saved there is no room for it on the card.
+    device = torch.device("cpu") if pipeline.level.encoders else pipeline.device
+    dtype = torch.float32 if device.type == "cpu" else pipeline.dtype
     try:
         with quiet_libraries():
-            model: Any = CLIPModel.from_pretrained(folder, dtype=pipeline.dtype, local_files_only=True)
+            model: Any = CLIPModel.from_pretrained(folder, dtype=dtype, local_files_only=True)
             words = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ModelUnavailableError(
             f"the prompt scorer in {folder} does not load: {(str(error).splitlines() or [''])[0]}",
             f"check it with: fastface download {PROMPT_SCORER} --verify",
         ) from error
-    model = model.eval().to(pipeline.device)
+    model = model.eval().to(device)
     size = model.config.vision_config.image_size
     return _cosine(
         words=words,
         text=lambda ids: model.text_projection(model.text_model(ids).pooler_output),
         processor=CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=size),
         vision=lambda pixels: model.visual_projection(model.vision_model(pixels).pooler_output),
-        device=pipeline.device,
-        dtype=pipeline.dtype,
+        device=device,
+        dtype=dtype,
     )
 
 

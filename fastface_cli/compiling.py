@@ -69,7 +69,7 @@ class Compiled:
             reason = str(error).strip().splitlines()
             raise DeviceError(
                 f"the models cannot be compiled here: {reason[0] if reason else type(error).__name__}",
-                "--no-compile runs them as they are; a compiler needs g++ on a CPU, Triton on a GPU",
+                "leave out --compile; a compiler needs g++ on a CPU, Triton on a GPU",
             ) from error
         # A CUDA graph writes every result to the same place.
         return found.clone() if self.cuda_graphs else found

@@ -13,6 +13,8 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 
+from .errors import UsageError
+
 LevelName: TypeAlias = Literal["off", "12", "8", "6"]
 GIB = 2**30
 
@@ -77,6 +79,20 @@ def choose(free: int, pixels: int, *, half: bool = True) -> Level:
         if need(level, pixels, half=half) <= free:
             return level
     return level
+
+
+def level_of(name: str) -> Level:
+    """A level by its name.
+
+    Raises:
+        UsageError: there is none of that name.
+    """
+    for known, level in LEVELS.items():
+        if name == known:
+            return level
+    raise UsageError(
+        f"--low-memory '{name}' is not a level", f"choose one of {', '.join(LEVELS)} (GB of the card)"
+    )
 
 
 def next_smaller(level: Level) -> Level | None:

@@ -80,6 +80,8 @@ class Provenance:
     """fastface, torch, diffusers and transformers, as installed then."""
     local_parts: tuple[LocalPart, ...] = ()
     best_of: BestOf | None = None
+    lossy: Mapping[str, Any] | None = None
+    """Items of speed that cost precision."""
 
     def as_run(self) -> Recipe:
         """The recipe with prompt, negative prompt, seed and adapter scale of this very picture."""
@@ -158,6 +160,9 @@ class _Stored(BaseModel):
     identity: Annotated[str, Field(pattern=r"^[0-9a-f]{8,128}$")]
     unet_samples: Annotated[int, Field(ge=0)]
     best_of: BestOf | None = None
+    lossy: dict[Annotated[str, Field(max_length=40)], bool | Annotated[str, Field(max_length=40)]] | None = (
+        None
+    )
 
 
 @functools.cache
@@ -184,6 +189,7 @@ def describe(
     unet_samples: int,
     versions: Mapping[str, str] | None = None,
     best_of: Mapping[str, Any] | None = None,
+    lossy: Mapping[str, Any] | None = None,
 ) -> dict[str, str]:
     """The text chunks of one picture, by keyword, for `pictures.write_png`.
 
@@ -197,6 +203,7 @@ def describe(
         unet_samples: how many samples went through the UNet.
         versions: None takes `installed_versions()`.
         best_of: the fields of `BestOf`, where the picture was chosen among several.
+        lossy: items of speed that cost precision, as `Acceleration.lossy` tells them.
 
     Raises:
         UsageError: the description is longer than any reader would accept.
@@ -213,6 +220,7 @@ def describe(
         "identity": identity_digest,
         "unet_samples": unet_samples,
         **({"best_of": dict(best_of)} if best_of else {}),
+        **({"lossy": dict(lossy)} if lossy else {}),
     }
     # Escaped to ASCII: every PNG reader and every encoding agrees on it.
     data = json.dumps(stored, sort_keys=True)
@@ -253,6 +261,7 @@ def describe_made(
         identity_digest=request.identity.digest(),
         unet_samples=picture.unet_samples,
         best_of=best_of,
+        lossy=picture.lossy,
     )
 
 
@@ -499,6 +508,7 @@ def _provenance(stored: _Stored) -> Provenance:
         versions=stored.versions,
         local_parts=tuple(part for part in found if part.field not in other_steps),
         best_of=stored.best_of,
+        lossy=stored.lossy,
     )
 
 

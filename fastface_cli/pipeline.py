@@ -78,6 +78,8 @@ class Picture:
     """[steps, 4, h, w] float32, after each step."""
     timesteps: Tensor
     """[steps]"""
+    lossy: Mapping[str, Any] = field(default_factory=dict)
+    """Items of speed that cost precision, as `Acceleration.lossy` tells them."""
 
 
 @dataclass
@@ -340,6 +342,7 @@ class Pipeline:
                     initial_latents=trace.initial_latents[index].cpu(),
                     latents=torch.stack([latents[index] for latents in trace.latents]).cpu(),
                     timesteps=timesteps.cpu(),
+                    lossy=self.faster.lossy(),
                 )
 
     def _scale(self, request: Request) -> float:

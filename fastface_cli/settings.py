@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 import platformdirs
 import yaml
@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from .errors import UsageError, nearest
 
 APP = "fastface"
+Saving: TypeAlias = Literal["auto", "off", "12", "8", "6"]
+"""How a stack is fitted into a card's memory: see `memory.LEVELS`."""
 
 
 class Settings(BaseModel):
@@ -30,8 +32,7 @@ class Settings(BaseModel):
     """FASTFACE_RECIPE: the recipe used when none is named."""
     verbosity: int = 0
     """FASTFACE_VERBOSITY: 0 quiet, 1 what is done (same as -v)."""
-
-    low_memory: Literal["auto", "off", "12", "8", "6"] = "auto"
+    low_memory: Saving = "auto"
     """FASTFACE_LOW_MEMORY: how a stack is fitted into the card's memory; auto asks how much is free."""
     fused_cache: Annotated[float, Field(ge=0)] = 20.0
     """FASTFACE_FUSED_CACHE: GB on the disk for fused models kept between runs; 0 keeps none."""

@@ -28,11 +28,12 @@ def main() -> None:
     photo = Path(asked["photo"]) if asked["photo"] else None
     faces = analyser(side, source) if photo else None
     synchronise(engine.device)
-    built = since()
+    built, loading = since(), device_peak(engine.device, reset=True)
     one_round(engine, 0, asked["batch"], photo, faces)
     found = {
         "seconds": {"imported": imported, "built": built, "first_picture": since()},
         "process_peak_bytes": process_peak(),
+        "loading_peak_bytes": loading,
         "device_peak_bytes": device_peak(engine.device),
     }
     line(json.dumps(found))

@@ -114,13 +114,17 @@ def process_peak() -> int:
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
-def device_peak(device: torch.device) -> dict[str, int] | None:
-    """Bytes at most allocated and at most reserved on a CUDA device since the last reset; else None."""
+def device_peak(device: torch.device, *, reset: bool = False) -> dict[str, int] | None:
+    """Bytes at most allocated and at most reserved on a CUDA device since the last `reset`; else None."""
     import torch
 
     if device.type != "cuda":
         return None
-    return {
+    found = {
         "allocated": torch.cuda.max_memory_allocated(device),
         "reserved": torch.cuda.max_memory_reserved(device),
     }
+    if reset:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    return found

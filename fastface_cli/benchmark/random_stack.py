@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from ..acceleration import DEFAULT, Acceleration, arrange, check
-from ..loading import SCHEDULERS, memory_errors, quiet_libraries, settle_adapter
-from ..pipeline import Pipeline
+from ..loading import SCHEDULERS, Homes, memory_errors, quiet_libraries, settle_adapter
+from ..memory import OFF, Level
+from ..pipeline import Pipeline, check_level
 from ..recipe import Recipe
 from ..reference import Reference
 from ..sdxl import PADS, PUBLISHED, TURBO_SCHEDULER, Config, Stack
@@ -32,6 +33,7 @@ def random_pipeline(
     dtype: torch.dtype,
     acceleration: Acceleration = DEFAULT,
     stack: Stack = PUBLISHED,
+    level: Level = OFF,
 ) -> Pipeline:
     """Our pipeline over random weights; the same weights at every call.
 
@@ -41,14 +43,22 @@ def random_pipeline(
         dtype: of the weights.
         acceleration: what is done for speed.
         stack: the configurations.
+        level: what is on the device only while it is used; all of it is made there.
     """
     check(acceleration, device, dtype)
+    check_level(level, acceleration)
     with quiet_libraries(), memory_errors(device), torch.no_grad():
         parts = random_parts(recipe, device, dtype, stack)
         projection = settle_adapter(parts, recipe.adapter.lora_scale, fuse=acceleration.fuse_lora)
         projection.to(device, dtype).requires_grad_(False)
         arrange(parts.unet, parts.vae, acceleration)
-        return Pipeline(recipe, parts, projection, scheduler(recipe, stack), lambda _: None, acceleration)
+        homes = Homes.of(device, level)
+        parts.unet.to(homes.unet)
+        parts.vae.to(homes.vae)
+        for encoder in (parts.text_encoder, parts.text_encoder_2, parts.image_encoder, projection):
+            encoder.to(homes.encoders)
+        steps = scheduler(recipe, stack)
+        return Pipeline(recipe, parts, projection, steps, lambda _: None, acceleration, level, device)
 
 
 def random_reference(

@@ -203,7 +203,14 @@ def sharing(side: Side, measured: Sequence[Measured]) -> Engine | None:
         if isinstance(other.engine, Pipeline) and side.weights_key() == other.side.weights_key():
             mine = other.engine
             return Pipeline(
-                side.recipe, mine.parts, mine.projection, mine.scheduler, mine.log, side.acceleration
+                side.recipe,
+                mine.parts,
+                mine.projection,
+                mine.scheduler,
+                mine.log,
+                side.acceleration,
+                mine.level,
+                mine.device,
             )
     return None
 

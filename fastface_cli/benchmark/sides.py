@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..faces import FaceAnalyser
+    from ..memory import LevelName
     from ..pipeline import Picture, Request, Watch
 
 EngineName = Literal["ours", "reference"]
@@ -56,12 +57,13 @@ class Side:
     recipe: Recipe
     engine: EngineName = "ours"
     acceleration: Acceleration = field(default_factory=lambda: DEFAULT)
+    low_memory: LevelName = "off"
 
     def weights_key(self) -> tuple[Any, ...]:
         """What decides the numbers in memory and their layout: sides of one key may share them."""
         faster = self.acceleration
         layout = (faster.fuse_lora, faster.channels_last, faster.vae, faster.fp8)
-        return (self.engine, self.recipe.digest(), *layout)
+        return (self.engine, self.recipe.digest(), self.low_memory, *layout)
 
     def to_json(self) -> dict[str, Any]:
         """For the report, and for a process of its own."""
@@ -70,6 +72,7 @@ class Side:
             "recipe": self.recipe.canonical(),
             "engine": self.engine,
             "acceleration": dict(self.acceleration.describe()),
+            "low_memory": self.low_memory,
         }
 
     @classmethod
@@ -81,6 +84,7 @@ class Side:
             Recipe.model_validate_json(json.dumps(data["recipe"])),
             data["engine"],
             Acceleration(**data["acceleration"]),
+            data["low_memory"],
         )
 
 
@@ -101,23 +105,29 @@ def build(side: Side, source: Source) -> Engine:
         FastFaceError: as of `FastFace` and `Pipeline.load`.
     """
     from ..loading import pick_device, pick_dtype
+    from ..memory import LEVELS
     from ..pipeline import Pipeline
     from ..reference import Reference
     from ..sdxl import MINIATURE, PUBLISHED
     from . import random_stack
 
-    device = pick_device(source.device)
+    device, level = pick_device(source.device), LEVELS[side.low_memory]
     if source.weights != "real":
         stack = PUBLISHED if source.weights == "random" else MINIATURE
         dtype = pick_dtype(source.dtype, device)
         if side.engine == "reference":
             return random_stack.random_reference(side.recipe, device, dtype, stack)
-        return random_stack.random_pipeline(side.recipe, device, dtype, side.acceleration, stack)
+        return random_stack.random_pipeline(side.recipe, device, dtype, side.acceleration, stack, level)
     paths = _face(side, source).paths(faces=False)
     if side.engine == "reference":
         return Reference.load(side.recipe, paths, device=source.device, dtype=source.dtype)
     return Pipeline.load(
-        side.recipe, paths, device=source.device, dtype=source.dtype, acceleration=side.acceleration
+        side.recipe,
+        paths,
+        device=source.device,
+        dtype=source.dtype,
+        acceleration=side.acceleration,
+        level=level,
     )
 
 

@@ -10,10 +10,12 @@ import typer
 
 from .. import console
 from ..errors import UsageError
+from .completion import complete_saving
 
 if TYPE_CHECKING:
     from ..acceleration import Acceleration
     from ..benchmark.sides import Side, Weights
+    from ..memory import LevelName
     from ..recipe import Recipe
 
 AGAINST = ("reference",)
@@ -46,6 +48,10 @@ def bench(
     accelerate: Annotated[
         list[str] | None, typer.Option("--accelerate", help="Change an item of speed: channels_last=on.")
     ] = None,
+    low_memory: Annotated[
+        str,
+        typer.Option(help="off, 12, 8 or 6: GB of the card to fit into.", autocompletion=complete_saving),
+    ] = "off",
     batch: Annotated[int, typer.Option("--batch", min=1, help="Pictures that share a UNet call.")] = 1,
     repeats: Annotated[int, typer.Option(min=2, help="Rounds that are measured.")] = 50,
     cold: Annotated[
@@ -81,20 +87,24 @@ def bench(
     recipes = [_load(name, set_ or []) for name in recipe or [settings.recipe]]
     where = _device(recipes, weights, device or settings.device)
 
+    from ..acceleration import parse
     from ..benchmark import report, run, sides
     from ..loading import pick_device, pick_dtype
+    from ..memory import level_of
+    from ..pipeline import check_level
 
     pick_dtype(dtype, pick_device(where))
     kind: Weights = weights  # type: ignore[assignment]  # one of WEIGHTS
     sides.check_photo(face, kind)
     changes = [*(["compile=on"] if compile_ else []), *(accelerate or [])]
-    acceleration = _acceleration(changes)
+    acceleration, saving = parse(changes), level_of(low_memory)
+    check_level(saving, acceleration)
     if acceleration.compile:
         from ..compiling import keep_graphs
 
         keep_graphs(settings.home / "graphs")
     plan = run.Plan(
-        sides=_sides(recipes, acceleration, against, ablation=ablation),
+        sides=_sides(recipes, acceleration, saving.name, against, ablation=ablation),
         source=sides.Source(kind, where, dtype, True if offline else None),
         batch=batch,
         repeats=repeats,
@@ -139,33 +149,16 @@ def _device(recipes: list[Recipe], weights: str, wanted: str) -> str:
     return str(found)
 
 
-def _acceleration(changes: list[str]) -> Acceleration:
-    """The default with some items changed.
-
-    Raises:
-        UsageError: no such item or value.
-    """
+def _sides(
+    recipes: list[Recipe],
+    acceleration: Acceleration,
+    saving: LevelName,
+    against: str | None,
+    *,
+    ablation: bool,
+) -> list[Side]:
     from dataclasses import replace
 
-    from ..acceleration import DEFAULT
-
-    known, changed = DEFAULT.describe(), {}
-    for change in changes:
-        name, _, text = change.partition("=")
-        if name not in known:
-            raise UsageError(f"--accelerate {name}: there is no such item", f"items are {', '.join(known)}")
-        value: Any = text
-        if isinstance(known[name], bool):
-            if text not in ("on", "off"):
-                raise UsageError(f"--accelerate {change}: it is on or off", f"as in --accelerate {name}=off")
-            value = text == "on"
-        changed[name] = value
-    return replace(DEFAULT, **changed)
-
-
-def _sides(
-    recipes: list[Recipe], acceleration: Acceleration, against: str | None, *, ablation: bool
-) -> list[Side]:
     from ..benchmark.sides import Side
     from ..benchmark.sides import ablation as ablated
 
@@ -173,9 +166,10 @@ def _sides(
     for recipe in recipes:
         prefix = f"{recipe.name}, " if len(recipes) > 1 else ""
         ours = ablated(recipe, acceleration) if ablation else [Side("ours", recipe, "ours", acceleration)]
+        ours = [replace(side, low_memory=saving) for side in ours]
         if against:
             ours.append(Side("reference", recipe, "reference"))
-        found += [Side(prefix + side.label, side.recipe, side.engine, side.acceleration) for side in ours]
+        found += [replace(side, label=prefix + side.label) for side in ours]
     return found
 
 

@@ -22,6 +22,7 @@ def list_(
 
     Example: fastface cache list
     """
+    from ..remembered import Remembered
     from ..settings import load_settings
     from ..store import Store, human_bytes
 
@@ -29,6 +30,9 @@ def list_(
     store = Store(settings)
     entries, fused = store.entries(), store.fused.entries()
     total = store.disk_bytes()
+    kept = Remembered(settings.home)
+    people = kept.files()
+    people_bytes = sum(path.stat().st_size for path in people)
     aside = [(path, path.stat().st_size) for path in store.quarantined()]
     if json:
         console.print_json(
@@ -57,11 +61,12 @@ def list_(
                     }
                     for one in fused
                 ],
+                "identities": {"count": len(people), "bytes": people_bytes, "path": str(kept.folder)},
                 "quarantine": [{"path": str(path), "bytes": size} for path, size in aside],
             }
         )
         return
-    if not entries and not fused and not aside:
+    if not entries and not fused and not aside and not people:
         console.line(f"nothing is downloaded in {settings.hub_folder}")
         return
     if entries:
@@ -86,6 +91,8 @@ def list_(
             [[one.name, one.recipe, human_bytes(one.bytes), ", ".join(one.inputs)] for one in fused],
         )
         console.line(f"{human_bytes(sum(one.bytes for one in fused))} in {store.fused.folder}")
+    if people:
+        console.line(f"{human_bytes(people_bytes)}, {len(people)} remembered identities in {kept.folder}")
     for path, size in aside:
         console.line(f"{human_bytes(size)} with wrong bytes in {path}")
 
@@ -102,18 +109,27 @@ def remove(
 ) -> None:
     """Remove downloaded models, with their partial and quarantined files. Other files stay.
 
-    Example: fastface cache remove sdxl-lightning-2-step-unet
+    Examples:
+
+      fastface cache remove sdxl-lightning-2-step-unet
+
+      fastface cache remove identities
     """
+    from ..remembered import NAME as IDENTITIES
+    from ..remembered import Remembered
     from ..settings import load_settings
     from ..store import Store, human_bytes, resolve
 
-    store = Store(load_settings())
+    settings = load_settings()
+    store, people = Store(settings), Remembered(settings.home)
     entries = {entry.artefact.name: entry.artefact for entry in store.entries()}
     fused = {one.name: one for one in store.fused.entries()}
     if everything == bool(names):
         raise UsageError("name the models to remove, or give --all", "`fastface cache list` shows them")
     artefacts, keys = list(entries.values()), fused
+    forget = everything or IDENTITIES in (names or [])
     if names:
+        names = [name for name in names if name != IDENTITIES]
         keys = {name: fused[name] for name in names if name in fused}
         names = [name for name in names if name not in fused]
         for name in names:
@@ -127,10 +143,12 @@ def remove(
     if not yes:
         if json or not sys.stdin.isatty():
             raise UsageError("removing models needs --yes where nobody can be asked")
-        told = [*(artefact.name for artefact in artefacts), *keys]
+        told = [*(artefact.name for artefact in artefacts), *keys, *([IDENTITIES] if forget else [])]
         typer.confirm(f"Remove {', '.join(told)}?", abort=True, err=True)
     freed = {artefact.name: store.remove(artefact) for artefact in artefacts}
     freed |= {name: store.fused.remove(one.key) for name, one in keys.items()}
+    if forget:
+        freed[IDENTITIES] = people.clear()
     if everything:
         freed["fused"] = store.fused.clear()
         freed["quarantine"] = store.clear_quarantine()

@@ -22,12 +22,17 @@ def complete_model(incomplete: str) -> list[str]:
 
 def complete_cached(incomplete: str) -> list[str]:
     """Models that take room on this disk, downloaded and fused."""
+    from ..remembered import NAME as IDENTITIES
+    from ..remembered import Remembered
     from ..settings import load_settings
     from ..store import Store
 
-    store = Store(load_settings())
+    settings = load_settings()
+    store = Store(settings)
     fused = [one.name for one in store.fused.entries()]
-    return _starting(incomplete, [entry.artefact.name for entry in store.entries()] + fused)
+    people = Remembered(settings.home)
+    kept = [*fused, *([IDENTITIES] if people.files() else [])]
+    return _starting(incomplete, [entry.artefact.name for entry in store.entries()] + kept)
 
 
 def complete_field(incomplete: str) -> list[str]:
@@ -45,6 +50,11 @@ def complete_device(incomplete: str) -> list[str]:
 def complete_dtype(incomplete: str) -> list[str]:
     """Number formats."""
     return _starting(incomplete, ("float32", "float16", "bfloat16"))
+
+
+def complete_saving(incomplete: str) -> list[str]:
+    """Levels of saving memory."""
+    return _starting(incomplete, ("auto", "off", "12", "8", "6"))
 
 
 def _fields(section: type, prefix: str) -> Iterator[str]:

@@ -125,7 +125,7 @@ def evaluate(
         offline=True if offline else None,
     )
     plan = Plan(
-        _recipes(recipe, set_ or [], stack),
+        _recipes(recipe, set_ or [], stack, rules),
         _dataset(dataset, prompts, split, rules),
         seeds,
         parse_stresses(stress or ""),
@@ -323,6 +323,7 @@ def _finish(run: Run, *, as_json: bool) -> None:
         FastFaceError: there is not one picture.
     """
     from ..evaluation.metrics.base import columns_of, make_metrics
+    from ..evaluation.report import FEW
     from ..evaluation.runner import finish, metrics_of
     from ..evaluation.table import tables
 
@@ -341,16 +342,24 @@ def _finish(run: Run, *, as_json: bool) -> None:
         console.line(str(page))
     if failed:
         console.note(f"{failed} of {failed + made} pictures could not be made; the page lists why")
+    if 0 < len(summary["identities"]) < FEW:
+        console.note(f"with fewer than {FEW} identities the intervals are too narrow; better are 50")
     if failed and not made:
         raise FastFaceError("not one picture could be made", f"{page} lists why")
 
 
-def _recipes(names: Sequence[str], overrides: list[str], stack: Path | None) -> dict[str, Recipe]:
+def _recipes(
+    names: Sequence[str], overrides: list[str], stack: Path | None, rules: Rules = "fastface"
+) -> dict[str, Recipe]:
     from ..recipe_files import load_recipe
 
+    flags = {}
+    if rules == "published":  # its data set was drawn so; single pictures were drawn with 0.6
+        flags["adapter.lora_scale"] = (0.8, "--protocol published")
+        console.note("adapter.lora_scale is 0.8, as in the published data set; --set changes it")
     found: dict[str, Recipe] = {}
     for name in names:
-        recipe = load_recipe(name, overrides=overrides, stack=stack).recipe
+        recipe = load_recipe(name, overrides=overrides, flags=flags, stack=stack).recipe
         if recipe.name in found:
             raise UsageError(
                 f"two recipes are called '{recipe.name}'", "copy one of them to a file of another name"

@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +15,7 @@ import typer
 
 from .. import console
 from ..errors import UsageError
-from .completion import complete_device, complete_dtype, complete_field
+from .completion import complete_device, complete_dtype, complete_field, complete_saving
 from .options import RecipeOption
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from ..metadata import Provenance
     from ..pipeline import Picture, Pipeline, Request
     from ..recipe import Recipe
-    from ..settings import Settings
+    from ..settings import Saving, Settings
 
 
 @dataclass
@@ -60,6 +61,9 @@ class Options:
     dtype: str | None
     batch_size: int
     offline: bool
+    low_memory: Saving | None
+    accelerate: list[str]
+    remember: bool
     commercial: bool
     as_json: bool
     verbose: int
@@ -166,6 +170,24 @@ def generate(
         str | None, typer.Option(help="float32, float16 or bfloat16.", autocompletion=complete_dtype)
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures that share a UNet call.")] = 1,
+    low_memory: Annotated[
+        str | None,
+        typer.Option(
+            help="auto, off, 12, 8 or 6: GB of the card that the models must fit into.",
+            show_default="auto",
+            autocompletion=complete_saving,
+        ),
+    ] = None,
+    compile_: Annotated[
+        bool, typer.Option("--compile", help="Compile the models first: worth it for many pictures.")
+    ] = False,
+    accelerate: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ITEM=VALUE", help="Change an item of speed: channels_last=on, vae=half."),
+    ] = None,
+    remember: Annotated[
+        bool, typer.Option("--remember", help="Keep the measured face, so that it is measured once.")
+    ] = False,
     offline: Annotated[bool, typer.Option("--offline", help="Fetch nothing.")] = False,
     commercial: Annotated[
         bool, typer.Option("--commercial", help="Refuse models whose licence forbids commercial use.")
@@ -227,6 +249,9 @@ def generate(
         dtype=dtype,
         batch_size=batch_size,
         offline=offline,
+        low_memory=_saving(low_memory),
+        accelerate=[*(["compile=on"] if compile_ else []), *(accelerate or [])],
+        remember=remember,
         commercial=commercial,
         as_json=as_json,
         verbose=verbose,
@@ -282,17 +307,28 @@ def ready(options: Options, recipe: Recipe, settings: Settings) -> FastFace:
 
     Raises:
         DeviceError: no such device, or a full-size stack and no GPU.
-        UsageError: no such dtype.
+        UsageError: no such dtype or item of speed, or two things that exclude each other.
     """
+    from ..acceleration import check, parse
     from ..api import FastFace, check_device
     from ..loading import pick_device, pick_dtype
+    from ..memory import LEVELS
+    from ..pipeline import check_level
 
+    faster = parse(options.accelerate)
     device = check_device(recipe, options.device or settings.device)
-    pick_dtype(options.dtype, pick_device(device))
+    where = pick_device(device)
+    check(faster, where, pick_dtype(options.dtype, where))
+    saving = options.low_memory or settings.low_memory
+    if saving != "auto":
+        check_level(LEVELS[saving], faster)
     return FastFace(
         recipe,
         device=device,
         dtype=options.dtype,
+        low_memory=options.low_memory,
+        acceleration=faster,
+        remember=options.remember,
         offline=True if options.offline else None,
         progress=True,
         log=console.note,
@@ -378,6 +414,11 @@ def _recipe(options: Options, provenance: Provenance | None, default: str) -> Re
     recipe = _changed(options, provenance.recipe)
     for part in provenance.changed_local_parts(recipe):
         console.note(f"warning: {part.field} is not the file '{part.name}' that the picture was made with")
+    items = [f"{name}={'on' if value is True else value}" for name, value in (provenance.lossy or {}).items()]
+    left_out = [item for item in items if item not in options.accelerate]
+    if left_out:
+        flags = " ".join(f"--accelerate {item}" for item in left_out)
+        console.note(f"warning: the picture was made with {flags}; without it this one differs a little")
     return recipe
 
 
@@ -454,6 +495,7 @@ def make(
     Args:
         scorer: measures the candidates where the best of several is kept.
     """
+    from ..behind import Behind
     from ..pipeline import Request
 
     requests = [
@@ -462,7 +504,7 @@ def make(
         for candidate in range(work.best_of)
     ]
     made = Made()
-    with console.step_progress() as progress:
+    with console.step_progress() as progress, Behind() as behind:
         steps = progress.add_task("steps", total=len(requests) * work.recipe.sampling.steps)
 
         def on_step(done: int) -> None:
@@ -471,12 +513,16 @@ def make(
         if scorer is None:
             pictures = pipeline.generate(requests, batch_size=options.batch_size, on_step=on_step)
             for picture, path in zip(pictures, work.paths, strict=True):
-                written = write(picture, path, work.recipe, metadata=options.metadata, force=options.force)
-                _tell(options, report, describe_picture(picture, written))
+                behind.do(partial(_write_and_tell, options, work, report, picture, path))
                 _remember(options, made, picture, f"{picture.request.seed}  {picture.request.prompt}")
         else:
             _make_best(options, work, pipeline, requests, report, scorer, on_step, made)
     return made
+
+
+def _write_and_tell(options: Options, work: Work, report: Report, picture: Picture, path: Path) -> None:
+    written = write(picture, path, work.recipe, metadata=options.metadata, force=options.force)
+    _tell(options, report, describe_picture(picture, written))
 
 
 def _make_best(
@@ -638,6 +684,14 @@ def print_plan(steps: Sequence[Any]) -> None:
 def _text(argument: str) -> str:
     """Bytes of an argument that are no UTF-8 come as lone surrogates, which no tokenizer takes."""
     return argument.encode("utf-8", "replace").decode()
+
+
+def _saving(text: str | None) -> Saving | None:
+    from ..memory import level_of
+
+    if text is None:
+        return None
+    return "auto" if text == "auto" else level_of(text).name
 
 
 def _size(text: str) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any, Literal, get_args
 
 from ..errors import UsageError, nearest
 from ..jobs import prompts_file
+from .stress import STRESSES
 
 Split = Literal["full", "realistic", "style"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -29,6 +31,8 @@ PROMPTS: dict[Split, str] = {
 PHOTOS = "id_photos"
 PHOTO_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 _RESERVED = ("identity", "photos", "held_out")
+_ENDINGS = ("+held-out", *(f"+{stress}" for stress in STRESSES))
+"""What a run adds to a name for a person's other photos: a name that ends so could be taken for them."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,8 @@ class Dataset:
     """As written (or lower-cased, where the published protocol is followed)."""
     hash: str
     """SHA-256 of names, attributes, the bytes of every photo, and the prompts in their order."""
+    marks: dict[str, str]
+    """The beginning of a SHA-256 of each person's photos and attributes, so that a change can be named."""
 
     def record(self) -> dict[str, Any]:
         """What `run.json` says of it."""
@@ -62,6 +68,7 @@ class Dataset:
             "name": self.name,
             "hash": self.hash,
             "identities": [subject.name for subject in self.subjects],
+            "marks": self.marks,
             "prompts": list(self.prompts),
         }
 
@@ -97,7 +104,14 @@ def load_dataset(
         texts = [text.lower() for text in texts]
     subjects = sorted(subjects, key=lambda subject: subject.name)
     _check_names(subjects, path)
-    return Dataset(path.stem, tuple(subjects), tuple(texts), _hash(subjects, texts))
+    people = [_content(subject) for subject in subjects]
+    return Dataset(
+        path.resolve().stem,
+        tuple(subjects),
+        tuple(texts),
+        _hash({"subjects": people, "prompts": texts}),
+        {subject.name: _hash(one)[:16] for subject, one in zip(subjects, people, strict=True)},
+    )
 
 
 def _photos(folder: Path) -> list[Subject]:
@@ -183,32 +197,43 @@ def _check_names(subjects: Iterable[Subject], path: Path) -> None:
     seen: dict[str, str] = {}
     for subject in subjects:
         name = subject.name
-        if not name.strip(".") or any(ord(sign) < 32 or sign in '/\\:*?"<>|' for sign in name):
+        if not _names_a_folder(name):
             raise UsageError(
-                f"{path}: '{name[:80]}' cannot name a person", "a name is used as a folder's name"
+                f"{path}: {name[:80]!r} cannot name a person", "a name is used as a folder's name"
             )
-        twin = seen.get(name.casefold())
+        if name.endswith(_ENDINGS):
+            raise UsageError(
+                f"{path}: '{name}' cannot name a person",
+                f"'{name[name.rindex('+') :]}' at its end is how a run marks other photos of somebody",
+            )
+        # Some file systems know no case, some write accents in another way.
+        folded = unicodedata.normalize("NFC", name.casefold())
+        twin = seen.get(folded)
         if twin is not None:
             raise UsageError(
                 f"{path}: two people are called '{name}'" + ("" if twin == name else f" or '{twin}'"),
                 "one line (or one photo) a person; several photos go into one line's 'photos'",
             )
-        seen[name.casefold()] = name
+        seen[folded] = name
 
 
-def _hash(subjects: Iterable[Subject], prompts: Iterable[str]) -> str:
-    content = {
-        "subjects": [
-            [
-                subject.name,
-                [file_hash(photo) for photo in subject.photos],
-                file_hash(subject.held_out) if subject.held_out else None,
-                subject.attributes,
-            ]
-            for subject in subjects
-        ],
-        "prompts": list(prompts),
-    }
+def _names_a_folder(name: str) -> bool:
+    """Whether every file system takes the name as it is: Windows drops dots and spaces at the end, and what
+    is no Unicode (a file name in an old encoding) cannot be written down."""
+    plain = all(ord(sign) >= 32 and sign not in '/\\:*?"<>|' for sign in name)
+    return plain and name == name.strip().rstrip(".") != "" and name.isprintable()
+
+
+def _content(subject: Subject) -> list[Any]:
+    return [
+        subject.name,
+        [file_hash(photo) for photo in subject.photos],
+        file_hash(subject.held_out) if subject.held_out else None,
+        subject.attributes,
+    ]
+
+
+def _hash(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

@@ -7,6 +7,7 @@ A worker that dies takes no image with it: what it was making goes to another on
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 from collections import Counter, deque
@@ -310,7 +311,8 @@ class RayPool:
         there = ray.cluster_resources()
         gpus = 0 if device == "cpu" else int(there.get("GPU", 0))
         self.size = workers or gpus or max(1, int(there.get("CPU", 1)))
-        share = {"num_gpus": min(1.0, gpus / self.size)} if gpus else {"num_cpus": 1}
+        # An actor fits on one GPU: of five on two GPUs each takes a third, or one would wait for ever.
+        share = {"num_gpus": 1 / math.ceil(self.size / gpus)} if gpus else {"num_cpus": 1}
         # Ray shows each actor its own GPU alone, as cuda:0.
         self._device = "cuda" if gpus and device == "auto" else "cpu" if device == "auto" else device
         self._kind = ray.remote(**share)(_Actor)

@@ -61,7 +61,7 @@ class People:
         self._analysers: dict[str, FaceAnalyser] = {}
         self._log = log
         self._last: tuple[tuple[str, str | None, str], Identity] | None = None
-        self._refused: dict[tuple[str, str | None, str], FastFaceError] = {}
+        self._refused: dict[tuple[str, str | None, str], tuple[type[FastFaceError], str, str | None]] = {}
 
     def identity(self, subject: Subject, stress: str | None, face: str) -> Identity:
         """Who a person is.
@@ -78,11 +78,13 @@ class People:
         if self._last is not None and self._last[0] == key:
             return self._last[1]
         if key in self._refused:
-            raise self._refused[key]
+            kind, message, hint = self._refused[key]
+            raise kind(message, hint)
         try:
             found = self._stored(subject, stress, face)
         except (UsageError, NoFaceError) as error:
-            self._refused[key] = error
+            # Not the exception: its traceback would keep every refused photo in memory.
+            self._refused[key] = (type(error), error.message, error.hint)
             raise
         self._last = (key, found)
         return found

@@ -32,6 +32,12 @@
     return signs(bare(column, number)) + (column.unit === "share" ? "%" : column.unit ? ` ${column.unit}` : "");
   }
 
+  /** A number of one picture, which knows no 100.0%: it is its person or is not. */
+  function single(column, number) {
+    if (number === null || number === undefined || column.kind === "any") return written(column, number);
+    return column.kind === "verdict" ? (number ? "yes" : "no") : number.toFixed(0);
+  }
+
   function signed(column, number) {
     const value = scaled(column, number);
     const text = (value >= 0 ? "+" : "−") + Math.abs(value).toFixed(column.digits);
@@ -168,7 +174,7 @@
       head: toGallery(name, { identity: name }, references.get(name)),
       means,
     }));
-    tables.push(breakdown("By identity", "Identity", lines, column, true));
+    tables.push(breakdown(`By identity (${lines.length})`, "Identity", lines, column, lines.length > 16));
     at("tables").replaceChildren(...tables.filter(Boolean));
   }
 
@@ -336,7 +342,7 @@
     const name = photo ? PHOTOS[place] : data.recipes[place];
     const caption = make("figcaption", {}, photo ? null : dot(place), name);
     if (!photo && data.columns.length) {
-      caption.append(make("span", { className: "score", textContent: written(data.columns[measured], score(group, place)) }));
+      caption.append(make("span", { className: "score", textContent: single(data.columns[measured], score(group, place)) }));
     }
     const button = make("button", { type: "button", "data-line": index, "data-place": place });
     if (picture?.file) {
@@ -382,7 +388,7 @@
     const list = make("dl");
     const say = (name, value) => list.append(make("div", {}, make("dt", { textContent: name }), make("dd", { textContent: value })));
     data.columns.forEach((column, index) => {
-      if (picture.scores[index] !== null) say(column.title, written(column, picture.scores[index]));
+      if (picture.scores[index] !== null) say(column.title, single(column, picture.scores[index]));
     });
     if (picture.seconds !== null && !columnOf("seconds")) say("time to make it", `${picture.seconds.toFixed(2)} s`);
     if (picture.samples !== null && !columnOf("unet_samples")) say("UNet samples", picture.samples);

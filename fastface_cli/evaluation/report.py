@@ -262,6 +262,7 @@ def _data(summary: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
                 "higher": column["higher_is_better"],
                 "unit": column["unit"],
                 "digits": written[name].digits,
+                "kind": _kind(column["unit"], [row.scores.get(name) for row in rows]),
             }
             for name, column in summary["columns"].items()
         ],
@@ -271,6 +272,14 @@ def _data(summary: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
         "stress": summary.get("stress", {}),
         "groups": _groups(rows, recipes, columns),
     }
+
+
+def _kind(unit: str, values: Sequence[float | None]) -> str:
+    """How one picture's number is written: a verdict as yes or no, a count without decimals."""
+    known = {number for value in values if (number := finite(value)) is not None}
+    if unit == "share":
+        return "verdict" if 1.0 in known and known <= {0.0, 1.0} else "any"
+    return "count" if known and not unit and all(float(number).is_integer() for number in known) else "any"
 
 
 def _groups(rows: Sequence[Row], recipes: Sequence[str], columns: Sequence[str]) -> list[dict[str, Any]]:

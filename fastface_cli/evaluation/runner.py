@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import FastFaceError
+from ..errors import DeviceError, ModelUnavailableError
 from ..files import write_atomically
 from .dataset import Dataset
 from .engines import Pool, make_all
@@ -133,7 +133,7 @@ def generate(
     watch = watch or Watch()
     done = {key: row for key, row in run.rows().items() if row.file is not None or not retry_failed}
     scorer = scoring.start(run, watch.scored)
-    chunks = _Pending(Chunks(run.info), scorer, _scored_already(run, scoring))
+    chunks = _Pending(Chunks(run.info), scorer, _scored_already(run, scoring), watch)
     try:
         for row in done.values():
             chunks.add(row)
@@ -157,7 +157,8 @@ def generate(
 class _Pending:
     """Hands complete chunks to the scorer, unless all of their rows are scored."""
 
-    def __init__(self, chunks: Chunks, scorer: Scorer | None, scored: set[str]) -> None:
+    def __init__(self, chunks: Chunks, scorer: Scorer | None, scored: set[str], watch: Watch) -> None:
+        self._watch = watch
         self._chunks = chunks
         self._scorer = scorer
         self._scored = scored
@@ -174,8 +175,12 @@ class _Pending:
 
     def _put(self, rows: list[Row]) -> None:
         to_score = [row for row in rows if row.file is not None]
-        if self._scorer is not None and any(row.key not in self._scored for row in to_score):
+        if self._scorer is None:
+            return
+        if any(row.key not in self._scored for row in to_score):
             self._scorer.put(rows)
+        else:
+            self._watch.scored(len(rows))
 
 
 class _Jobs:
@@ -202,7 +207,9 @@ class _Jobs:
             face = str(self._plan.recipes[row.recipe].model.face)
             try:
                 identity = self._people.identity(subject, row.stress, face)
-            except FastFaceError as error:
+            except (ModelUnavailableError, DeviceError):
+                raise  # nobody's face could be seen
+            except Exception as error:  # whatever a photo brings about costs its own person alone
                 self.finished(replace(row, file=None, error=error_record(error)), None)
                 continue
             yield Job(row, identity)
@@ -227,7 +234,8 @@ def score(run: Run, scoring: Scoring, watch: Watch | None = None, *, again: bool
     scorer = scoring.start(run, watch.scored)
     if scorer is None:
         return
-    chunks = _Pending(Chunks(run.info), scorer, set() if again else _scored_already(run, scoring))
+    known = set() if again else _scored_already(run, scoring)
+    chunks = _Pending(Chunks(run.info), scorer, known, watch)
     try:
         for row in run.rows().values():
             chunks.add(row)

@@ -54,7 +54,9 @@ class Log:
         """
         data = "".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
         try:
-            self._file.write(data.encode("utf-8", "replace"))
+            left = memoryview(data.encode("utf-8", "replace"))
+            while left:  # a disk that is nearly full takes a part, and says so by a number alone
+                left = left[self._file.write(left) :]
             if time.monotonic() - self._synced > SYNC:
                 self._sync()
         except OSError as error:
@@ -110,7 +112,8 @@ class Run:
                     "give another folder with -o, or the inputs of that run",
                 )
             return cls(folder, known, writable=True)
-        if folder.is_dir() and any(child.name != ".lock" for child in folder.iterdir()):
+        # Hidden files may be left of a start that was cut off: the lock, a run.json that was half written.
+        if folder.is_dir() and any(not child.name.startswith(".") for child in folder.iterdir()):
             raise UsageError(f"{folder} is not empty, and not a run", "give a new folder with -o")
         run_json = json.dumps(wanted, indent=1, ensure_ascii=False).encode()
         write_atomically(path, run_json, force=False)
@@ -271,6 +274,16 @@ def compare(known: Any, wanted: Any, path: str = "") -> Iterator[str]:
                 yield f"  {place}: not there then, {_short(wanted[name])} now"
             else:
                 yield from compare(known[name], wanted[name], place)
+    elif isinstance(known, list) and isinstance(wanted, list) and known != wanted:
+        gone, new = [[one for one in a if one not in b] for a, b in ((known, wanted), (wanted, known))]
+        if gone or new:
+            yield f"  {path}: " + ", ".join(
+                f"{_short(one)} {when}"
+                for some, when in ((gone, "then alone"), (new, "now alone"))
+                for one in some
+            )
+        else:
+            yield f"  {path}: the same in another order, or another number of times"
     elif known != wanted:
         yield f"  {path}: {_short(known)} then, {_short(wanted)} now"
 

@@ -13,6 +13,8 @@ from .rows import Row, finite
 from .statistics import RESAMPLES, Interval, mean_interval, paired_difference
 
 VERSION = 1
+LIKENESS = ("id", "adaface", "dlib")
+"""Whose missing face counts: the first of them that the run has."""
 Numbers: TypeAlias = dict[str, dict[str, float | int | None]]
 """By column: {mean or difference, low, high, n}; columns without any value are left out."""
 
@@ -29,7 +31,8 @@ def summarise(
     - `recipes`: {NAME: {COLUMN: {mean, low, high, n}}}, references as they are
     - `paired`: {NAME: {COLUMN: {difference, low, high, n}}}: the recipe less the first one, over images of
       the same identity, prompt and seed that both have a score for; without the first recipe
-    - `counts`: {NAME: {images, failed, no_face}}; `no_face` are images whose pair with the photo has no ID
+    - `counts`: {NAME: {images, failed, no_face}}; `no_face` are images that have no likeness
+      to their photo
     - `columns`: {COLUMN: {title, higher_is_better, unit, description}}, those that any image has
     - `attributes`: {ATTRIBUTE: {VALUE: {NAME: {COLUMN: {mean, low, high, n}}}}}
     - `identities`: {IDENTITY: {NAME: {COLUMN: {mean, low, high, n}}}}; one person has no interval: null
@@ -51,16 +54,14 @@ def summarise(
     def means(some: Mapping[str, Sequence[Row]]) -> dict[str, Numbers]:
         return {name: _means(group, used, resamples) for name, group in some.items() if group}
 
-    def where(name: str, value: str) -> dict[str, list[Row]]:
-        return {
-            recipe: [row for row in group if row.attributes.get(name) == value]
-            for recipe, group in by_recipe.items()
-        }
-
-    attributes: dict[str, set[str]] = {}
-    for row in clean:
-        for name, value in row.attributes.items():
-            attributes.setdefault(name, set()).add(value)
+    # Sorted into groups in one pass: a run may have thousands of people.
+    people: dict[str, dict[str, list[Row]]] = {}
+    attributes: dict[str, dict[str, dict[str, list[Row]]]] = {}
+    for recipe, group in by_recipe.items():
+        for row in group:
+            people.setdefault(row.identity, {}).setdefault(recipe, []).append(row)
+            for name, value in row.attributes.items():
+                attributes.setdefault(name, {}).setdefault(value, {}).setdefault(recipe, []).append(row)
     return {
         "version": VERSION,
         "recipes": means(by_recipe),
@@ -70,18 +71,10 @@ def summarise(
         "counts": {name: _counts(group) for name, group in by_recipe.items()},
         "columns": {name: _described(column) for name, column in used.items()},
         "attributes": {
-            name: {value: means(where(name, value)) for value in sorted(values)}
+            name: {value: means(found) for value, found in sorted(values.items())}
             for name, values in sorted(attributes.items())
         },
-        "identities": {
-            identity: means(
-                {
-                    name: [row for row in group if row.identity == identity]
-                    for name, group in by_recipe.items()
-                }
-            )
-            for identity in sorted({row.identity for row in clean})
-        },
+        "identities": {identity: means(found) for identity, found in sorted(people.items())},
         "stress": {
             stress: _stressed([row for row in rows if row.stress == stress], by_recipe, used, resamples)
             for stress in sorted({row.stress for row in rows if row.stress is not None})
@@ -170,10 +163,12 @@ def _place(row: Row) -> tuple[str, int, int]:
 
 def _counts(rows: Sequence[Row]) -> dict[str, int]:
     made = [row for row in rows if row.file is not None]
+    scored = {name for row in made for name in row.scores}
+    judge = next((name for name in LIKENESS if name in scored), "")
     return {
         "images": len(made),
         "failed": sum(row.file is None for row in rows if row.error is not None),
-        "no_face": sum("id" in row.scores and row.scores["id"] is None for row in made),
+        "no_face": sum(judge in row.scores and row.scores[judge] is None for row in made),
     }
 
 

@@ -45,6 +45,17 @@ def test_a_recipe_against_the_reference(tmp_path: Path, capfd: pytest.CaptureFix
     assert "| reference / ours |" in text
 
 
+def test_a_level_of_saving_memory_is_measured_too(capfd: pytest.CaptureFixture[str]) -> None:
+    command = [*QUICK, "--recipe", "hyper-fastface", "--no-cold", "--json"]
+    found = []
+    for level in ("off", "6"):
+        assert run([*command, "--low-memory", level]) == 0
+        (side,) = json.loads(capfd.readouterr().out)["sides"]
+        found.append((side["low_memory"], side["unet_samples"]))
+    assert found == [("off", 10), ("6", 10)]
+    assert run([*command, "--low-memory", "8", "--compile"]) == 2
+
+
 def test_an_ablation_changes_no_result(capfd: pytest.CaptureFixture[str]) -> None:
     assert run([*QUICK, "--recipe", "hyper-am1", "--ablation", "--no-cold", "--json"]) == 0
     told = json.loads(capfd.readouterr().out)
@@ -73,7 +84,7 @@ def test_a_cold_start_is_a_process_of_its_own(capfd: pytest.CaptureFixture[str])
         (["--against", "nothing"], "the one choice is: reference"),
         (["--weights", "some"], "choose one of real, random, random-small"),
         (["--accelerate", "warp=on"], "there is no such item"),
-        (["--accelerate", "prune=maybe"], "it is on or off"),
+        (["--accelerate", "prune=maybe"], "prune is one of on, off"),
         (["--weights", "random-small", "--face", "x.png"], "random weights have no face models"),
     ],
 )

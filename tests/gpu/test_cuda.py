@@ -8,7 +8,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fastface_cli.acceleration import Acceleration
 from fastface_cli.errors import DeviceError
+from fastface_cli.memory import LEVELS
 from fastface_cli.pipeline import Pipeline, Request
 from fastface_cli.recipe import Recipe
 
@@ -75,6 +77,28 @@ def test_half_precision_is_finite_and_close(dtype, parts, person):
     half = next(Pipeline.load(recipe, parts, device="cuda", dtype=dtype).generate([request]))
     assert half.latents.isfinite().all()
     assert float((half.latents - exact.latents).norm() / exact.latents.norm()) <= 0.2
+
+
+@pytest.mark.parametrize("level", ["12", "8", "6"])
+def test_a_level_of_saving_gives_the_same_picture_and_leaves_the_card(level, parts, person, exact):
+    recipe, request = recipe_of("ddim", "trailing"), Request("a person", 5, person)
+    plain = next(Pipeline.load(recipe, parts, device="cuda", dtype="float32").generate([request]))
+    saving = Pipeline.load(recipe, parts, device="cuda", dtype="float32", level=LEVELS[level])
+    before = torch.cuda.memory_allocated()
+    found = next(saving.generate([request]))
+    assert float((found.latents - plain.latents).norm() / plain.latents.norm()) <= 2e-4
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() <= before + 2**20, "what visited is gone"
+
+
+def test_compiled_and_replayed_as_a_graph_it_is_the_same(parts, person, exact):
+    recipe, request = recipe_of("ddim", "trailing"), Request("a person", 5, person)
+    plain = next(Pipeline.load(recipe, parts, device="cuda", dtype="float32").generate([request]))
+    faster = Acceleration(compile=True, channels_last=True)
+    quick = Pipeline.load(recipe, parts, device="cuda", dtype="float32", acceleration=faster)
+    quick.warm_up()
+    found = next(quick.generate([request]))
+    assert float((found.latents - plain.latents).norm() / plain.latents.norm()) <= 2e-3
 
 
 def test_out_of_memory_is_one_sentence(parts, person):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from face_stand_ins import SquareAnalyser
 from hypothesis import given
 from hypothesis import strategies as st
@@ -25,6 +26,7 @@ from fastface_cli.best import (
     standing,
 )
 from fastface_cli.errors import ModelUnavailableError, UsageError
+from fastface_cli.memory import OFF
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "portrait.png"
 
@@ -160,7 +162,6 @@ class TestPrompts:
         assert own_prompt_scorer(Other) is None  # type: ignore[arg-type]
 
     def test_a_clip_of_its_own_from_a_folder(self, tmp_path: Path) -> None:
-        import torch
         from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
 
         weights = Path(__file__).parents[2] / "fastface_cli" / "pocket" / "weights" / "pipe" / "tokenizer_2"
@@ -189,7 +190,7 @@ class TestPrompts:
         words.save_pretrained(tmp_path)
 
         class Beside:
-            device, dtype = torch.device("cpu"), torch.float32
+            device, dtype, level = torch.device("cpu"), torch.float32, OFF
 
         scorer = clip_prompt_scorer(tmp_path, Beside)  # type: ignore[arg-type]
         picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
@@ -204,7 +205,7 @@ class TestPrompts:
 
     def test_a_folder_without_a_clip(self, tmp_path: Path) -> None:
         class Beside:
-            device, dtype = "cpu", None
+            device, dtype, level = torch.device("cpu"), None, OFF
 
         with pytest.raises(ModelUnavailableError, match="does not load"):
             clip_prompt_scorer(tmp_path, Beside)  # type: ignore[arg-type]

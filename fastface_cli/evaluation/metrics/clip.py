@@ -48,9 +48,10 @@ class Clip:
         self._seen: Memory[np.ndarray] = Memory()
 
     def texts(self, prompts: Sequence[str]) -> np.ndarray:
-        """Unit vectors of prompts, [n, d] float32; remembered."""
+        """Unit vectors of prompts, [n, d] float32; remembered. Each is read alone: which of them are new
+        depends on where a run was cut off, and batches of other sizes round differently."""
         found = self._told.many(
-            prompts, lambda new: list(self._unit(self._texts, [prompts[place] for place in new]))
+            prompts, lambda new: [self._unit(self._texts, [prompts[place]])[0] for place in new]
         )
         return np.stack(found)
 

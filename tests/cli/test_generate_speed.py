@@ -1,0 +1,206 @@
+"""`fastface generate` with what makes it faster or smaller: the same picture, and errors before any model."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from fastface_cli import cli
+from fastface_cli.api import FastFace
+from fastface_cli.behind import Behind
+from fastface_cli.memory import GIB, LEVELS, OFF
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "portrait.png"
+
+
+@pytest.fixture(scope="module")
+def plain(stack, me, tmp_path_factory):
+    """The picture that all others must be."""
+    path = tmp_path_factory.mktemp("plain") / "x.png"
+    command = ["generate", *stack, "--identity", me, "--prompt", "a person", "--seed", "4", "-o", path]
+    assert cli.run([str(part) for part in command]) == 0
+    return path
+
+
+def most(path: Path, other: Path) -> int:
+    """Largest difference of two pictures, in 8-bit levels."""
+    import numpy as np
+
+    a, b = (np.asarray(Image.open(one)).astype(int) for one in (path, other))
+    return int(abs(a - b).max())
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--low-memory", "12"],
+        ["--low-memory", "8"],
+        ["--low-memory", "6"],
+        ["--low-memory", "auto"],
+        ["--accelerate", "channels_last=on"],
+        ["--accelerate", "prune=off", "--accelerate", "cache_kv=off"],
+    ],
+)
+def test_the_picture_is_the_same(flags, generate, stack, me, plain, tmp_path):
+    path = tmp_path / "x.png"
+    ended = generate(*stack, "--identity", me, "--prompt", "a person", "--seed", 4, "-o", path, *flags)
+    assert ended.code == 0, ended.err
+    assert most(path, plain) <= 1
+    assert "lossy" not in json.loads(Image.open(path).text["fastface"])
+
+
+def test_a_lossy_item_stands_in_the_picture(generate, stack, me, tmp_path):
+    path = tmp_path / "x.png"
+    ended = generate(
+        *(*stack, "--identity", me, "--prompt", "a person", "--seed", 4, "-o", path),
+        *("--accelerate", "vae=half", "--dtype", "bfloat16"),
+    )
+    assert ended.code == 0, ended.err
+    assert json.loads(Image.open(path).text["fastface"])["lossy"] == {"vae": "half"}
+    again = generate(*stack, "--from", path, "--identity", me, "-o", tmp_path / "again.png")
+    assert again.code == 0, again.err
+    assert "vae=half" in again.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "said"),
+    [
+        (["--low-memory", "10"], 2, "--low-memory '10' is not a level"),
+        (["--accelerate", "warp=on"], 2, "--accelerate warp: there is no such item"),
+        (["--accelerate", "prune=maybe"], 2, "prune is one of on, off"),
+        (["--accelerate", "vae=int8"], 2, "vae is one of auto, half, float32"),
+        (["--accelerate", "fp8=on"], 4, "cannot multiply 8-bit floats"),
+        (["--compile", "--low-memory", "8"], 2, "take --low-memory 12"),
+    ],
+)
+def test_what_cannot_be_is_said_before_any_model_is_loaded(flags, code, said, generate, me, tmp_path):
+    ended = generate(
+        *("--recipe", "pocket", "--identity", me, "--prompt", "x", "-o", tmp_path / "x.png", *flags)
+    )
+    assert ended.code == code
+    assert said in " ".join(ended.err.split())
+    assert not list(tmp_path.iterdir())
+
+
+class TestLevelOfACard:
+    """`auto`, on a machine whose card is made up."""
+
+    @pytest.fixture(autouse=True)
+    def card(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("FASTFACE_HOME", str(tmp_path))
+        self.free = 24 * GIB
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (self.free, 24 * GIB))
+
+    def level(self, **options):
+        said: list[str] = []
+        face = FastFace("hyper-fastface", log=said.append, **options)
+        return face._level("cuda:0"), said
+
+    def test_a_large_card_keeps_everything(self):
+        assert self.level() == (OFF, [])
+
+    def test_a_small_card_is_told_of_its_level(self):
+        self.free = 8 * GIB
+        level, (said,) = self.level()
+        assert level is LEVELS["8"]
+        assert "8.0 GiB of the card are free: --low-memory 8" in said
+        assert "--low-memory off" in said
+
+    def test_what_is_compiled_stays_in_its_place(self):
+        from fastface_cli.acceleration import Acceleration
+
+        self.free = 6 * GIB
+        level, _ = self.level(acceleration=Acceleration(compile=True))
+        assert level is LEVELS["12"]
+
+    def test_the_user_and_the_settings_decide_first(self, monkeypatch):
+        self.free = 8 * GIB
+        assert self.level(low_memory="off") == (OFF, [])
+        monkeypatch.setenv("FASTFACE_LOW_MEMORY", "6")
+        assert self.level() == (LEVELS["6"], [])
+
+    def test_the_pocket_needs_no_saving(self):
+        self.free = GIB
+        assert FastFace("pocket")._level("cuda:0") is OFF
+
+
+class TestRemembered:
+    @pytest.fixture(autouse=True)
+    def home(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("FASTFACE_HOME", str(tmp_path / "home"))
+        self.folder = tmp_path / "home" / "identities"
+
+    def make(self, generate, tmp_path, *flags):
+        command = ("--recipe", "pocket", "--face", EXAMPLE, "--prompt", "a woman", "--seed", 1, "--force")
+        ended = generate(*command, "-o", tmp_path / "x.png", *flags)
+        assert ended.code == 0, ended.err
+        return Image.open(tmp_path / "x.png").tobytes()
+
+    def test_nothing_is_kept_unless_asked(self, generate, tmp_path):
+        self.make(generate, tmp_path)
+        assert not self.folder.exists()
+
+    def test_a_face_is_measured_once(self, generate, tmp_path, monkeypatch):
+        first = self.make(generate, tmp_path, "--remember")
+        (kept,) = self.folder.iterdir()
+        assert kept.suffix == ".safetensors"
+
+        def measured(*_, **__):
+            raise AssertionError("the face is measured again")
+
+        monkeypatch.setattr("fastface_cli.identity.make_identity", measured)
+        assert self.make(generate, tmp_path, "--remember") == first
+
+    def test_another_choice_of_face_is_another_identity(self, generate, tmp_path):
+        self.make(generate, tmp_path, "--remember")
+        self.make(generate, tmp_path, "--remember", "--face-index", "0")
+        assert len(list(self.folder.iterdir())) == 2
+
+    def test_a_broken_one_is_measured_anew(self, generate, tmp_path):
+        first = self.make(generate, tmp_path, "--remember")
+        (kept,) = self.folder.iterdir()
+        kept.write_bytes(b"broken")
+        assert self.make(generate, tmp_path, "--remember") == first
+        assert len(kept.read_bytes()) > 100
+
+    def test_the_cache_command_shows_and_forgets_them(self, generate, tmp_path, capfd):
+        self.make(generate, tmp_path, "--remember")
+        assert cli.run(["cache", "list"]) == 0
+        assert "1 remembered identities" in capfd.readouterr().out
+        assert cli.run(["cache", "remove", "identities", "--yes"]) == 0
+        assert list(self.folder.iterdir()) == []
+        assert "removed identities" in capfd.readouterr().out
+
+
+class TestBehind:
+    def test_jobs_are_done_in_order_beside_the_caller(self):
+        done: list[int] = []
+        with Behind() as behind:
+            for number in range(8):
+                behind.do(lambda number=number: (time.sleep(0.01), done.append(number)))
+            assert len(done) < 8
+        assert done == list(range(8))
+
+    def test_what_a_job_raises_reaches_the_caller(self):
+        def fails() -> None:
+            raise OSError("disk full")
+
+        with pytest.raises(OSError, match="disk full"), Behind() as behind:
+            behind.do(fails)
+
+    def test_after_an_error_of_the_caller_made_pictures_are_still_written(self):
+        done: list[int] = []
+
+        def interrupted() -> None:
+            with Behind() as behind:
+                behind.do(lambda: (time.sleep(0.05), done.append(1)))
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            interrupted()
+        assert done == [1]
