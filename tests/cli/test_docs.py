@@ -1,17 +1,330 @@
-"""What the documentation says of the command line is what the command line says."""
+"""What the documentation says is what the program does: every command runs, every example is valid.
+
+A page's blocks are taken in order, in a folder of its own that holds the photos and data sets which the page
+speaks of. Commands with the pocket run, on two people and two prompts. What needs a GPU, the network or
+minutes is held to what can be known without: that it parses, that its recipes and metrics exist, how it ends
+on this machine.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import json
+import re
+import shutil
+import tomllib
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
-SCRIPT = Path(__file__).parents[2] / "docs" / "render_cli.py"
+import pytest
+from doc_pages import LANGUAGES, PAGES, ROOT, Block, blocks, code_spans, links, options, parse, words
+from PIL import Image
+
+from fastface_cli import cli
+from fastface_cli.api import artefacts_of
+from fastface_cli.evaluation.metrics.base import make_metrics, registry
+from fastface_cli.recipe import Recipe
+from fastface_cli.recipe_files import load_recipe, recipe_names
+
+INSTALLERS = ("pip", "pipx", "uv", "apt-get")
+"""Programs that are not run: they change the machine."""
+SLOW = ("docs/evaluating.md",)
+"""Pages whose evaluations are run with `-m slow` only."""
+OPTIONS_OF_OTHERS = {"--excludes"}
+"""Options within sentences that belong to uv."""
+PEOPLE = ("anna", "joel")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What a reader has at hand: photos of one person, prompts, the checkout's examples."""
+    monkeypatch.setenv("FASTFACE_HOME", str(tmp_path / "home"))
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    here = Path.cwd()
+    portrait = Image.open(ROOT / "examples" / "portrait.png").convert("RGB")
+    for name in ("me.jpg", "a.jpg", "b.jpg"):
+        portrait.save(here / name, quality=95)
+    mini = here / "examples" / "mini"
+    (mini / "id_photos").mkdir(parents=True)
+    shutil.copy(ROOT / "examples" / "portrait.png", here / "examples")
+    (here / "theirs").mkdir()
+    for index, name in enumerate(PEOPLE):
+        photo = ROOT / "examples" / "mini" / "id_photos" / f"{name}.png"
+        shutil.copy(photo, mini / "id_photos")
+        for prompt in range(2):
+            shutil.copy(photo, here / "theirs" / f"{2 * index + prompt}.png")
+    (here / "order.txt").write_text("".join(f"{name}\n" for name in PEOPLE))
+    for file in (mini / "prompts.txt", here / "prompts.txt"):
+        file.write_text("a person smiling\nwatercolour; a person\n")
+    shutil.copy(ROOT / "tests" / "data" / "published" / "fastface.json", here / "theirs.json")
+    return here
+
+
+Out = Callable[[], str]
+
+
+@pytest.fixture
+def out(capfd: pytest.CaptureFixture[str]) -> Out:
+    """What was printed since the last call, both streams."""
+
+    def out() -> str:
+        return "".join(capfd.readouterr())
+
+    return out
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_block_of_a_page_works(page: str, folder: Path, out: Out) -> None:
+    follow(page, folder, out, evaluate=page not in SLOW)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", SLOW)
+def test_every_evaluation_of_a_page_runs(page: str, folder: Path, out: Out) -> None:
+    follow(page, folder, out, evaluate=True)
+
+
+def follow(page: str, folder: Path, out: Out, *, evaluate: bool) -> None:
+    """Do what a page says, block by block."""
+    names: dict[str, object] = {"__name__": "page"}
+    for block in blocks(page):
+        assert block.language in LANGUAGES, f"{block.where}: name the language of the block"
+        if block.file:
+            (folder / block.file).write_text(block.text, encoding="utf-8")
+        if block.language == "yaml":
+            assert block.file, f"{block.where}: name the recipe's file after 'yaml'"
+            load_recipe(folder / block.file)
+        if block.language == "python":
+            exec(compile(block.text, block.where, "exec"), names)
+        if block.language == "toml":
+            tomllib.loads(block.text)
+        if block.language == "jsonl":
+            make_photos(block, folder)
+        if block.language in ("sh", "console"):
+            commands = list(block.commands())
+            assert commands, f"{block.where}: no command in it; a console block has '$ ' before each"
+            for command, shown in commands:
+                out()
+                run(command, shown, block.where, out, evaluate=evaluate)
+
+
+def make_photos(block: Block, folder: Path) -> None:
+    """The photos that a manifest names."""
+    for line in block.text.splitlines():
+        person = json.loads(line)
+        for photo in (*person["photos"], person["held_out"]):
+            (folder / photo).parent.mkdir(exist_ok=True)
+            shutil.copy(folder / "me.jpg", folder / photo)
+
+
+def run(command: str, shown: str, where: str, out: Out, *, evaluate: bool) -> None:
+    """One command of a page; `shown` is the output that the page gives."""
+    arguments, target = words(command)
+    if arguments[0] != "fastface":
+        check_other_program(arguments, where)
+        return
+    arguments = arguments[1:]
+    name, values = parse(arguments)
+    recipes = recipes_of(name, values)
+    expected, more = plan(name, values, recipes, evaluate=evaluate)
+    if expected is None:
+        return
+    code = cli.run([*arguments, *more])
+    said = out()
+    assert code in expected, f"{where}: {command}\nended with {code}\n{said}"
+    if shown.startswith("error: "):
+        assert code != 0
+        assert shown.splitlines()[0] in said, f"{where}: {command}\nsays\n{said}"
+    if target:
+        Path(target).write_text(said)
+
+
+def plan(
+    name: str, values: dict[str, object], recipes: list[Recipe], *, evaluate: bool
+) -> tuple[tuple[int, ...] | None, list[str]]:
+    """With which code a command may end here, and what is added to it; None where it is only parsed."""
+    import torch
+
+    packaged = all(part.packaged for recipe in recipes for part in artefacts_of(recipe).values())
+    match name:
+        case "generate" if packaged:
+            return (0,), ["--force"]
+        case "generate":
+            if values["commercial"]:
+                return (2,), []
+            return None if torch.cuda.is_available() else (4,), []
+        case "eval":
+            make_metrics(str(values["metrics"] or "id").split(","))  # an unknown one is refused
+            local = packaged and values["engine"] == "local"
+            assert Path(str(values["dataset"])).exists() or values["dataset"] == "diversefaces"
+            # The metrics that a run takes by itself are tested in test_eval; two are quicker.
+            quick = [] if values["metrics"] else ["--metrics", "id,cost"]
+            return (0,) if local and evaluate else None, quick
+        case "eval score" | "eval report" | "eval merge" | "eval compare":
+            return (0,) if evaluate else None, []
+        case "bench":
+            return (0,) if packaged and evaluate else None, ["--repeats", "2", "--no-cold", "--device", "cpu"]
+        case "doctor":
+            return None if values["fix"] else (0, 3, 4), ["--offline"]
+        case "download":
+            return None if values["names"] == ["diversefaces"] else (0,), ["--dry-run"]
+        case "cache remove":
+            return None, []
+        case _:
+            return (0,), []
+
+
+def recipes_of(name: str, values: dict[str, object]) -> list[Recipe]:
+    """The recipes that a command names, with its changes."""
+    given = values.get("recipe") or []
+    given = [given] if isinstance(given, str) else given
+    assert isinstance(given, list)
+    if name == "generate" and not given and not values["from_"]:
+        given = ["hyper-fastface"]
+    if name == "eval compare":
+        return []
+    changes = values.get("set_") or []
+    assert isinstance(changes, list)
+    return [load_recipe(one, overrides=changes).recipe for one in given]
+
+
+def check_other_program(arguments: list[str], where: str) -> None:
+    """Installers pass by their name; scripts, modules and make's targets must be there."""
+    program, rest = arguments[0], arguments[1:]
+    if program == "make":
+        targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
+        assert rest[0] in targets, f"{where}: no target {rest[0]}"
+    elif program in ("python", ".venv/bin/python"):
+        if rest[:2] == ["-m", "pip"]:
+            return
+        files = [
+            word for word in rest if word.endswith(".py") or word.startswith(("tests", "docs", "examples"))
+        ]
+        if rest[0] == "-m" and rest[1] != "pytest":
+            files = [rest[1].replace(".", "/") + ".py"]
+        assert files, f"{where}: {' '.join(arguments)}"
+        for file in files:
+            assert (ROOT / file).exists(), f"{where}: there is no {file}"
+    elif "/" in program:
+        assert (ROOT / program).is_file(), f"{where}: there is no {program}"
+    else:
+        assert program in INSTALLERS, f"{where}: {program} is not known here"
+
+
+@pytest.mark.parametrize("page", [*PAGES, "CHANGELOG.md"])
+def test_commands_and_options_within_sentences_exist(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PAGES, page, ROOT / page)
+    known = options()
+    every = OPTIONS_OF_OTHERS.union(*known.values())
+    for span in code_spans(page):
+        if not span.startswith(("fastface ", "--")):
+            continue
+        name = ""
+        for word in span.split()[1:]:
+            if f"{name} {word.split('|')[0]}".strip() not in known:
+                break
+            name = f"{name} {word.split('|')[0]}".strip()
+        if span.startswith("fastface ") and not span.split()[1].startswith("-"):
+            assert name, f"{page}: `{span}` is no command"
+        valid = known[name] if span.startswith("fastface ") else every
+        for option in re.findall(r"(?<![\w-])--[a-z][a-z-]*", span):
+            assert option in valid, f"{page}: `{span}`: there is no {option}"
+
+
+@pytest.mark.parametrize("page", [*PAGES, "CHANGELOG.md"])
+def test_links_lead_somewhere(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PAGES, page, ROOT / page)
+    for link in links(page):
+        if link.startswith(("http://", "https://")):
+            continue
+        file, _, place = link.partition("#")
+        target = (ROOT / page).parent / file if file else ROOT / page
+        assert target.exists(), f"{page}: {link}"
+        if place:
+            titles = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.M)
+            anchors = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+            assert place in anchors, f"{page}: {link}"
+
+
+def test_the_page_on_recipes_shows_every_field_and_the_recipe_that_it_names(folder: Path) -> None:
+    found = {block.file: block for block in blocks("docs/writing-a-recipe.md") if block.language == "yaml"}
+    for name, block in found.items():
+        (folder / str(name)).write_text(block.text)
+    shown = load_recipe(folder / "every-field.yaml")
+    assert shown.recipe.digest() == load_recipe("pocket-fastface-am2").recipe.digest()
+    left_out = {field for field, origin in shown.origins.items() if origin == "default"}
+    assert {field for field in left_out if not field.endswith(".mid")} == set()
+    mixed = load_recipe(folder / "mixed.yaml").recipe
+    assert mixed.digest() == load_recipe("pocket-fastface").recipe.digest()
+
+
+def test_the_page_on_evaluating_names_every_metric() -> None:
+    from fastface_cli.evaluation.setup import FULL, POCKET, PUBLISHED
+
+    rows = [line for line in PAGES["docs/evaluating.md"].read_text().splitlines() if line.startswith("| `")]
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    table = {name: row for row in cells if len(row) == 4 for name in re.findall(r"`([^`]+)`", row[0])}
+    ours = {name: one for name, one in registry().items() if one.__module__.startswith("fastface_cli.")}
+    assert set(table) == set(ours)
+    for name, metric in ours.items():
+        told = re.findall(r"`([^`]+)`", table[name][1])
+        columns = [column.name for column in metric().columns]
+        if "and the same endings" in table[name][1]:
+            columns = [name]
+        assert set(columns) <= set(told), name
+        sets = {"pocket": POCKET, "full size": FULL, "published": PUBLISHED}
+        expected = {word for word, names in sets.items() if name in names}
+        assert set(table[name][3].replace("all", ", ".join(sets)).split(", ")) == expected, name
+
+
+def test_the_readme_tells_what_recipes_cost() -> None:
+    from fastface_cli.guidance import plan as plan_of
+
+    def samples(name: str) -> int:
+        recipe = load_recipe(name).recipe
+        times = [1000.0 * (1 - step / recipe.sampling.steps) for step in range(recipe.sampling.steps)]
+        return sum(len(step.branches) for step in plan_of(recipe.guidance, recipe.attention, times))
+
+    text = PAGES["README.md"].read_text()
+    methods = dict(re.findall(r"^\| `([\w-]+)` \| (?:off|decoupled) \|.*\| ([^|]+) \|$", text, re.M))
+    names = set(recipe_names())
+    assert {name.partition("-")[2] for name in names if name.startswith("hyper-")} == set(methods)
+    for method, told in methods.items():
+        for model in ("hyper", "lightning", "turbo", "pocket"):
+            assert told.split(" ")[0] == str(samples(f"{model}-{method}")), method
+        lcm = re.search(r"\((\d+) with LCM\)", told)
+        assert (lcm[1] if lcm else told) == str(samples(f"lcm-{method}")), method
+    assert "`base` runs two branches at each of 30 steps: 60 samples" in text
+    assert samples("base") == 60
+    for model, told in re.findall(r"^\| `(\w+)`[^|]*\|[^|]*\|[^|]*\| ([\d.]+) GB \|", text, re.M):
+        parts = {part.name: part.bytes for part in artefacts_of(load_recipe(model).recipe).values()}
+        assert f"{sum(parts.values()) / 1e9:.1f}" == told, model
+
+
+def script(path: Path) -> ModuleType:
+    """A script of the checkout, imported."""
+    specification = importlib.util.spec_from_file_location(path.stem, path)
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
 
 
 def test_the_page_of_help_texts_is_up_to_date() -> None:
-    specification = importlib.util.spec_from_file_location("render_cli", SCRIPT)
-    assert specification is not None
-    assert specification.loader is not None
-    script = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(script)
-    assert script.PAGE.read_text(encoding="utf-8") == script.render(), "run python docs/render_cli.py"
+    made = script(ROOT / "docs" / "render_cli.py")
+    assert made.PAGE.read_text(encoding="utf-8") == made.render(), "run python docs/render_cli.py"
+
+
+def test_the_notebook_runs_and_is_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = script(ROOT / "examples" / "make_notebook.py")
+    text = made.PAGE.read_text(encoding="utf-8")
+    assert text == made.render(), "run python examples/make_notebook.py"
+    monkeypatch.chdir(ROOT / "examples")
+    names: dict[str, object] = {}
+    for cell in json.loads(text)["cells"]:
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), cell["id"], "exec"), names)
+    assert isinstance(names["best"].image, Image.Image)
