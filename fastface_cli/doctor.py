@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Literal
 
 from . import runtimes
-from .api import artefacts_of, check_device
+from .api import artefacts_of, check_device, is_full_size
 from .errors import DeviceError, FastFaceError, ModelUnavailableError
 from .machine import Machine, first_line, reinstall, served, torch_for, why_no_gpu
 from .manifest import Artefact
@@ -136,40 +136,46 @@ POCKET = 'fastface generate --recipe pocket --face me.jpg --prompt "a portrait"'
 
 
 def check_memory(machine: Machine, recipe: Recipe) -> Iterator[Finding]:
-    """The memory of each GPU, whether the recipe fits into it, and which others do."""
-    need = gpu_bytes(recipe)
+    """The memory of each GPU, and how a recipe of the published size is fitted into it."""
+    from .memory import LEVELS, OFF, choose, need
+
+    pixels = recipe.sampling.width * recipe.sampling.height
+    smallest = need(LEVELS["6"], pixels)
     for index, gpu in enumerate(machine.gpus):
-        told = (
-            f"{human_bytes(gpu.total)} on cuda:{index}, {human_bytes(gpu.free)} free; "
-            f"{recipe.name} takes about {human_bytes(need)}"
-        )
-        if gpu.free > need:
-            yield Finding("Memory", "ok", f"{told}; {_fitting(gpu.total)}")
-        elif gpu.total > need:
-            yield Finding("Memory", "warning", f"{told}, and other programs hold the rest", "nvidia-smi")
+        told = f"{human_bytes(gpu.total)} on cuda:{index}, {human_bytes(gpu.free)} free"
+        if not is_full_size(recipe):
+            yield Finding("Memory", "ok", f"{told}; {recipe.name} is small")
+            continue
+        level = choose(gpu.free, pixels)
+        takes = f"takes about {human_bytes(need(level, pixels))}"
+        if need(level, pixels) <= gpu.free:
+            how = "with all models on the card" if level is OFF else f"with --low-memory {level.name}"
+            yield Finding("Memory", "ok", f"{told}; {recipe.name} {takes} {how}; {_fitting(gpu.total)}")
+        elif smallest <= gpu.total:
+            yield Finding(
+                "Memory",
+                "warning",
+                f"{told}, and other programs hold the rest; {recipe.name} {takes} with --low-memory 6",
+                "nvidia-smi",
+            )
         else:
-            yield Finding("Memory", "warning", f"{told}; {_fitting(gpu.total)}", POCKET)
+            lacks = f"{recipe.name} {takes} with --low-memory 6"
+            yield Finding("Memory", "warning", f"{told}; {lacks}; {_fitting(gpu.total)}", POCKET)
 
 
 def _fitting(total: int) -> str:
-    """Which of the recipes that ship fit into so much memory."""
-    recipes = {one.name: one for one in (load_recipe(name).recipe for name in recipe_names())}
-    fitting = sorted(name for name, one in recipes.items() if gpu_bytes(one) < total)
-    if len(fitting) == len(recipes):
-        return f"all {len(recipes)} recipes fit"
-    return f"what fits: {', '.join(fitting) or 'nothing'}"
+    """Which of the recipes that ship fit into so much memory, at whatever level of saving."""
+    from .memory import LEVELS, need
 
-
-def gpu_bytes(recipe: Recipe) -> int:
-    """Roughly what a recipe needs of a GPU's memory at float16: its weights and the pictures it makes."""
-    parts = artefacts_of(recipe)
-    weights = sum(
-        part.bytes // (2 if role == "image_encoder" else 1)  # published in float32
-        for role, part in parts.items()
-        if role not in ("face", "distillation") and not role.startswith("lora.")  # those melt into the UNet
+    recipes = [load_recipe(name).recipe for name in recipe_names()]
+    fitting = sorted(
+        one.name
+        for one in recipes
+        if not is_full_size(one) or need(LEVELS["6"], one.sampling.width * one.sampling.height) <= total
     )
-    pixels = recipe.sampling.width * recipe.sampling.height
-    return weights + int(3e9 * pixels / 1024**2)
+    return (
+        f"all {len(recipes)} recipes fit" if len(fitting) == len(recipes) else f"fits: {', '.join(fitting)}"
+    )
 
 
 def check_faces(machine: Machine, store: Store, artefact: Artefact, named: str) -> Iterator[Finding]:
