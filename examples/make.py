@@ -28,6 +28,7 @@ IMAGES = HERE.parent / "docs" / "images"
 PORTRAIT = HERE / "portrait.png"
 FACE = "a portrait of a smiling young woman with long dark hair"
 METHODS = ("baseline", "dcg", "am1", "fastface", "fastface-am2")
+ALL = ("baseline", "dcg", "am1", "am2", "fastface", "fastface-am2", "base")
 PROMPTS = (
     "a photo of a smiling woman",
     "watercolour painting of a woman, white background",
@@ -78,6 +79,24 @@ def draw_overview() -> None:
         place.set_yticks([])
         place.spines[:].set_visible(False)
     save(figure, "overview.png")
+
+
+def draw_people(rows: int = 6) -> None:
+    """People of the example data set and what each recipe makes of them: a row a person, a column a recipe."""
+    people = sorted((HERE / "mini" / "id_photos").glob("*.png"))[:rows]
+    figure, axes = plt.subplots(rows, len(ALL) + 1, figsize=(9.6, 1.2 * rows + 0.3), layout="constrained")
+    for row, photo in enumerate(people):
+        axes[row, 0].imshow(Image.open(photo).convert("RGB"))
+    axes[0, 0].set_title("reference", fontsize=9)
+    for column, method in enumerate(ALL, start=1):
+        face = FastFace(f"pocket-{method}", device="cpu")
+        axes[0, column].set_title("base, 30 steps" if method == "base" else method, fontsize=9)
+        for row, photo in enumerate(people):
+            axes[row, column].imshow(face.generate(face.identity(photo), "photo; a person", seed=SEED)[0])
+    for place in axes.flat:
+        place.set_xticks([])
+        place.set_yticks([])
+    save(figure, "people.png")
 
 
 @contextmanager
@@ -154,6 +173,7 @@ def main() -> None:
     draw_attention()
     # The example data set has a module of its own, because it looks at its people with other metrics.
     subprocess.run([sys.executable, "-m", "training.mini_set"], check=True, cwd=HERE.parent)
+    draw_people()
 
 
 if __name__ == "__main__":
