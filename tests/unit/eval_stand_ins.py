@@ -28,7 +28,8 @@ SIDE = 8
 def dataset(people: int = 3, prompts: int = 4) -> Dataset:
     names = [f"p{index:03d}" for index in range(people)]
     subjects = tuple(Subject(name, (Path(f"{name}.png"),), None, {"even": name[-1]}) for name in names)
-    return Dataset("made-up", subjects, tuple(f"prompt {index}" for index in range(prompts)), "hash")
+    texts = tuple(f"prompt {index}" for index in range(prompts))
+    return Dataset("made-up", subjects, texts, "hash", dict.fromkeys(names, "mark"))
 
 
 def plan(people: int = 3, prompts: int = 4, *, recipes: tuple[str, ...] = ("pocket",), **more) -> Plan:

@@ -94,6 +94,12 @@ def test_the_hash_is_of_everything_that_decides_a_number(published):
         ('{"photos": "a.png"}\n{"photos": "b/A.png"}', "two people are called 'a' or 'A'|'A' or 'a'"),
         ('{"photos": "a.png", "identity": "../x"}', "'../x' cannot name a person"),
         ('{"photos": "a.png", "identity": ".."}', "cannot name a person"),
+        ('{"photos": "a.png", "identity": "ann."}', "'ann.' cannot name a person"),
+        ('{"photos": "a.png", "identity": "ann "}', "'ann ' cannot name a person"),
+        ('{"photos": "a.png", "identity": "\\udcff"}', "cannot name a person"),
+        ('{"photos": "ann+blur.png"}', r"'ann\+blur' cannot name a person"),
+        ('{"photos": "ann+held-out.png"}', "cannot name a person"),
+        ('{"photos": "caf\\u00e9.png"}\n{"photos": "cafe\\u0301.png"}', "two people are called"),
     ],
 )
 def test_what_is_wrong_with_a_manifest_is_named(tmp_path, lines, said):
@@ -101,6 +107,20 @@ def test_what_is_wrong_with_a_manifest_is_named(tmp_path, lines, said):
     (tmp_path / "prompts.txt").write_text("p\n")
     with pytest.raises(UsageError, match=said):
         load_dataset(tmp_path / "people.jsonl")
+
+
+def test_names_of_any_language_are_names(published):
+    for name in ("Ω mega", "李雷", "a+b", "o'Neil #1"):
+        (published / "id_photos" / "a.png").replace(published / "id_photos" / f"{name}.png")
+        assert name in [subject.name for subject in load_dataset(published).subjects]
+        (published / "id_photos" / f"{name}.png").replace(published / "id_photos" / "a.png")
+
+
+def test_a_changed_photo_changes_its_own_persons_mark(published):
+    before = load_dataset(published).marks
+    drawn((64, 64), (16, 16, 32, 7)).save(published / "id_photos" / "b.png")
+    after = load_dataset(published).marks
+    assert [name for name in before if before[name] != after[name]] == ["b"]
 
 
 def test_missing_parts_are_named(published, tmp_path):
@@ -214,6 +234,19 @@ def test_photos_are_kept_as_they_are_and_broken_ones_are_said(published, tmp_pat
     assert "there is no photo" in said[0]
     with pytest.raises(UsageError, match="there is no photo"):
         made.identity(broken, None, "pack")
+
+
+def test_a_refused_photo_is_looked_at_once_and_not_kept(tmp_path, people):
+    made, analyser, _ = people
+    Image.new("RGB", (64, 64)).save(tmp_path / "grey.png")
+    subject, said, looked = Subject("grey", (tmp_path / "grey.png",)), set(), set()
+    for _ in range(3):
+        with pytest.raises(NoFaceError) as caught:
+            made.identity(subject, None, "pack")
+        said.add((caught.value.message, caught.value.hint))
+        looked.add(len(analyser.asked))
+    assert (len(said), len(looked)) == (1, 1)
+    assert len(caught.traceback) == 2  # this test and the asking: not the frames that hold the picture
 
 
 # --------------------------------------------------------------------------------------------- foreign
