@@ -16,7 +16,7 @@ from .engines import Pool, make_all
 from .maker import Job, error_record
 from .people import People, degraded_path, held_out_path, reference_path
 from .rows import Row, image_seed, row_key
-from .runs import Run, read_info
+from .runs import Run, read_info, read_lines
 from .scoring import CHUNK, Chunks, Scorer, load_vectors
 
 if TYPE_CHECKING:
@@ -294,8 +294,7 @@ def finish(run: Run, metrics: Sequence[Metric], columns: Mapping[str, Column]) -
 
 
 def metrics_of(folder: Path) -> list[str]:
-    """The metrics that have scored a run, by name: those it was begun with, then the others."""
+    """The metrics that have scored a run, by name: those it was begun with, then the others as they came."""
     begun = read_info(folder).get("metrics") or []
-    run = Run.reopen(folder, writable=False)
-    asked = {name for scored in run.scores().values() for name in scored.metrics}
-    return [*begun, *sorted(asked - set(begun))]
+    lines = read_lines(folder / "scores.jsonl")
+    return list(dict.fromkeys([*begun, *(name for line in lines for name in line.get("metrics") or [])]))

@@ -16,7 +16,7 @@ from pathlib import Path
 import eval_stand_ins as stand_in
 import pytest
 
-from fastface_cli.errors import DeviceError, FastFaceError, UsageError
+from fastface_cli.errors import DeviceError, FastFaceError, ModelUnavailableError, UsageError
 from fastface_cli.evaluation.engines import LocalPool, make_all
 from fastface_cli.evaluation.maker import Job
 from fastface_cli.evaluation.merge import merge
@@ -130,6 +130,30 @@ def test_a_torn_line_counts_as_never_written(tmp_path):
     assert path.read_bytes() == b""
 
 
+def test_a_disk_that_takes_a_part_of_a_line_gets_the_rest(tmp_path, monkeypatch):
+    log = Log(tmp_path / "log.jsonl")
+    whole = log._file.write
+
+    class Slow:
+        def __getattr__(self, name):
+            return getattr(log_file, name)
+
+        def write(self, data):
+            return whole(data[:3])
+
+    log_file = log._file
+    monkeypatch.setattr(log, "_file", Slow())
+    log.append([{"a": 1}, {"a": 2}])
+    log.close()
+    assert [record["a"] for record in read_lines(tmp_path / "log.jsonl")] == [1, 2]
+
+
+def test_a_start_that_was_cut_off_is_no_run_of_something_else(tmp_path):
+    (tmp_path / ".fastface-1.tmp").write_text("{")
+    with Run.open(tmp_path, stand_in.info(stand_in.plan())) as run:
+        assert run.rows() == {}
+
+
 def test_a_row_without_its_picture_is_made_again(tmp_path):
     plan = stand_in.plan()
     whole = run_all(tmp_path / "run", plan)
@@ -161,6 +185,15 @@ def test_compare_names_what_came_and_went():
         "  a: 1 then, not there now",
         "  b.c: 2 then, not there now",
         "  d: not there then, 3 now",
+    ]
+
+
+def test_what_a_list_lost_and_got_is_named():
+    known = {"prompts": [f"prompt {number}" for number in range(50)], "names": ["a", "b"]}
+    wanted = {"prompts": [*known["prompts"][:49], "another"], "names": ["b", "a"]}
+    assert list(compare(known, wanted)) == [
+        "  names: the same in another order, or another number of times",
+        '  prompts: "prompt 49" then alone, "another" now alone',
     ]
 
 
@@ -226,6 +259,28 @@ def test_failures_are_recorded_and_the_run_goes_on(tmp_path):
     again = run_all(tmp_path / "run", plan, pool=pool, retry_failed=True)
     assert pool.sent == 5
     assert sum(row.error is not None for row in again) == 3  # she has a face now, and is too large once
+
+
+def test_a_photo_that_breaks_the_detector_costs_its_own_person_alone(tmp_path):
+    class Breaking(stand_in.People):
+        def identity(self, subject, stress, face):
+            if subject.name == "p001":
+                raise ZeroDivisionError("a photo of no width")
+            return super().identity(subject, stress, face)
+
+    rows = run_all(tmp_path / "run", stand_in.plan(3, 2), people=Breaking())
+    said = {row.identity: row.error["message"] for row in rows if row.error}
+    assert said == {"p001": "unexpected ZeroDivisionError: a photo of no width"}
+
+
+def test_face_models_that_do_not_load_end_the_run(tmp_path):
+    class Nobody(stand_in.People):
+        def identity(self, subject, stress, face):
+            raise ModelUnavailableError("the face pack does not load")
+
+    with pytest.raises(ModelUnavailableError, match="does not load"):
+        run_all(tmp_path / "run", stand_in.plan(3, 2), people=Nobody())
+    assert Run.reopen(tmp_path / "run", writable=False).rows() == {}
 
 
 def test_cut_off_anywhere_and_taken_up_the_numbers_are_the_same(tmp_path):
