@@ -28,6 +28,7 @@ from fastface_cli.evaluation.metrics.face_clip import FaceClip, crops
 from fastface_cli.evaluation.metrics.image_reward import DEVIATION as IR_DEVIATION
 from fastface_cli.evaluation.metrics.image_reward import MEAN as IR_MEAN
 from fastface_cli.evaluation.metrics.image_reward import ImageReward, Towers, our_name, read_words
+from fastface_cli.evaluation.metrics.memory import Memory
 from fastface_cli.evaluation.metrics.mtcnn import SHAPES, Mtcnn, moved, squared, suppress
 from fastface_cli.manifest import manifest
 
@@ -125,6 +126,10 @@ def test_the_pockets_clip_scores_offline_and_the_same_in_any_batch() -> None:
     again.load(Context(paths=paths))
     alone = [again.score([one])[0]["clip_pocket"] for one in samples]
     assert together == pytest.approx(alone, abs=1e-5)
+    prompts = [f"a photo of number {n}" for n in range(7)]
+    whole = again._clip.texts(prompts)
+    metric._clip._told = Memory()
+    assert (np.concatenate([metric._clip.texts([one]) for one in prompts]) == whole).all()  # to the bit
     assert all(-1 <= value <= 1 for value in together)
     assert len(set(together)) == 3
 
