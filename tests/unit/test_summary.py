@@ -69,6 +69,12 @@ def test_means_differences_and_counts_are_those_computed_by_hand() -> None:
     }
 
 
+def test_a_run_without_the_conditioning_recogniser_counts_faces_by_another() -> None:
+    columns = {"dlib": Column("dlib", "ID (dlib)", True, "", "")}
+    rows = [row("a", "ann", 0, {"dlib": 0.5}), row("a", "ann", 1, {"dlib": None}), row("a", "bob", 0, {})]
+    assert summarise(rows, columns, resamples=100)["counts"]["a"]["no_face"] == 1
+
+
 def test_stress_stands_apart_against_the_clean_images() -> None:
     found = summarise(ROWS, COLUMNS, resamples=200)["stress"]["blur"]
     assert list(found["recipes"]) == ["fast"]
