@@ -330,11 +330,11 @@
 
   /** The places of a line from left to right: photos by name, recipes by number. */
   function steps(group) {
-    const photos = group.held_out ? ["reference", "held_out"] : ["reference"];
-    return [...photos, ...[...visible].sort((a, b) => a - b)];
+    const others = ["degraded", "held_out"].filter((name) => group[name]);
+    return ["reference", ...others, ...[...visible].sort((a, b) => a - b)];
   }
 
-  const PHOTOS = { reference: "reference", held_out: "held-out photo" };
+  const PHOTOS = { reference: "reference", degraded: "degraded: made of this", held_out: "held-out photo" };
 
   function figure(group, index, place) {
     const photo = place in PHOTOS;
@@ -349,7 +349,7 @@
       button.setAttribute("aria-label", `${name}, ${group.identity}: full size`);
       button.append(make("img", { loading: "lazy", decoding: "async", alt: "", src: picture.file }));
     } else {
-      button.append(make("span", { className: "failed", textContent: picture?.error ?? "not made" }));
+      button.append(make("span", { className: "failed", textContent: photo ? "not readable" : picture?.error ?? "not made" }));
     }
     return make("figure", { className: photo ? "photo" : "" }, button, caption);
   }
@@ -373,8 +373,9 @@
     const picture = photo ? null : group.pictures[place];
     at("viewer-title").textContent = `${group.identity} · ${photo ? PHOTOS[place] : data.recipes[place]}`;
     const pair = [];
-    if (group.reference && place !== "held_out") pair.push(full(group.reference, "reference"));
-    if (place === "held_out") pair.push(full(group.held_out, "held-out photo"));
+    for (const name of photo ? [place] : ["reference", "degraded"]) {
+      if (group[name]) pair.push(full(group[name], PHOTOS[name]));
+    }
     if (picture?.file) pair.push(full(picture.file, data.recipes[place]));
     else if (!photo) pair.push(make("p", { className: "failed", textContent: picture?.error ?? "not made" }));
     const words = [make("p", { className: "prompt", textContent: group.prompt })];

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -66,7 +67,7 @@ def _page(run: Path, info: Run, summary: Mapping[str, Any], rows: Sequence[Row])
         "failures": _failures(rows, info.score_errors()),
         "about": _about(info.info),
         "recipe_files": {name: _pretty(value) for name, value in (info.info.get("recipes") or {}).items()},
-        "data": _data(summary, rows),
+        "data": _data(run, summary, rows),
     }
 
 
@@ -247,7 +248,7 @@ def _pretty(value: Any) -> str:
 # ----------------------------------------------------------------------------------------------- data
 
 
-def _data(summary: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
+def _data(run: Path, summary: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
     """What the page's script draws: breakdowns and the gallery. Names stand once, cells hold numbers."""
     recipes, columns = list(summary["recipes"]), list(summary["columns"])
     recipes += sorted({row.recipe for row in rows} - set(recipes))
@@ -270,7 +271,7 @@ def _data(summary: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
         "attributes": summary["attributes"],
         "clean": summary["recipes"],
         "stress": summary.get("stress", {}),
-        "groups": _groups(rows, recipes, columns),
+        "groups": _groups(run, rows, recipes, columns),
     }
 
 
@@ -282,8 +283,16 @@ def _kind(unit: str, values: Sequence[float | None]) -> str:
     return "count" if known and not unit and all(float(number).is_integer() for number in known) else "any"
 
 
-def _groups(rows: Sequence[Row], recipes: Sequence[str], columns: Sequence[str]) -> list[dict[str, Any]]:
+def _groups(
+    run: Path, rows: Sequence[Row], recipes: Sequence[str], columns: Sequence[str]
+) -> list[dict[str, Any]]:
     """The gallery's lines: one an identity, prompt, seed and stress, with a picture a recipe."""
+
+    @functools.cache
+    def photo(path: str | None) -> str | None:
+        """Its address; None where it could not be read and therefore was not kept."""
+        return link(path) if path and (run / path).is_file() else None
+
     number = {name: index for index, name in enumerate(recipes)}
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in rows:
@@ -296,8 +305,9 @@ def _groups(rows: Sequence[Row], recipes: Sequence[str], columns: Sequence[str])
                 "seed": row.seed,
                 "stress": row.stress,
                 "attributes": row.attributes,
-                "reference": link(row.reference),
-                "held_out": link(row.held_out),
+                "reference": photo(row.reference),
+                "degraded": photo(row.degraded),
+                "held_out": photo(row.held_out),
                 "pictures": [None] * len(recipes),
             }
         found[place]["pictures"][number[row.recipe]] = {

@@ -26,9 +26,13 @@ def tables(summary: Mapping[str, Any]) -> list[Table]:
     """
     recipes = list(summary["recipes"])
     first = recipes[0] if recipes else ""
+    heads: tuple[str, ...]
     heads = ("metric", "recipe", "mean", "95% interval", f"less {first}", "95% interval", "verdict", "n")
+    lines = _lines(summary, summary["recipes"], summary["paired"])
+    if len(recipes) < 2:  # nothing to take a difference to
+        heads, lines = heads[:4] + heads[7:], [line[:4] + line[7:] for line in lines]
     found = [
-        Table("", heads, _lines(summary, summary["recipes"], summary["paired"])),
+        Table("", heads, lines),
         Table("images", ("recipe", "made", "failed", "no face"), _counts(summary["counts"])),
     ]
     for stress, part in summary.get("stress", {}).items():

@@ -65,6 +65,9 @@ def build_run(
     for number, identity in enumerate(identities):
         photo = f"references/{number:03d}.png"
         _picture(folder / photo, (number * 37, 90, 140), pixels)
+        worse = {stress: f"references/{number:03d}+{stress}.png" for stress in stresses if stress}
+        for degraded in worse.values():
+            _picture(folder / degraded, (number * 37, 40, 60), pixels)
         for recipe, name_ in enumerate(recipes):
             for stress in stresses:
                 for prompt_index, prompt in enumerate(prompts):
@@ -81,6 +84,7 @@ def build_run(
                             stress=stress,
                             attributes={"light": ("bright", "dim")[number % 2]},
                             reference=photo,
+                            degraded=worse.get(stress) if stress else None,
                             held_out=photo if held_out else None,
                         )
                         rows.append(_finished(row, recipe, folder, picture or pixels, fail, no_face, effect))

@@ -17,7 +17,7 @@ from fastface_cli import console
 from fastface_cli.errors import UsageError
 from fastface_cli.evaluation.numbers import Style, verdict
 from fastface_cli.evaluation.plots import Point, scatter
-from fastface_cli.evaluation.report import link, write_report
+from fastface_cli.evaluation.report import _kind, link, write_report
 from fastface_cli.evaluation.summary import summarise
 from fastface_cli.evaluation.table import tables
 
@@ -121,6 +121,22 @@ def test_less_is_better_is_said_and_counts(tmp_path: Path) -> None:
 # ----------------------------------------------------------------------------------------------- page
 
 
+@pytest.mark.parametrize(
+    ("unit", "values", "kind"),
+    [
+        ("share", [1.0, 0.0, None], "verdict"),
+        ("share", [0.0, 0.4, 1.0], "any"),
+        ("share", [0.0, 0.0], "any"),  # as a face ratio where there is no face
+        ("", [10, 12, None], "count"),
+        ("", [0.5, 1.0], "any"),
+        ("s", [1.0], "any"),
+        ("", [None], "any"),
+    ],
+)
+def test_one_pictures_number_is_a_verdict_a_count_or_a_number(unit, values, kind) -> None:
+    assert _kind(unit, values) == kind
+
+
 def test_the_page_says_what_the_summary_says(tmp_path: Path) -> None:
     build_run(tmp_path, fail=["am1/bob/0001-0"])
     page = write_report(tmp_path).read_text(encoding="utf-8")
@@ -199,10 +215,26 @@ def test_a_run_without_scores_has_a_page(tmp_path: Path) -> None:
     assert "72 images" in words(page)
 
 
+def test_the_gallery_shows_the_photos_that_there_are(tmp_path: Path) -> None:
+    build_run(tmp_path, identities=("ann", "bob"), stresses=(None, "blur"))
+    (tmp_path / "references" / "001.png").unlink()  # bob's could not be read
+    groups = data_of(write_report(tmp_path).read_text(encoding="utf-8"))["groups"]
+    photos = {(one["identity"], one["stress"]): (one["reference"], one["degraded"]) for one in groups}
+    assert photos == {
+        ("ann", None): ("./references/000.png", None),
+        ("ann", "blur"): ("./references/000.png", "./references/000%2Bblur.png"),
+        ("bob", None): (None, None),
+        ("bob", "blur"): (None, "./references/001%2Bblur.png"),
+    }
+
+
 def test_a_run_of_one_recipe_and_one_person_has_a_page(tmp_path: Path) -> None:
     build_run(tmp_path, recipes=("alone",), identities=("ann",))
     page = write_report(tmp_path).read_text(encoding="utf-8")
     assert "difference to" not in page
+    table = tables(json.loads((tmp_path / "summary.json").read_text()))[0]
+    assert table.columns == ("metric", "recipe", "mean", "95% interval", "n")
+    assert {len(line) for line in table.rows} == {5}
     assert "One identity says little about people in general: there is no interval." in words(page)
     assert "1 recipe 1 identity 4 prompts" in words(page)
 
