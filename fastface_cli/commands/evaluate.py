@@ -343,7 +343,7 @@ def _finish(run: Run, *, as_json: bool) -> None:
     if failed:
         console.note(f"{failed} of {failed + made} pictures could not be made; the page lists why")
     if 0 < len(summary["identities"]) < FEW:
-        console.note(f"with fewer than {FEW} identities the intervals are too narrow; better are 50")
+        console.note(f"fewer than {FEW} identities say little about people in general; better are 50")
     if failed and not made:
         raise FastFaceError("not one picture could be made", f"{page} lists why")
 

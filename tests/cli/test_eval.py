@@ -64,7 +64,8 @@ def test_one_command_gives_table_summary_csv_and_page(run):
     assert "pocket-baseline" in out
     assert "95% interval" in out
     assert out.splitlines()[-1] == str(run / "report.html")
-    assert (run.parent / "err.txt").read_text() == ""
+    said = "fewer than 8 identities say little about people in general; better are 50\n"
+    assert (run.parent / "err.txt").read_text() == said
     summary = json.loads((run / "summary.json").read_text())
     assert list(summary["recipes"]) == ["pocket-fastface", "pocket-baseline"]
     assert list(summary["paired"]) == ["pocket-baseline"]
@@ -108,6 +109,28 @@ def test_an_image_can_be_made_again_alone(run, two, tmp_path, capfd):
     assert code == 0
     assert "not the identity" not in capfd.readouterr().err
     assert Image.open(again).tobytes() == Image.open(run / row["file"]).tobytes()
+
+
+def test_the_published_protocol_makes_pictures_as_its_data_set_was_made(tmp_path, capfd):
+    arguments = [
+        "eval",
+        "-r",
+        "pocket",
+        "--dataset",
+        str(MINI),
+        "--protocol",
+        "published",
+        "--shard",
+        "99/99",
+    ]
+    scales = []
+    for name, more in (("a", []), ("b", ["--set", "adapter.lora_scale=0.5"])):
+        cli.run([*arguments, *more, "-o", str(tmp_path / name)])
+        known = json.loads((tmp_path / name / "run.json").read_text())
+        scales.append(known["recipes"]["pocket-fastface"]["adapter"]["lora_scale"])
+        assert known["dataset"]["prompts"] == [text.lower() for text in known["dataset"]["prompts"]]
+    assert scales == [0.8, 0.5]
+    assert "adapter.lora_scale is 0.8, as in the published data set" in capfd.readouterr().err
 
 
 def test_scoring_later_adds_to_a_run(run, tmp_path, capfd):
