@@ -1,9 +1,15 @@
 """FastFace: put a person into a picture in four diffusion steps."""
 
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .api import FastFace
+
+# Both report to their makers unless told not to, ONNX Runtime from its import on and with a number for this
+# machine in the home folder. Photos of people pass through them: nothing is told unless the user asks for it.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 __version__ = "0.1.0"
 __all__ = ["FastFace", "__version__"]
