@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import platform
 import re
 import shlex
@@ -274,8 +275,8 @@ def check_room(settings: Settings, to_fetch: int) -> Finding:
 
 
 def _nearest(folder: Path) -> Path:
-    """The folder itself, or the nearest thing above it that exists."""
-    while not folder.exists() and folder != folder.parent:
+    """The folder itself, or the nearest thing above it that exists, as far as can be seen."""
+    while not os.path.exists(folder) and folder != folder.parent:
         folder = folder.parent
     return folder
 

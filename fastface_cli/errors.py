@@ -72,6 +72,11 @@ class NoFaceError(FastFaceError):
 
 def unexpected(error: BaseException) -> FastFaceError:
     """An exception that nobody foresaw, as one sentence."""
+    if isinstance(error, PermissionError) and error.filename is not None:
+        return UsageError(
+            f"no permission to use {error.filename}",
+            "check the permissions of it and of the folders above it",
+        )
     lines = str(error).strip().splitlines()
     said = f": {lines[0][:300]}" if lines else ""
     return FastFaceError(

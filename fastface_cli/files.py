@@ -90,7 +90,7 @@ def write_atomically(path: Path, data: bytes, *, force: bool) -> Path:
         return _write(path, data, force)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise FastFaceError(f"cannot write {path}: {reason}") from error
+        raise FastFaceError(f"cannot write {path}: {reason}", "make room, or choose another place") from error
 
 
 def _write(path: Path, data: bytes, force: bool) -> Path:

@@ -108,11 +108,16 @@ def read_jobs(source: str) -> Iterator[Job | JobError]:
         UsageError: the file cannot be opened; raised at once.
     """
     if source == "-":
+        if sys.stdin is None:  # closed by whoever started us
+            raise UsageError("cannot read jobs from stdin: it is closed", "pipe them in, or name a file")
         return _jobs(sys.stdin.buffer, "stdin")
     try:
         stream = open(source, "rb")  # noqa: SIM115  closed by _jobs, which outlives this call
     except (OSError, ValueError) as error:
-        raise UsageError(f"cannot read the jobs file {source}: {_reason(error)}") from error
+        raise UsageError(
+            f"cannot read the jobs file {source}: {_reason(error)}",
+            "give a file of JSON lines, or - for stdin",
+        ) from error
     return _jobs(stream, source)
 
 
@@ -139,7 +144,7 @@ def _jobs(stream: IO[bytes], source: str) -> Iterator[Job | JobError]:
     except OSError as error:
         raise UsageError(f"cannot read the jobs file {source}: {_reason(error)}") from error
     finally:
-        if stream is not sys.stdin.buffer:
+        if stream is not getattr(sys.stdin, "buffer", None):
             stream.close()
 
 
@@ -225,7 +230,9 @@ def prompts_file(path: Path) -> list[str]:
     try:
         data = path.read_bytes()
     except (OSError, ValueError) as error:
-        raise UsageError(f"cannot read the prompts file {path}: {_reason(error)}") from error
+        raise UsageError(
+            f"cannot read the prompts file {path}: {_reason(error)}", "give a file with one prompt a line"
+        ) from error
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -81,7 +81,10 @@ def open_photo(source: Path | str | bytes | Image.Image, name: str = "the photo"
             start = file.read(12)
             return _guarded(lambda: _opened(file, str(path)), str(path), start)
     except (OSError, ValueError) as error:  # ValueError: a path with a null byte
-        raise UsageError(f"cannot read the photo {path}: {error}") from error
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise UsageError(
+            f"cannot read the photo {path}: {reason}", "check the path and its permissions"
+        ) from error
 
 
 def _guarded(decode: Callable[[], Photo], name: str, start: bytes = b"") -> Photo:

@@ -125,7 +125,9 @@ def read_text(path: Path, shown: str) -> str:
             data = stream.read(MAX_BYTES + 1)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise RecipeError(f"cannot read the recipe file {shown}: {reason}") from error
+        raise RecipeError(
+            f"cannot read the recipe file {shown}: {reason}", "`fastface recipes list` names those that ship"
+        ) from error
     if len(data) > MAX_BYTES:
         raise RecipeError(f"{shown} is larger than {MAX_BYTES // 1024} KiB, which no recipe is")
     try:

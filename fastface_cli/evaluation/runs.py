@@ -26,7 +26,7 @@ from types import TracebackType
 from typing import Any
 
 from ..errors import FastFaceError, UsageError
-from ..files import write_atomically
+from ..files import check_target, write_atomically
 from .rows import Row, finite
 
 VERSION = 1
@@ -116,6 +116,7 @@ class Run:
         if folder.is_dir() and any(not child.name.startswith(".") for child in folder.iterdir()):
             raise UsageError(f"{folder} is not empty, and not a run", "give a new folder with -o")
         run_json = json.dumps(wanted, indent=1, ensure_ascii=False).encode()
+        check_target(path, force=False)
         write_atomically(path, run_json, force=False)
         return cls(folder, wanted, writable=True)
 

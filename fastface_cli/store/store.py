@@ -192,7 +192,7 @@ class Store:
 
     def _file_status(self, artefact: Artefact, file: RemoteFile) -> FileStatus:
         place = self.layout.place(artefact, file.path)
-        if place.is_file():
+        if os.path.isfile(place):  # False, not an error, in a folder that may not be entered
             size = place.stat().st_size
             record = self.layout.records.read(source_of(artefact, file))
             state: State = "unverified"
@@ -200,7 +200,7 @@ class Store:
                 state = "present" if file.sha256 in (None, record.sha256) else "bad"
             return FileStatus(file.path, size, state, size)
         partial = self.layout.partial(artefact, file)
-        here = partial.stat().st_size if partial is not None and partial.is_file() else 0
+        here = partial.stat().st_size if partial is not None and os.path.isfile(partial) else 0
         return FileStatus(file.path, max(file.expected_bytes, here), "partial" if here else "missing", here)
 
     def _verify_file(self, artefact: Artefact, file: RemoteFile, bars: Bars) -> FileStatus:
@@ -352,8 +352,16 @@ def _size(path: Path) -> int:
 
 
 def _check_local(artefact: Artefact) -> None:
-    if artefact.local is None or artefact.local.exists():
+    if artefact.local is None:
         return
+    try:
+        if artefact.local.exists():
+            return
+    except OSError as error:
+        raise ModelUnavailableError(
+            f"cannot read {artefact.local}: {error.strerror or error}",
+            "check the permissions of it and of the folders above it",
+        ) from error
     if artefact.packaged:
         raise ModelUnavailableError(
             f"this installation lacks {artefact.name} ({artefact.local})", "install fastface-cli again"

@@ -353,7 +353,8 @@ def disk_error(error: OSError, action: str, path: Path | None = None) -> ModelUn
             "set FASTFACE_HOME (or HF_HUB_CACHE) to a folder that is yours",
         )
     return ModelUnavailableError(
-        f"{action}{where}: {error.strerror or error}", "set FASTFACE_HOME to a folder that can be written"
+        f"{action}: {error.strerror or error}: {place}" if place else f"{action}: {error.strerror or error}",
+        "set FASTFACE_HOME to a folder that can be written",
     )
 
 
