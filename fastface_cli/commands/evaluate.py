@@ -205,7 +205,7 @@ def score(
                 "for pictures of another program give --dataset, --identity-order and -o",
             )
         rules = _rules(protocol or "fastface")
-        recipe = _recipes([face], [], None)[face]
+        (recipe,) = _recipes([face], [], None).values()  # by its own name, whatever it was called here
         adopt(
             run,
             output,

@@ -146,6 +146,22 @@ def test_scoring_later_adds_to_a_run(run, tmp_path, capfd):
     assert rows(copy) == found
 
 
+def test_pictures_of_another_program_score_as_in_the_run(run, two, tmp_path, capfd):
+    """INDEX.png in the order of a file, as the published scripts leave them."""
+    theirs, order = tmp_path / "theirs", ["joel", "anna"]
+    theirs.mkdir()
+    ours = {(row["identity"], row["prompt_index"]): row for row in rows(run) if "fastface/" in row["key"]}
+    for index in range(4):
+        row = ours[order[index // 2], index % 2]
+        shutil.copy(run / row["file"], theirs / f"{index}.png")
+    (tmp_path / "order.txt").write_text("\n".join(f"{name}.png" for name in order))
+    command = ["eval", "score", theirs, "--dataset", two, "--identity-order", tmp_path / "order.txt"]
+    command += ["--face", "pocket", "--metrics", "id", "-o", tmp_path / "scored"]
+    assert cli.run([str(part) for part in command]) == 0, capfd.readouterr().err
+    found = {(row["identity"], row["prompt_index"]): row["scores"]["id"] for row in rows(tmp_path / "scored")}
+    assert found == pytest.approx({place: row["scores"]["id"] for place, row in ours.items()}, abs=1e-5)
+
+
 def test_other_inputs_are_refused(run, two, capfd):
     before = (run / "generated.jsonl").read_bytes()
     code = cli.run(["eval", *RECIPES, "--dataset", str(two), *METRICS, "--seeds", "2", "-o", str(run)])
