@@ -141,7 +141,7 @@ def remove(
                 )
         artefacts = [entries.get(name) or resolve(name) for name in names]
     if not yes:
-        if json or not sys.stdin.isatty():
+        if json or sys.stdin is None or not sys.stdin.isatty():
             raise UsageError("removing models needs --yes where nobody can be asked")
         told = [*(artefact.name for artefact in artefacts), *keys, *([IDENTITIES] if forget else [])]
         typer.confirm(f"Remove {', '.join(told)}?", abort=True, err=True)

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from ..recipe import Recipe
 
 app = typer.Typer(
-    help="Which recipe is better, by how much, and how sure that is.",
     short_help="Compare recipes on a data set.",
     invoke_without_command=True,
 )
@@ -88,9 +87,10 @@ def evaluate(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Make every prompt with every person of a data set and every recipe, measure, compare.
+    """Say which recipe is better, by how much, and how sure that is.
 
-    The same command goes on where it was stopped.
+    Every prompt is made with every person of a data set and every recipe, measured and compared. The same
+    command goes on where it was stopped.
 
     Examples:
 
