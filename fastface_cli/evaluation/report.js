@@ -334,7 +334,7 @@
     return ["reference", ...others, ...[...visible].sort((a, b) => a - b)];
   }
 
-  const PHOTOS = { reference: "reference", degraded: "degraded: made of this", held_out: "held-out photo" };
+  const PHOTOS = { reference: "reference", degraded: "degraded photo", held_out: "held-out photo" };
 
   function figure(group, index, place) {
     const photo = place in PHOTOS;
