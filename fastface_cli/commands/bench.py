@@ -10,7 +10,7 @@ import typer
 
 from .. import console
 from ..errors import UsageError
-from .completion import complete_saving
+from .completion import complete_device, complete_dtype, complete_field, complete_recipe, complete_saving
 
 if TYPE_CHECKING:
     from ..acceleration import Acceleration
@@ -25,7 +25,12 @@ WEIGHTS = ("real", "random", "random-small")
 def bench(
     recipe: Annotated[
         list[str] | None,
-        typer.Option("--recipe", "-r", help="Name or path of a recipe; repeat to compare several."),
+        typer.Option(
+            "--recipe",
+            "-r",
+            help="Name or path of a recipe; repeat to compare several.",
+            autocompletion=complete_recipe,
+        ),
     ] = None,
     against: Annotated[
         str | None, typer.Option(help="'reference': the published implementation's structure as well.")
@@ -40,7 +45,8 @@ def bench(
         Path | None, typer.Option(help="Photo to time face detection on; random numbers without it.")
     ] = None,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", help="Change the recipes: sampling.width=512.")
+        list[str] | None,
+        typer.Option("--set", help="Change the recipes: sampling.width=512.", autocompletion=complete_field),
     ] = None,
     compile_: Annotated[
         bool, typer.Option("--compile", help="Compile each step and the VAE to one static graph.")
@@ -57,8 +63,12 @@ def bench(
     cold: Annotated[
         bool, typer.Option("--cold/--no-cold", help="Also start a process for each side.")
     ] = True,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.", autocompletion=complete_device)
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, float16 or bfloat16.", autocompletion=complete_dtype)
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder for bench.json and bench.md.")
     ] = None,

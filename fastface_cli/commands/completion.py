@@ -57,6 +57,15 @@ def complete_saving(incomplete: str) -> list[str]:
     return _starting(incomplete, ("auto", "off", "12", "8", "6"))
 
 
+def complete_metric(incomplete: str) -> list[str]:
+    """Metrics that are installed; of a list 'id,clip-l14' the last one."""
+    from importlib.metadata import entry_points
+
+    before, comma, last = incomplete.rpartition(",")
+    names = sorted({point.name for point in entry_points(group="fastface.metrics")})
+    return [f"{before}{comma}{name}" for name in _starting(last, names)]
+
+
 def _fields(section: type, prefix: str) -> Iterator[str]:
     """Dotted names of the values below a section of the recipe."""
     from ..recipe import Section

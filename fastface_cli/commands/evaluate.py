@@ -12,6 +12,7 @@ import typer
 
 from .. import console
 from ..errors import FastFaceError, UsageError, nearest
+from .completion import complete_device, complete_dtype, complete_field, complete_metric, complete_recipe
 
 if TYPE_CHECKING:
     from ..evaluation.dataset import Dataset
@@ -40,12 +41,18 @@ OutputOption = Annotated[
 ]
 MetricsOption = Annotated[
     str | None,
-    typer.Option(help="Names, as 'id,clip-l14'; 'none' measures later.", show_default="what fits the models"),
+    typer.Option(
+        help="Names, as 'id,clip-l14'; 'none' measures later.",
+        show_default="what fits the models",
+        autocompletion=complete_metric,
+    ),
 ]
 ProtocolOption = Annotated[
     str, typer.Option(help="fastface, or published: as the paper did, with its faults.")
 ]
-DeviceOption = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
+DeviceOption = Annotated[
+    str | None, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.", autocompletion=complete_device)
+]
 OfflineOption = Annotated[bool, typer.Option("--offline", help="Fetch nothing.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
@@ -55,7 +62,12 @@ def evaluate(
     context: typer.Context,
     recipe: Annotated[
         list[str] | None,
-        typer.Option("--recipe", "-r", help="Recipe to compare; repeat it. The first one is the measure."),
+        typer.Option(
+            "--recipe",
+            "-r",
+            help="Recipe to compare; repeat it. The first one is the measure.",
+            autocompletion=complete_recipe,
+        ),
     ] = None,
     dataset: DatasetOption = None,
     output: OutputOption = None,
@@ -76,11 +88,14 @@ def evaluate(
     shard: Annotated[str, typer.Option(help="A part of the run, as 2/8.")] = "1/1",
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try failed pictures again.")] = False,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", help="Change all recipes: sampling.width=64.")
+        list[str] | None,
+        typer.Option("--set", help="Change all recipes: sampling.width=64.", autocompletion=complete_field),
     ] = None,
     stack: Annotated[Path | None, typer.Option(help="Folder of local weights for the models.")] = None,
     device: DeviceOption = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, float16 or bfloat16.", autocompletion=complete_dtype)
+    ] = None,
     offline: OfflineOption = False,
     commercial: Annotated[
         bool, typer.Option("--commercial", help="Refuse models whose licence forbids commercial use.")
