@@ -6,7 +6,7 @@ READY := $(BIN)/fastface
 # Two processes of one thread each beat one process of two threads on small models.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
-.PHONY: demo test test-slow lint bench pocket-report clean
+.PHONY: demo test test-slow fuzz lint bench pocket-report clean
 
 $(READY):
 	$(PYTHON) -m venv $(VENV)
@@ -22,6 +22,9 @@ test: $(READY)  ## the suite, at most ten minutes on two cores
 
 test-slow: $(READY)  ## full-size structure, kills, installs: at most thirty minutes
 	$(PYTEST) -m slow
+
+fuzz: $(READY)  ## files of somebody else: a thousand examples for each reader, about five minutes
+	FASTFACE_FUZZ=1000 $(PYTEST) tests/fuzz --hypothesis-show-statistics
 
 lint: $(READY)
 	$(BIN)/ruff check .

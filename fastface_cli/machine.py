@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -155,7 +156,7 @@ def reinstall(package: str) -> str:
 
 def _pip() -> str:
     try:
-        return " ".join(runtimes.installer())
+        return shlex.join(runtimes.installer())
     except FastFaceError:
         return "pip"
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -129,7 +130,7 @@ def apply(swap: Swap, log: Callable[[str], None], run: Callable[[list[str]], Non
         steps.append([*tool, "uninstall", *where, *sure, *swap.remove])
         steps.append([*tool, "install", *where, "--no-deps", *again])
         for command in steps:
-            log("$ " + " ".join(command))
+            log("$ " + shlex.join(command))  # quoted: it may be copied
             step(command)
     importlib.invalidate_caches()
 
@@ -183,6 +184,6 @@ def _run(command: list[str]) -> None:
     if done.returncode:
         said = (done.stderr or done.stdout).strip().splitlines()
         raise FastFaceError(
-            f"'{' '.join(command)}' failed: {said[-1] if said else f'exit code {done.returncode}'}",
+            f"'{shlex.join(command)}' failed: {said[-1] if said else f'exit code {done.returncode}'}",
             "check the network, then run `fastface doctor --fix` again",
         )

@@ -35,6 +35,8 @@ def doctor(
     wanted = load_recipe(named).recipe
     machine = look()
     mended = mend(machine, console.note) if fix else []
+    if fix and not mended:
+        console.note("no package shadows another: --fix has nothing to replace")
     findings = examine(wanted, named, settings, machine, offline=True if offline else None)
     failures = [finding for finding in findings if finding.level == "failure"]
     report: dict[str, object] = {

@@ -98,6 +98,8 @@ def test_nothing_to_fix(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> Non
     monkeypatch.setattr(runtimes, "apply", lambda *_: pytest.fail("there was nothing to mend"))
     code, _ = examined(capsys, "--recipe", "pocket", "--fix")
     assert code == 0
+    assert run(["doctor", "--recipe", "pocket", "--fix"]) == 0
+    assert "--fix has nothing to replace" in capsys.readouterr().err
 
 
 def test_a_cache_that_cannot_be_written(

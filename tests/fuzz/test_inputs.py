@@ -31,7 +31,7 @@ FUZZ = settings(
     deadline=None,
     suppress_health_check=list(HealthCheck),
 )
-"""Few examples in the suite; `make fuzz` asks for thousands."""
+"""Few examples in the suite; `make fuzz` asks for a thousand of each."""
 
 RECIPES = sorted(recipes_folder().glob("*.yaml"))
 TEXT = st.text(max_size=30)
