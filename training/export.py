@@ -38,7 +38,7 @@ from training import (
     unet,
     vae,
 )
-from training.common import Options, options
+from training.common import Options, load_part, options
 
 TARGET = Path(__file__).resolve().parent.parent / "fastface_cli" / "pocket" / "weights"
 LORA = "Pocket-4steps-lora.safetensors"
@@ -106,14 +106,28 @@ def factorised(layer: Any, rank: int) -> nn.Sequential:
 def export_face(settings: Options, folder: Path, draft: bool) -> None:
     """Detector and recogniser, in the layout of InsightFace's packs."""
     folder.mkdir(parents=True, exist_ok=True)
-    have = settings.work / "recogniser.pt"
-    network = recogniser.trained(settings.work) if have.exists() or not draft else recogniser.Recogniser()
-    network.add_module("head", factorised(network.head, HEAD_RANK))
-    to_onnx(network, torch.zeros(1, 3, 112, 112), folder / "rec_pocket.onnx", ["embedding"], free=False)
-    have = settings.work / "detector.pt"
-    finder = detector.trained(settings) if have.exists() or not draft else detector.Detector()
-    names = [f"{kind}_{stride}" for kind in ("score", "box", "points") for stride in detector.STRIDES]
-    to_onnx(finder, torch.zeros(1, 3, 320, 320), folder / "det_pocket.onnx", names, free=True)
+    if not _keep_shipped(settings.work / "recogniser.pt", folder / "rec_pocket.onnx", draft):
+        have = (settings.work / "recogniser.pt").exists()
+        network = recogniser.trained(settings.work) if have else recogniser.Recogniser()
+        network.add_module("head", factorised(network.head, HEAD_RANK))
+        to_onnx(network, torch.zeros(1, 3, 112, 112), folder / "rec_pocket.onnx", ["embedding"], free=False)
+    if not _keep_shipped(settings.work / "detector.pt", folder / "det_pocket.onnx", draft):
+        have = (settings.work / "detector.pt").exists()
+        finder = detector.trained(settings) if have else detector.Detector()
+        names = [f"{kind}_{stride}" for kind in ("score", "box", "points") for stride in detector.STRIDES]
+        to_onnx(finder, torch.zeros(1, 3, 320, 320), folder / "det_pocket.onnx", names, free=True)
+
+
+def _keep_shipped(checkpoint: Path, file: Path, draft: bool) -> bool:
+    """Take the shipped file where nothing was trained beyond it: no checkpoint, or one of ``shipped``.
+
+    To write it anew would not give the same bytes: its batch normalisations are melted, its head is cut.
+    """
+    trained = checkpoint.exists() and load_part(checkpoint, "step")
+    if draft or trained:
+        return False
+    shutil.copyfile(TARGET / "face" / file.name, file)
+    return True
 
 
 def export_pipe(settings: Options, folder: Path, draft: bool) -> None:
