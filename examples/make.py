@@ -82,7 +82,7 @@ def draw_overview() -> None:
 
 
 def draw_people(rows: int = 6) -> None:
-    """People of the example data set and what each recipe makes of them: a row a person, a column a recipe."""
+    """People of the example data set, a row each, and what every recipe makes of them."""
     people = sorted((HERE / "mini" / "id_photos").glob("*.png"))[:rows]
     figure, axes = plt.subplots(rows, len(ALL) + 1, figsize=(9.6, 1.2 * rows + 0.3), layout="constrained")
     for row, photo in enumerate(people):
