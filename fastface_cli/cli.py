@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -90,7 +91,7 @@ def run(argv: list[str] | None = None) -> int:
                 console.note("interrupted")
             else:
                 console.print_error(failure)
-        except BrokenPipeError:
+        except OSError:  # nobody reads, or the disk is full: there is no way left to tell
             _closed_pipe()
         return failure.exit_code
     return 0
@@ -118,7 +119,7 @@ def _said(exit_: SystemExit) -> str:
 
 
 def _closed_pipe() -> int:
-    """Nobody reads stdout any more: go quietly, as `head` expects."""
+    """Nothing more can be written to stdout: go quietly, as `head` expects."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1
 
@@ -128,6 +129,10 @@ def main() -> None:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by whoever started us
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  for the rest of the process
+    if sys.stdout.errors == "strict" and isinstance(sys.stdout, io.TextIOWrapper):
+        # A picture is there before its name is printed: a name that is no text must not end the run.
+        utf8 = sys.stdout.encoding.lower().replace("-", "") == "utf8"
+        sys.stdout.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")
     signal.signal(signal.SIGINT, _interrupt)
     # Libraries say while they are imported what only a developer wants to know.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
 from typing import Any
 
@@ -77,6 +78,9 @@ def unexpected(error: BaseException) -> FastFaceError:
             f"no permission to use {error.filename}",
             "check the permissions of it and of the folders above it",
         )
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f" at {error.filename}" if error.filename else ""
+        return FastFaceError(f"the disk is full{where}", "make room, or write to another place")
     lines = str(error).strip().splitlines()
     said = f": {lines[0][:300]}" if lines else ""
     return FastFaceError(

@@ -30,6 +30,8 @@ from .errors import FastFaceError, UsageError, nearest
 
 MAX_LINE = 1024 * 1024
 """Bytes of one line."""
+MAX_PROMPTS = 64 * 1024 * 1024
+"""Bytes of a file of prompts, which is read at once."""
 
 _Name = Annotated[str, Field(min_length=1, max_length=65536, pattern=r"^[^\x00]*$")]
 
@@ -228,11 +230,14 @@ def prompts_file(path: Path) -> list[str]:
         UsageError: it cannot be read, is not UTF-8, or holds no prompt.
     """
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            data = file.read(MAX_PROMPTS + 1)
     except (OSError, ValueError) as error:
         raise UsageError(
             f"cannot read the prompts file {path}: {_reason(error)}", "give a file with one prompt a line"
         ) from error
+    if len(data) > MAX_PROMPTS:
+        raise UsageError(f"the prompts file {path} is larger than {MAX_PROMPTS >> 20} MB", "split it")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

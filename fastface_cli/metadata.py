@@ -518,7 +518,8 @@ def _chunk(path: Path) -> str | None:
 
     try:
         if not path.is_file():
-            raise UsageError(f"there is no picture {path}" if not path.exists() else f"{path} is not a file")
+            told = f"{path} is not a file" if path.exists() else f"there is no picture {path}"
+            raise UsageError(told, "--from takes a PNG that fastface made")
         if path.stat().st_size > MAX_FILE:
             raise UsageError(f"{path} is too large for a picture of fastface")
         with warnings.catch_warnings():

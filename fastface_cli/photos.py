@@ -76,7 +76,8 @@ def open_photo(source: Path | str | bytes | Image.Image, name: str = "the photo"
         if path.is_dir():
             raise UsageError(f"the photo {path} is a folder", "give the path of one picture")
         if not path.is_file():
-            raise UsageError(f"there is no photo {path}", "check the path")
+            told = f"the photo {path} is not a file" if path.exists() else f"there is no photo {path}"
+            raise UsageError(told, "check the path")
         with path.open("rb") as file:
             start = file.read(12)
             return _guarded(lambda: _opened(file, str(path)), str(path), start)

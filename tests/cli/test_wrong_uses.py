@@ -144,6 +144,53 @@ def test_closed_stdin(tmp_path: Path) -> None:
     assert (tmp_path / "x.png").exists()
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.parametrize("json_", [[], ["--json"]], ids=["table", "json"])
+def test_no_room_for_what_is_printed(tmp_path: Path, json_: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*FASTFACE, "recipes", "list", *json_],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "unexpected" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "encoding", "printed"),
+    [
+        (b"\xff.png", "utf-8", b"\xff.png\n"),
+        ("\u6f22.png".encode(), "utf-8", "\u6f22.png\n".encode()),
+        ("\u6f22.png".encode(), "latin-1", b"\\u6f22.png\n"),
+    ],
+    ids=["no text", "text", "letters that the terminal lacks"],
+)
+def test_names_that_cannot_be_printed(tmp_path: Path, name: bytes, encoding: str, printed: bytes) -> None:
+    shutil.copy(PORTRAIT, tmp_path / "me.png")
+    arguments = [*MAKE, "--face", "me.png", "--seed", "1", "-o", os.fsdecode(name)]
+    done = subprocess.run(
+        [*FASTFACE, *arguments],
+        cwd=tmp_path,
+        capture_output=True,
+        check=False,
+        env={**os.environ, "PYTHONIOENCODING": encoding, "FASTFACE_HOME": str(tmp_path / "home")},
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / os.fsdecode(name)).exists()
+    assert done.stdout == printed
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="needs a file without end")
+def test_a_prompts_file_without_end(tmp_path: Path) -> None:
+    shutil.copy(PORTRAIT, tmp_path / "me.png")
+    arguments = ("generate", "--recipe", "pocket", "--face", "me.png", "--prompts-file", "/dev/zero")
+    refused(call(tmp_path, *arguments), 2, "the prompts file /dev/zero is larger than 64 MB")
+
+
 def test_a_run_in_place_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     dataset = PORTRAIT.parent / "mini"
