@@ -10,7 +10,8 @@ import typer
 
 from .. import console
 from ..errors import UsageError
-from .completion import complete_device, complete_dtype, complete_field, complete_recipe, complete_saving
+from .completion import complete_field, complete_recipe, complete_saving
+from .options import DeviceOption, DtypeOption
 
 if TYPE_CHECKING:
     from ..acceleration import Acceleration
@@ -63,12 +64,8 @@ def bench(
     cold: Annotated[
         bool, typer.Option("--cold/--no-cold", help="Also start a process for each side.")
     ] = True,
-    device: Annotated[
-        str | None, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.", autocompletion=complete_device)
-    ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, float16 or bfloat16.", autocompletion=complete_dtype)
-    ] = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder for bench.json and bench.md.")
     ] = None,

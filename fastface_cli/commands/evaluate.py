@@ -12,7 +12,8 @@ import typer
 
 from .. import console
 from ..errors import FastFaceError, UsageError, nearest
-from .completion import complete_device, complete_dtype, complete_field, complete_metric, complete_recipe
+from .completion import complete_field, complete_metric, complete_recipe
+from .options import DeviceOption, DtypeOption
 
 if TYPE_CHECKING:
     from ..evaluation.dataset import Dataset
@@ -49,9 +50,6 @@ MetricsOption = Annotated[
 ]
 ProtocolOption = Annotated[
     str, typer.Option(help="fastface, or published: as the paper did, with its faults.")
-]
-DeviceOption = Annotated[
-    str | None, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.", autocompletion=complete_device)
 ]
 OfflineOption = Annotated[bool, typer.Option("--offline", help="Fetch nothing.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
@@ -93,9 +91,7 @@ def evaluate(
     ] = None,
     stack: Annotated[Path | None, typer.Option(help="Folder of local weights for the models.")] = None,
     device: DeviceOption = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, float16 or bfloat16.", autocompletion=complete_dtype)
-    ] = None,
+    dtype: DtypeOption = None,
     offline: OfflineOption = False,
     commercial: Annotated[
         bool, typer.Option("--commercial", help="Refuse models whose licence forbids commercial use.")

@@ -15,8 +15,8 @@ import typer
 
 from .. import console
 from ..errors import UsageError
-from .completion import complete_device, complete_dtype, complete_field, complete_saving
-from .options import RecipeOption
+from .completion import complete_field, complete_saving
+from .options import DeviceOption, DtypeOption, RecipeOption
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -163,12 +163,8 @@ def generate(
     save_latents: Annotated[Path | None, typer.Option(help="Keep the latents as FILE.safetensors.")] = None,
     no_metadata: Annotated[bool, typer.Option("--no-metadata", help="Write nothing into the PNG.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace existing files.")] = False,
-    device: Annotated[
-        str | None, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.", autocompletion=complete_device)
-    ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, float16 or bfloat16.", autocompletion=complete_dtype)
-    ] = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures that share a UNet call.")] = 1,
     low_memory: Annotated[
         str | None,

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .completion import complete_recipe
+from .completion import complete_device, complete_dtype, complete_recipe
 
 RecipeOption = Annotated[
     str | None,
@@ -17,4 +17,12 @@ RecipeOption = Annotated[
         show_default="hyper-fastface",
         autocompletion=complete_recipe,
     ),
+]
+
+DeviceOption = Annotated[
+    str | None, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.", autocompletion=complete_device)
+]
+
+DtypeOption = Annotated[
+    str | None, typer.Option(help="float32, float16 or bfloat16.", autocompletion=complete_dtype)
 ]
