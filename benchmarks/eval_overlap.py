@@ -2,7 +2,8 @@
 
     python benchmarks/eval_overlap.py [--dataset examples/mini] [--recipe pocket-fastface] [--seeds 4]
 
-Each side has a core of its own: the worker process is pinned to one, this process, which scores, to another.
+Each side has a core of its own: the worker process is pinned to one; this process, which hands out and
+writes, and the one that scores share another.
 Models are loaded and people measured before the clocks start: a run of hours does not feel them, and a short
 one would measure nothing else.
 """
@@ -15,7 +16,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,8 +24,10 @@ from fastface_cli.evaluation import setup
 from fastface_cli.evaluation.dataset import load_dataset
 from fastface_cli.evaluation.engines import LocalPool, Outcome
 from fastface_cli.evaluation.maker import Job, Make, MakerFactory
+from fastface_cli.evaluation.metrics.base import Metric
 from fastface_cli.evaluation.runner import Plan, Scoring, generate, score
 from fastface_cli.evaluation.runs import Run
+from fastface_cli.evaluation.scoring import Judge, Load, ToScore
 from fastface_cli.recipe_files import load_recipe
 from fastface_cli.settings import load_settings
 
@@ -59,6 +62,19 @@ class Warm(LocalPool):
         return self.wait()
 
 
+class Loaded(Scoring):
+    """Scoring whose process is there and has its models."""
+
+    def __init__(self, metrics: Sequence[Metric], load: Load) -> None:
+        super().__init__(metrics, load)
+        self._ready = super().judge()
+        self._ready.send(ToScore(Path(), ()))
+        self._ready.receive()
+
+    def judge(self) -> Judge:
+        return self._ready
+
+
 @contextmanager
 def fresh(folder: Path, info: dict[str, object], people: Path) -> Iterator[Run]:
     """A new run that knows its people already."""
@@ -88,13 +104,12 @@ def main() -> None:
     plan = Plan(recipes, load_dataset(options.dataset), options.seeds)
     names = options.metrics.split(",") if options.metrics else setup.default_metrics(recipes, "fastface")
 
-    def loaded() -> Scoring:
+    def loaded() -> Loaded:
         """Metrics with their models, and without a memory of pictures that they have seen."""
         found = setup.scoring(names, recipes, machine, "fastface", settings)
-        found.load()
-        return Scoring(found.metrics, lambda: None)
+        return Loaded(found.metrics, found.load)
 
-    nothing = Scoring([], lambda: None)
+    nothing = Scoring([], list)
     info = setup.describe(plan, machine, rules="fastface", split="full", metrics=names)
     with tempfile.TemporaryDirectory() as place:
         root = Path(place)

@@ -6,20 +6,18 @@ A worker that dies takes no image with it: what it was making goes to another on
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import math
 import os
-import signal
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from multiprocessing import connection, get_context
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
+from multiprocessing import connection
 from typing import Any, Protocol, TypeAlias
 
 from ..errors import FastFaceError, ModelUnavailableError, UsageError
 from .maker import Factory, Job, Made, error_record, failed
+from .processes import Answerer, Broken, GoneError
 
 ATTEMPTS = 3
 """Workers that one image may cost."""
@@ -32,13 +30,6 @@ class Lost:
     """A worker died over its job."""
 
     reason: str
-
-
-@dataclass(frozen=True)
-class Broken:
-    """A worker cannot make any image: the record of a FastFaceError."""
-
-    error: dict[str, Any]
 
 
 Outcome: TypeAlias = Made | Lost | Broken
@@ -98,7 +89,7 @@ def make_all(pool: Pool, jobs: Iterable[Job], log: Callable[[str], None] = lambd
                 job = busy.pop(slot)
                 idle.append(slot)
                 if isinstance(outcome, Broken):
-                    raise _raised(outcome.error)
+                    raise outcome.raised()
                 if isinstance(outcome, Made):
                     losses = 0
                     made.append(outcome)
@@ -121,13 +112,6 @@ def make_all(pool: Pool, jobs: Iterable[Job], log: Callable[[str], None] = lambd
         pool.close()
 
 
-def _raised(record: dict[str, Any]) -> FastFaceError:
-    """The error of another process, with its exit code."""
-    error = FastFaceError(record["message"], record["hint"])
-    error.exit_code, error.kind = record["code"], record["kind"]
-    return error
-
-
 def work(factory: Factory, device: str) -> Callable[[Job], Outcome]:
     """What a worker of any engine does with a job; models come with the first one."""
     make = None
@@ -146,17 +130,6 @@ def work(factory: Factory, device: str) -> Callable[[Job], Outcome]:
 # ------------------------------------------------------------------------------------------------- local
 
 
-def _serve(pipe: Connection, factory: Factory, device: str) -> None:
-    """A worker process: jobs in, outcomes out, until the other end closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that we work for
-    one = work(factory, device)
-    try:
-        while True:
-            pipe.send(one(pipe.recv()))
-    except (EOFError, OSError):
-        return
-
-
 class LocalPool:
     """Processes of this machine.
 
@@ -169,65 +142,41 @@ class LocalPool:
         self.size = len(devices)
         self._factory = factory
         self._devices = devices
-        # A fork would take over half-initialised CUDA and threads' locks.
-        self._context = get_context("spawn")
-        self._workers: dict[int, tuple[BaseProcess, Connection]] = {}
+        self._workers: dict[int, Answerer] = {}
         self._busy: set[int] = set()
 
     def start(self, slot: int) -> None:
         """See `Pool`."""
-        self._end(slot)
-        ours, theirs = self._context.Pipe()
-        process = self._context.Process(
-            target=_serve, args=(theirs, self._factory, self._devices[slot]), daemon=True
-        )
-        process.start()
-        theirs.close()
-        self._workers[slot] = (process, ours)
+        if slot in self._workers:
+            self._workers.pop(slot).close()
+        self._workers[slot] = Answerer(functools.partial(work, self._factory, self._devices[slot]))
 
     def send(self, slot: int, job: Job) -> None:
         """See `Pool`."""
         self._busy.add(slot)
-        with contextlib.suppress(OSError):  # it has died; `wait` finds the pipe closed
-            self._workers[slot][1].send(job)
+        self._workers[slot].send(job)
 
     def wait(self) -> list[tuple[int, Outcome]]:
         """See `Pool`."""
-        slots = {self._workers[slot][1]: slot for slot in self._busy}
+        slots = {self._workers[slot].pipe: slot for slot in self._busy}
         found: list[tuple[int, Outcome]] = []
         for pipe in connection.wait(list(slots)):
-            assert isinstance(pipe, Connection)
+            assert isinstance(pipe, connection.Connection)
             slot = slots[pipe]
             self._busy.discard(slot)
             try:
-                found.append((slot, pipe.recv()))
-            except (EOFError, OSError):
-                found.append((slot, Lost(self._cause(slot))))
+                found.append((slot, self._workers[slot].receive()))
+            except GoneError as gone:
+                found.append((slot, Lost(str(gone))))
         return found
-
-    def _cause(self, slot: int) -> str:
-        process = self._workers[slot][0]
-        process.join(5)
-        code = process.exitcode
-        if code is not None and code < 0:
-            name = signal.Signals(-code).name
-            memory = ", which is how the system ends what takes too much memory" if code == -9 else ""
-            return f"ended by {name}{memory}"
-        return f"ended with code {code}"
-
-    def _end(self, slot: int) -> None:
-        if slot in self._workers:
-            process, pipe = self._workers.pop(slot)
-            pipe.close()
-            process.terminate()
-            process.join()
 
     def close(self) -> None:
         """See `Pool`."""
-        for process, _ in self._workers.values():
-            process.terminate()
-        for slot in list(self._workers):
-            self._end(slot)
+        for worker in self._workers.values():
+            worker.terminate()
+        for worker in self._workers.values():
+            worker.close()
+        self._workers.clear()
 
 
 def local_devices(device: str, workers: int | None) -> list[str]:

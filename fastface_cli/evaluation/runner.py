@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +16,10 @@ from .dataset import Dataset
 from .engines import Pool, make_all
 from .maker import Job, error_record
 from .people import People, degraded_path, held_out_path, reference_path
+from .processes import Answerer
 from .rows import Row, image_seed, row_key
 from .runs import Run, read_info, read_lines
-from .scoring import CHUNK, Chunks, Scorer, load_vectors
+from .scoring import CHUNK, Chunks, Judge, Load, Scorer, judging, load_vectors
 
 if TYPE_CHECKING:
     from ..recipe import Recipe
@@ -93,17 +95,22 @@ class Watch:
     """Told how many more rows are scored."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Scoring:
     """Metrics, and how they get their models."""
 
     metrics: Sequence[Metric]
-    load: Callable[[], None]
-    _scorer: Scorer | None = field(default=None, init=False)
+    """Not loaded: here they only say what they are, and look at the run as a whole."""
+    load: Load
+
+    def judge(self) -> Judge:
+        """Start the process that scores."""
+        return Answerer(functools.partial(judging, self.load))
 
     def start(self, run: Run, scored: Callable[[int], None]) -> Scorer | None:
         """A scorer for a run; None where there is nothing to measure."""
-        return Scorer(run, self.metrics, self.load, scored) if self.metrics else None
+        names = [metric.name for metric in self.metrics]
+        return Scorer(run, names, self.judge, scored) if names else None
 
 
 def generate(
@@ -142,6 +149,8 @@ def generate(
         del done  # a run may have more rows than should lie in memory twice
         left = (row for row in plan.rows() if row.key not in known)
         if (first := next(left, None)) is not None:
+            if scorer is not None:
+                scorer.begin()
             jobs = _Jobs(run, plan, people, chunks, watch, itertools.chain([first], left))
             for made in make_all(pool(), jobs, watch.log):
                 jobs.finished(made.row, made.picture)

@@ -1,4 +1,7 @@
-"""Scoring beside generation: chunks of finished rows go through the metrics on a thread of their own.
+"""Scoring beside generation: chunks of finished rows go through the metrics in a process of its own.
+
+dlib, for one, keeps the interpreter to itself while it looks at a face; beside it, whoever hands out jobs and
+writes rows would stand still.
 
 Rows are scored in fixed chunks of the run's plan, each as soon as all of it has been made. Matrix products
 round differently in batches of other sizes: with fixed chunks the numbers do not depend on who was fast, on
@@ -7,16 +10,19 @@ where a run was cut off, or on the engine.
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from ..errors import FastFaceError
 from ..files import write_atomically
 from .maker import error_record
+from .processes import Broken, GoneError
 from .rows import Row
 from .runs import Run
 
@@ -24,12 +30,14 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
-    from .metrics.base import Metric, Sample
+    from .metrics.base import Metric, Scored
 
 CHUNK = 16
 """Rows that are scored together."""
 WAITING = 64
 """Chunks that may wait to be scored before generation waits for scoring."""
+Load: TypeAlias = "Callable[[], Sequence[Metric]]"
+"""Makes metrics and loads their models; picklable, for it is called in the scoring process."""
 READ = "pictures"
 """In the place of a metric's name: the picture could not be read."""
 
@@ -70,33 +78,98 @@ class Chunks:
         return (person * self._prompts + row.prompt_index) * self._seeds + row.seed_index
 
 
+@dataclass(frozen=True)
+class ToScore:
+    """A request to the scoring process: rows that have a picture."""
+
+    folder: Path
+    """RUN/."""
+    rows: tuple[Row, ...]
+
+
+Judged: TypeAlias = "dict[str, Scored] | Broken"
+"""Its answer, by key."""
+
+
+def judging(load: Load) -> Callable[[ToScore], Judged]:
+    """What the scoring process does with a chunk; models come with the first one."""
+    metrics: Sequence[Metric] | None = None
+    photo = lru_cache(32)(_photo)
+
+    def one(chunk: ToScore) -> Judged:
+        from ..photos import read_photo
+        from .metrics.base import Sample, Scored, score_batch
+
+        nonlocal metrics
+        judged, samples = dict[str, Scored](), []
+        try:
+            metrics = load() if metrics is None else metrics
+            for row in chunk.rows:
+                try:
+                    picture = read_photo(chunk.folder / str(row.file))
+                except FastFaceError as error:
+                    judged[row.key] = Scored({}, {READ: error_record(error)}, {})
+                    continue
+                samples.append(
+                    Sample(
+                        key=row.key,
+                        picture=picture,
+                        reference=photo(chunk.folder, row.reference),
+                        prompt=row.prompt,
+                        held_out=photo(chunk.folder, row.held_out),
+                        identity=row.identity,
+                    )
+                )
+            found = score_batch(metrics, samples) if samples else []
+        except Exception as error:
+            return Broken(error_record(error))
+        return judged | {sample.key: scored for sample, scored in zip(samples, found, strict=True)}
+
+    return one
+
+
+class Judge(Protocol):
+    """What answers `ToScore` with `Judged`: an `Answerer`, or a stand-in."""
+
+    def send(self, request: Any) -> None: ...
+    def receive(self) -> Any: ...
+    def terminate(self) -> None: ...
+    def close(self) -> None: ...
+
+
 class Scorer:
-    """Scores chunks on a thread; what goes wrong there is raised at the next call.
+    """Has chunks scored and keeps what comes of them; what goes wrong is raised at the next call.
 
     Args:
         run: takes scores and vectors.
-        metrics: not loaded yet: `load` does it on the thread.
-        load: loads the metrics.
+        metrics: names of what measures.
+        start: starts the judge; called when there is something to score or soon will be.
         scored: told how many rows have just been scored.
     """
 
     def __init__(
         self,
         run: Run,
-        metrics: Sequence[Metric],
-        load: Callable[[], None],
+        metrics: Sequence[str],
+        start: Callable[[], Judge],
         scored: Callable[[int], None] = lambda _: None,
     ) -> None:
         self._run = run
         self._metrics = metrics
-        self._load = load
+        self._start = start
         self._scored = scored
+        self._judge: Judge | None = None
         self._queue: queue.Queue[list[Row] | None] = queue.Queue(WAITING)
         self._error: BaseException | None = None
         self._stopped = False
-        self._photo = lru_cache(32)(_photo)
         self._thread = threading.Thread(target=self._work, name="scoring", daemon=True)
-        self._thread.start()
+
+    def begin(self) -> None:
+        """Start the judge, if it has not been: models load while the first pictures are being made."""
+        if self._judge is None:
+            self._judge = self._start()
+            self._judge.send(ToScore(self._run.folder, ()))
+            self._thread.start()
 
     def put(self, rows: list[Row]) -> None:
         """Have a chunk scored; waits while too many wait already.
@@ -104,6 +177,7 @@ class Scorer:
         Raises:
             FastFaceError: scoring has failed for good.
         """
+        self.begin()
         while True:
             self._check()
             try:
@@ -114,6 +188,8 @@ class Scorer:
 
     def finish(self) -> None:
         """Wait until everything is scored."""
+        if self._judge is None:
+            return
         while self._thread.is_alive():
             try:
                 self._queue.put(None, timeout=0.5)
@@ -121,70 +197,62 @@ class Scorer:
             except queue.Full:
                 continue
         self._thread.join()
+        self._judge.close()
         self._check()
 
     def stop(self) -> None:
-        """End after the chunk at hand; what waits stays unscored."""
+        """End at once; what is not scored yet stays unscored."""
+        if self._judge is None:
+            return
         self._stopped = True
+        self._judge.terminate()
         while self._thread.is_alive():
-            try:
-                self._queue.get_nowait()
-            except queue.Empty:
-                self._queue.put(None)
-                self._thread.join()
+            with contextlib.suppress(queue.Full):
+                self._queue.put_nowait(None)
+            self._thread.join(0.05)
+        self._judge.close()
 
     def _check(self) -> None:
         if self._error is not None:
             raise self._error
 
     def _work(self) -> None:
+        """The thread that talks to the judge: it mostly waits, and keeps nobody else from working."""
         try:
-            loaded = False
-            while (rows := self._queue.get()) is not None:
-                if self._stopped:
-                    return
-                if not loaded:  # models come with the first chunk: a run may have nothing left to score
-                    self._load()
-                    loaded = True
-                self._chunk(rows)
+            self._answer()  # to the empty chunk: the models are there
+            while (rows := self._queue.get()) is not None and not self._stopped:
+                made = tuple(row for row in rows if row.file is not None)
+                if made:
+                    assert self._judge is not None
+                    self._judge.send(ToScore(self._run.folder, made))
+                self._keep(rows, self._answer() if made else {})
                 self._scored(len(rows))
+        except GoneError as gone:
+            if not self._stopped:
+                self._error = FastFaceError(
+                    f"the scoring process has {gone}",
+                    "the pictures are kept, and the same command goes on; --metrics takes fewer models",
+                )
         except BaseException as error:
             self._error = error
 
-    def _chunk(self, rows: Sequence[Row]) -> None:
-        from .metrics.base import score_batch
+    def _answer(self) -> Mapping[str, Scored]:
+        assert self._judge is not None
+        judged: Judged = self._judge.receive()
+        if isinstance(judged, Broken):
+            raise judged.raised()
+        return judged
 
-        samples, scores = [], dict[str, tuple[dict[str, float | None], dict[str, Any]]]()
-        for row in rows:
-            if row.file is None:
-                continue
-            try:
-                samples.append(self._sample(row))
-            except FastFaceError as error:
-                scores[row.key] = ({}, {READ: error_record(error)})
-        found = score_batch(self._metrics, samples) if samples else []
+    def _keep(self, rows: Sequence[Row], judged: Mapping[str, Scored]) -> None:
         vectors: dict[str, dict[str, np.ndarray]] = {}
-        for sample, one in zip(samples, found, strict=True):
-            scores[sample.key] = (one.scores, one.errors)
+        for key, one in judged.items():
             for name, vector in one.vectors.items():
-                vectors.setdefault(name.partition("/")[0], {})[f"{sample.key}\t{name}"] = vector
+                vectors.setdefault(name.partition("/")[0], {})[f"{key}\t{name}"] = vector
         for metric, arrays in vectors.items():
             first = rows[0].key.replace("/", "~")
             _save_vectors(self._run.folder / "vectors" / metric / f"{first}.npz", arrays)
-        self._run.add_scores(scores, [metric.name for metric in self._metrics])
-
-    def _sample(self, row: Row) -> Sample:
-        from ..photos import read_photo
-        from .metrics.base import Sample
-
-        return Sample(
-            key=row.key,
-            picture=read_photo(self._run.folder / str(row.file)),
-            reference=self._photo(self._run.folder, row.reference),
-            prompt=row.prompt,
-            held_out=self._photo(self._run.folder, row.held_out),
-            identity=row.identity,
-        )
+        scores = {key: (one.scores, one.errors) for key, one in judged.items()}
+        self._run.add_scores(scores, self._metrics)
 
 
 def _photo(folder: Path, path: str | None) -> Image.Image | None:

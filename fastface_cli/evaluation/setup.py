@@ -171,7 +171,7 @@ def scoring(
     wanted = {name: resolve(name) for metric in metrics for name in metric.needs.artefacts} | by_role
     found = Store(settings, offline=machine.offline).ensure(list(wanted.values()))
     context = Context({name: found[one.name] for name, one in wanted.items()}, _beside(machine), rules)
-    return Scoring(metrics, functools.partial(_load, metrics, context, machine.threads))
+    return Scoring(metrics, functools.partial(_load, list(names), context, machine.threads))
 
 
 def _roles(roles: set[str], recipes: Mapping[str, Recipe]) -> dict[str, Any]:
@@ -194,12 +194,15 @@ def _roles(roles: set[str], recipes: Mapping[str, Recipe]) -> dict[str, Any]:
     return found
 
 
-def _load(metrics: Sequence[Metric], context: Context, threads: int) -> None:
+def _load(names: Sequence[str], context: Context, threads: int) -> list[Metric]:
+    """Metrics with their models, in the process that scores."""
     import torch
 
     torch.set_num_threads(threads)
+    metrics = make_metrics(names)
     for metric in metrics:
         metric.load(context)
+    return metrics
 
 
 def _beside(machine: Machine) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import queue
 import signal
 import time
 from collections import deque
@@ -13,11 +14,13 @@ import numpy as np
 from PIL import Image
 
 from fastface_cli.errors import DeviceError, NoFaceError
+from fastface_cli.evaluation import runner
 from fastface_cli.evaluation.dataset import Dataset, Subject
 from fastface_cli.evaluation.engines import Lost, Outcome, Pool, work
 from fastface_cli.evaluation.maker import Factory, Job, Made, failed
 from fastface_cli.evaluation.metrics.base import Column, Context, Needs, Sample, Scores
-from fastface_cli.evaluation.runner import Plan, Scoring
+from fastface_cli.evaluation.runner import Plan
+from fastface_cli.evaluation.scoring import Judged, Load, ToScore, judging
 from fastface_cli.identity import Identity
 from fastface_cli.pictures import encode_png
 from fastface_cli.recipe_files import load_recipe
@@ -181,5 +184,53 @@ class Brightness:
         return {key: {"brightness_rank": float(place)} for place, key in enumerate(order)}
 
 
-def scoring(metric: Brightness | None = None) -> Scoring:
-    return Scoring([metric or Brightness()], lambda: None)
+class Deadly(Brightness):
+    """Ends its process over the first batch."""
+
+    def score(self, samples: list[Sample]) -> list[Scores]:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return []
+
+
+class Endless(Brightness):
+    """Never comes to its end."""
+
+    def score(self, samples: list[Sample]) -> list[Scores]:
+        time.sleep(3600)
+        return []
+
+
+class Judge:
+    """A judge that is this process."""
+
+    def __init__(self, load: Load) -> None:
+        self._one = judging(load)
+        self._answers: queue.Queue[Judged] = queue.Queue()
+
+    def send(self, request: ToScore) -> None:
+        self._answers.put(self._one(request))
+
+    def receive(self) -> Judged:
+        return self._answers.get()
+
+    def terminate(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class Scoring(runner.Scoring):
+    """Scoring in this process."""
+
+    def judge(self) -> Judge:
+        return Judge(self.load)
+
+
+def scoring(metric: Brightness | None = None, *, process: bool = False) -> runner.Scoring:
+    metrics = [metric or Brightness()]
+    return (runner.Scoring if process else Scoring)(metrics, functools.partial(list, metrics))
+
+
+def no_scoring() -> runner.Scoring:
+    return Scoring([], list)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import gc
 import itertools
 import json
+import multiprocessing
 import pathlib
 import random
 import subprocess
 import sys
+import time
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
@@ -321,7 +323,7 @@ def test_cut_off_anywhere_and_taken_up_the_numbers_are_the_same(tmp_path):
 def test_more_metrics_later(tmp_path):
     plan = stand_in.plan()
     with Run.open(tmp_path / "run", stand_in.info(plan)) as run:
-        nothing = stand_in.Scoring([], lambda: None)
+        nothing = stand_in.no_scoring()
         generate(run, plan, stand_in.Here, stand_in.People(), nothing)
         assert run.scores() == {}
         metric = stand_in.Brightness()
@@ -337,7 +339,7 @@ def test_more_metrics_later(tmp_path):
 def test_a_picture_that_cannot_be_read_costs_only_its_own_scores(tmp_path):
     plan = stand_in.plan()
     with Run.open(tmp_path / "run", stand_in.info(plan)) as run:
-        generate(run, plan, stand_in.Here, stand_in.People(), stand_in.Scoring([], lambda: None))
+        generate(run, plan, stand_in.Here, stand_in.People(), stand_in.no_scoring())
         (run.folder / "images/pocket/p001/0002-0.png").write_bytes(b"no picture")
         metric = stand_in.Brightness()
         score(run, stand_in.scoring(metric))
@@ -349,16 +351,58 @@ def test_a_picture_that_cannot_be_read_costs_only_its_own_scores(tmp_path):
 
 
 def test_scoring_that_cannot_start_ends_the_run(tmp_path):
-    def load() -> None:
+    def load():
         raise DeviceError("out of memory on cuda")
 
     plan, pool = stand_in.plan(10, 10), stand_in.Here()
     with Run.open(tmp_path / "run", stand_in.info(plan)) as run:
         scoring = stand_in.Scoring([stand_in.Brightness()], load)
-        with pytest.raises(DeviceError, match="out of memory"):
+        with pytest.raises(FastFaceError, match="out of memory") as caught:
             generate(run, plan, lambda: pool, stand_in.People(), scoring)
+        assert caught.value.exit_code == DeviceError.exit_code
         assert pool.closed
         assert len(run.rows()) >= CHUNK  # what was made is kept
+
+
+def test_a_scoring_process_gives_what_this_process_gives(tmp_path):
+    plan = stand_in.plan(5, 7)  # the last chunk is not a full one
+    metric = stand_in.Brightness()
+    with Run.open(tmp_path / "run", stand_in.info(plan)) as run:
+        generate(run, plan, stand_in.Here, stand_in.People(), stand_in.scoring(metric, process=True))
+        assert joined(run, [metric]) == run_all(tmp_path / "other", plan)
+    assert metric.batches == []
+
+
+def test_a_scoring_process_that_dies_ends_the_run_and_the_pictures_stay(tmp_path):
+    plan, pool = stand_in.plan(3, 6), stand_in.Here()
+    with Run.open(tmp_path / "run", stand_in.info(plan)) as run:
+        scoring = stand_in.scoring(stand_in.Deadly(), process=True)
+        with pytest.raises(FastFaceError, match="the scoring process has ended by SIGKILL") as caught:
+            generate(run, plan, lambda: pool, stand_in.People(), scoring)
+        assert "the same command goes on" in str(caught.value.hint)
+        assert pool.closed
+        assert len(run.rows()) >= CHUNK
+        score(run, stand_in.scoring())
+        assert len(run.scores()) == len(run.rows())
+
+
+def test_a_run_that_is_stopped_ends_its_scoring_process_at_once(tmp_path):
+    plan = stand_in.plan(3, 6)
+
+    def made(count: int, seen: list[int] = [0]) -> None:  # noqa: B006
+        seen[0] += count
+        if seen[0] == plan.count():
+            raise KeyboardInterrupt
+
+    began = time.monotonic()
+    with Run.open(tmp_path / "run", stand_in.info(plan)) as run:
+        scoring = stand_in.scoring(stand_in.Endless(), process=True)
+        with pytest.raises(KeyboardInterrupt):
+            generate(run, plan, stand_in.Here, stand_in.People(), scoring, watch=Watch(made=made))
+        assert len(run.rows()) == plan.count()
+        assert run.scores() == {}
+    assert time.monotonic() - began < 60
+    assert multiprocessing.active_children() == []
 
 
 def test_memory_stays_flat_over_2000_rows(tmp_path):
@@ -432,6 +476,7 @@ def test_losing_every_worker_ends_the_run():
 
 KILLED = """
 import sys
+from pathlib import Path
 sys.path.insert(0, {tests!r})
 import eval_stand_ins as stand_in
 from fastface_cli.evaluation.engines import LocalPool
@@ -439,10 +484,19 @@ from fastface_cli.evaluation.runner import generate
 from fastface_cli.evaluation.runs import Run
 if __name__ == "__main__":
     plan = stand_in.plan(8, 10, recipes=("one", "two"))
-    with Run.open({folder!r}, stand_in.info(plan)) as run:
+    with Run.open(Path({folder!r}), stand_in.info(plan)) as run:
         pool = lambda: LocalPool(stand_in.slow, ["cpu", "cpu"])
-        generate(run, plan, pool, stand_in.People(), stand_in.scoring())
+        generate(run, plan, pool, stand_in.People(), stand_in.scoring(process=True))
 """
+
+
+def test_a_script_that_its_workers_would_run_again_is_told_so(tmp_path):
+    script = tmp_path / "unguarded.py"
+    guarded = KILLED.format(tests=str(Path(__file__).parent), folder=str(tmp_path / "run"))
+    script.write_text(guarded.replace('if __name__ == "__main__":', "if True:"))
+    ended = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
+    assert ended.returncode != 0
+    assert "does the script start it under if __name__ == '__main__'?" in ended.stderr
 
 
 @pytest.mark.slow
@@ -455,11 +509,7 @@ def test_killed_at_ten_random_moments_the_numbers_are_the_same(tmp_path):
     whole = run_all(tmp_path / "whole", plan)
     script = tmp_path / "killed.py"
     folder = tmp_path / "killed"
-    script.write_text(
-        KILLED.format(tests=str(Path(__file__).parent), folder=str(folder)).replace(
-            f"Run.open({str(folder)!r}", f"Run.open(__import__('pathlib').Path({str(folder)!r})"
-        )
-    )
+    script.write_text(KILLED.format(tests=str(Path(__file__).parent), folder=str(folder)))
     kills, log = 0, folder / "generated.jsonl"
     while kills < 10:
         before = log.stat().st_size if log.exists() else 0
