@@ -34,9 +34,9 @@ from fastface_cli.settings import load_settings
 CORES = sorted(os.sched_getaffinity(0))
 
 
-def pinned(factory: MakerFactory, device: str) -> Make:
-    """The maker of a worker, on the last core."""
-    os.sched_setaffinity(0, {CORES[-1]})
+def pinned(factory: MakerFactory, core: int, device: str) -> Make:
+    """The maker of a worker on a core; asked itself, a worker knows only the core that it inherits."""
+    os.sched_setaffinity(0, {core})
     return factory(device)
 
 
@@ -118,7 +118,7 @@ def main() -> None:
         subjects = {subject.name: subject for subject in plan.dataset.subjects}
         for subject in subjects.values():
             people.identity(subject, None, str(recipes[row.recipe].model.face))
-        pool = Warm(functools.partial(pinned, MakerFactory(recipes)), ["cpu"])
+        pool = Warm(functools.partial(pinned, MakerFactory(recipes), CORES[-1]), ["cpu"])
         pool.warm_up(Job(row, people.identity(subjects[row.identity], None, "pocket-face")))
         print(f"{plan.count()} images, metrics {', '.join(names)}, cores {CORES[0]} and {CORES[-1]}")
         ratios = []

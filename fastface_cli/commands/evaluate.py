@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -397,7 +398,15 @@ def _dataset(name: str, prompts: Path | None, split: str, rules: Rules) -> Datas
         path = diversefaces_folder(load_settings())
         if not path.is_dir():
             raise UsageError("diversefaces has not been fetched", "fastface download diversefaces")
-    return load_dataset(path, prompts=prompts, split=chosen, lower=rules == "published")
+    found = load_dataset(path, prompts=prompts, split=chosen, lower=rules == "published")
+    again = [text for text, count in Counter(found.prompts).items() if count > 1]
+    if again:
+        console.note(
+            f"{len(again)} prompt{' is' if len(again) == 1 else 's are'} given more than once, "
+            f"as '{again[0][:80]}': "
+            "each time counts as a prompt of its own"
+        )
+    return found
 
 
 def _metrics(given: str | None, recipes: Mapping[str, Recipe], rules: Rules) -> list[str]:

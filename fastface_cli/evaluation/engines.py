@@ -224,7 +224,7 @@ class RayPool:
 
     Raises:
         ModelUnavailableError: Ray is not installed.
-        UsageError: no such cluster.
+        UsageError: no such cluster, or too small a one.
     """
 
     def __init__(
@@ -259,7 +259,15 @@ class RayPool:
                 ) from error
         there = ray.cluster_resources()
         gpus = 0 if device == "cpu" else int(there.get("GPU", 0))
-        self.size = workers or gpus or max(1, int(there.get("CPU", 1)))
+        cpus = max(1, int(there.get("CPU", 1)))
+        self.size = workers or gpus or cpus
+        if not gpus and self.size > cpus:  # Ray would keep the rest waiting for ever, and say nothing
+            if self._own:
+                ray.shutdown()
+            raise UsageError(
+                f"the Ray cluster has {cpus} CPUs for {self.size} workers",
+                f"give at most --workers {cpus}",
+            )
         # An actor fits on one GPU: of five on two GPUs each takes a third, or one would wait for ever.
         share = {"num_gpus": 1 / math.ceil(self.size / gpus)} if gpus else {"num_cpus": 1}
         # Ray shows each actor its own GPU alone, as cuda:0.

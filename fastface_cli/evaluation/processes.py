@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -40,11 +42,12 @@ class Answerer:
 
     Args:
         prepare: called there at the start; makes what answers. Picklable, and raises nothing.
+        last: the process gives way to all others where there are more of them than cores.
     """
 
-    def __init__(self, prepare: Callable[[], Answer]) -> None:
+    def __init__(self, prepare: Callable[[], Answer], *, last: bool = False) -> None:
         self.pipe, theirs = _SPAWN.Pipe()
-        self._process = _SPAWN.Process(target=_serve, args=(theirs, prepare), daemon=True)
+        self._process = _SPAWN.Process(target=_serve, args=(theirs, prepare, last), daemon=True)
         self._process.start()
         theirs.close()
 
@@ -86,8 +89,10 @@ class Answerer:
         return f"ended with code {code}"
 
 
-def _serve(pipe: Connection, prepare: Callable[[], Answer]) -> None:
+def _serve(pipe: Connection, prepare: Callable[[], Answer], last: bool) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that we work for
+    if last and sys.platform != "win32":
+        os.nice(10)
     answer = prepare()
     try:
         while True:

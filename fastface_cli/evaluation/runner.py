@@ -104,8 +104,9 @@ class Scoring:
     load: Load
 
     def judge(self) -> Judge:
-        """Start the process that scores."""
-        return Answerer(functools.partial(judging, self.load))
+        """Start the process that scores. It comes last: who waits for a score is nobody, but a worker waits
+        for its next job, and that for whoever hands it out."""
+        return Answerer(functools.partial(judging, self.load), last=True)
 
     def start(self, run: Run, scored: Callable[[int], None]) -> Scorer | None:
         """A scorer for a run; None where there is nothing to measure."""

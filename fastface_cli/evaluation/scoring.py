@@ -1,7 +1,7 @@
 """Scoring beside generation: chunks of finished rows go through the metrics in a process of its own.
 
-dlib, for one, keeps the interpreter to itself while it looks at a face; beside it, whoever hands out jobs and
-writes rows would stand still.
+dlib, for one, keeps the interpreter to itself while it looks at a face; on a thread beside it, whoever hands
+out jobs and writes rows would stand still.
 
 Rows are scored in fixed chunks of the run's plan, each as soon as all of it has been made. Matrix products
 round differently in batches of other sizes: with fixed chunks the numbers do not depend on who was fast, on

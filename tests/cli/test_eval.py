@@ -236,6 +236,16 @@ def test_killed_at_ten_random_moments_the_numbers_are_the_same(two, whole, tmp_p
     assert rows(tmp_path / "run") == rows(whole)
 
 
+def test_prompts_given_twice_are_named(two, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("one\ntwo\none\n")
+    options = ["--recipe", "pocket", "--prompts", tmp_path / "prompts.txt", "--metrics", "unheard-of"]
+    assert cli.run(["eval", "--dataset", str(two), *map(str, options), "-o", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err
+    assert "1 prompt is given more than once, as 'one': each time counts as a prompt of its own" in (
+        " ".join(said.split())
+    )
+
+
 def lines(log: Path) -> int:
     return log.read_bytes().count(b"\n") if log.exists() else 0
 

@@ -14,12 +14,13 @@ import time
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import eval_stand_ins as stand_in
 import pytest
 
 from fastface_cli.errors import DeviceError, FastFaceError, ModelUnavailableError, UsageError
-from fastface_cli.evaluation.engines import LocalPool, make_all
+from fastface_cli.evaluation.engines import LocalPool, RayPool, make_all
 from fastface_cli.evaluation.maker import Job
 from fastface_cli.evaluation.merge import merge
 from fastface_cli.evaluation.rows import Row, image_seed, row_key
@@ -472,6 +473,14 @@ def test_losing_every_worker_ends_the_run():
     with pytest.raises(FastFaceError, match="6 workers in a row were lost"):
         list(make_all(pool, jobs(stand_in.plan(5, 5))))
     assert pool.closed
+
+
+def test_a_ray_cluster_with_fewer_cpus_than_workers_is_refused(monkeypatch):
+    cluster = SimpleNamespace(is_initialized=lambda: True, cluster_resources=lambda: {"CPU": 2.0})
+    monkeypatch.setitem(sys.modules, "ray", cluster)
+    with pytest.raises(UsageError, match="has 2 CPUs for 3 workers") as caught:
+        RayPool(stand_in.plain, workers=3)
+    assert caught.value.hint == "give at most --workers 2"
 
 
 KILLED = """
