@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPImageProcessor
 
-from training import captions, clip, data, decoder, low_rank, recogniser, unet, vae
+from training import captions, clip, data, low_rank, recogniser, unet
 from training.common import Ema, Options, Run, autocast, descend, device, load_part, options
 
 BATCH = 32
@@ -35,9 +35,9 @@ VIEWS = 6
 VIEW_CHANCES = (0.08, 0.08, 0.21, 0.21, 0.21, 0.21)
 MOUTH = ((112, 186), (54, 34))
 """Centre and half axes of the mouth in an aligned crop of 224 pixels."""
-SEEN = 5
-"""Pictures a step whose face the recogniser looks at."""
-PERSON_WEIGHT = 0.5
+PERSON_WEIGHT = 0.6
+MOOD_WEIGHT = 0.12
+"""Twice the base's: the reference has an expression too."""
 MOST = 12.0
 """Largest weight of a noisy step, see ``unet.denoising_loss``."""
 IDENTITY_DROPOUT = 0.12
@@ -223,40 +223,6 @@ def trained(work: Path, size: int) -> Adapter:
     return adapter
 
 
-class Likeness:
-    """How unlike the wanted person the picture is that a noise prediction amounts to.
-
-    The noise alone says little about who it is; the decoded prediction, seen by the recogniser, does.
-    """
-
-    def __init__(self, settings: Options, portraits: data.Portraits) -> None:
-        self.portraits = portraits
-        self.faces = vae.FaceLoss(settings, portraits)
-        self.decoder = decoder.trained(settings.work, settings.size)
-        self.alphas = unet.schedule().alphas_cumprod
-
-    def __call__(
-        self,
-        noisy: Tensor,
-        predicted: Tensor,
-        timesteps: Tensor,
-        index: np.ndarray,
-        chosen: Tensor,
-        flip: Tensor,
-    ) -> Tensor:
-        """One minus the cosine to the teacher's embedding; a scalar."""
-        alphas = self.alphas.to(noisy.device)[timesteps[chosen]][:, None, None, None]
-        clean = (noisy[chosen] - (1 - alphas).sqrt() * predicted[chosen].float()) / alphas.sqrt()
-        wanted = index[chosen.cpu().numpy()]
-        with autocast():
-            pictures = self.decoder.decode(clean.clamp(-4, 4)).sample
-            crops = self.faces.crops(pictures.float(), torch.from_numpy(wanted), flip)
-            found = self.faces.network.embed(self.faces.network.features(crops)[-1]).float()
-        person = torch.from_numpy(self.portraits.embeddings[wanted]).to(found.device)
-        distance: Tensor = (1 - (found * person).sum(1)).mean()
-        return distance
-
-
 def main() -> None:
     """Train within the budget."""
     settings = options("adapter", 30)
@@ -273,38 +239,35 @@ def main() -> None:
     pictures = unet.Pictures(settings, portraits, 900_000 + run.step)
     scheduler = unet.schedule()
     torch.manual_seed(settings.seed + 3 + run.step)
-    smooth = smooth_unlike = 0.0
-    likeness = Likeness(settings, portraits)
+    smooth: dict[str, float] = {}
+    looks = unet.Looks(settings, portraits)
     for _ in run.steps():
-        clean, index, slots, texts = pictures.draw(BATCH, TEXT_DROPOUT)
-        text_states, added = conditions(texts)
+        batch = pictures.draw(BATCH, TEXT_DROPOUT)
+        text_states, added = conditions(batch.texts)
         view = pictures.draws.choice(VIEWS, BATCH, p=VIEW_CHANCES)
-        person = torch.from_numpy(embeddings[index, view]).to(clean.device)
-        seen = torch.from_numpy(states[index, view].astype(np.float32)).to(clean.device)
-        drop = torch.rand(BATCH, device=clean.device) < IDENTITY_DROPOUT
+        person = torch.from_numpy(embeddings[batch.index, view]).to(device())
+        seen = torch.from_numpy(states[batch.index, view].astype(np.float32)).to(device())
+        drop = torch.rand(BATCH, device=person.device) < IDENTITY_DROPOUT
+        drop[: unet.ASKED] = False
         person[drop] = 0
         seen[drop] = nothing
         # Who it is gets decided early, at high noise: draw more of it.
-        timesteps = (1000 * torch.rand(BATCH, device=clean.device) ** 0.6).long()
-        noise = torch.randn_like(clean)
+        times = unet.timesteps(BATCH, person.device, 0.6)
+        noise = torch.randn_like(batch.clean)
         with autocast():
             tokens = adapter.tokens(person, seen)
-            noisy = scheduler.add_noise(clean, noise, timesteps)
+            noisy = scheduler.add_noise(batch.clean, noise, times)
             context = (text_states, [tokens[:, None]])
-            predicted = base(noisy, timesteps, context, added_cond_kwargs=added).sample
-        places = pictures.weights(index, slots)
-        loss = unet.denoising_loss(predicted, noise, timesteps, scheduler, places, MOST)
-        clear = torch.from_numpy(slots < 2).to(drop.device) & ~drop
-        chosen = clear.nonzero().flatten()[:SEEN]
-        unlike = torch.zeros((), device=clean.device)
-        if len(chosen):
-            flip = torch.from_numpy(slots == 1)[chosen.cpu()]
-            unlike = likeness(noisy, predicted, timesteps, index, chosen, flip)
-        descend(loss + PERSON_WEIGHT * unlike, optimiser, run.rate(1e-3, warm_up=100))
+            predicted = base(noisy, times, context, added_cond_kwargs=added).sample
+        loss = unet.denoising_loss(predicted, noise, times, scheduler, batch.places, MOST)
+        crops = looks.crops(noisy, predicted, times, batch)
+        unlike, mood = looks.unlike(crops, batch), looks.mood(crops, batch)
+        total = loss + PERSON_WEIGHT * unlike + MOOD_WEIGHT * mood
+        descend(total, optimiser, run.rate(1e-3, warm_up=100))
         ema.update(adapter)
-        smooth = loss.item() if smooth == 0 else 0.98 * smooth + 0.02 * loss.item()
-        smooth_unlike = 0.97 * smooth_unlike + 0.03 * unlike.item()
-        run.log(50, loss=smooth, unlike=smooth_unlike)
+        for name, value in (("loss", loss), ("unlike", unlike), ("mood", mood)):
+            smooth[name] = 0.98 * smooth.get(name, value.item()) + 0.02 * value.item()
+        run.log(50, **smooth)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ STAGES: tuple[tuple[str, float], ...] = (
     ("clip", 10),
     ("vae", 45),
     ("latents", 0),
+    ("expression", 3),
     ("unet", 60),
     ("decoder", 30),
     ("lora", 25),

@@ -137,11 +137,14 @@ def noun(fact: Facts, generator: random.Random) -> str:
     return f"{article} {' '.join(words)}"
 
 
-def subject(fact: Facts, generator: random.Random) -> str:
-    """A sentence about the person, without style; details come in random number and order."""
+def subject(fact: Facts, generator: random.Random, mood: float = 0.85) -> str:
+    """A sentence about the person, without style; details come in random number and order.
+
+    ``mood`` is the chance that the expression is among them.
+    """
     who = noun(fact, generator)
     details = []
-    if generator.random() < 0.85:
+    if generator.random() < mood:
         if fact.surprised:
             details.append(generator.choice(("looking surprised", "with a surprised face")))
         elif fact.smile:
@@ -160,9 +163,9 @@ def subject(fact: Facts, generator: random.Random) -> str:
     return glue.join([generator.choice(OPENINGS) + who, *details])
 
 
-def caption(fact: Facts, style: str, generator: random.Random) -> str:
+def caption(fact: Facts, style: str, generator: random.Random, mood: float = 0.85) -> str:
     """The prompt of a picture: ``description; subject`` in a style, mostly the bare subject for photos."""
-    sentence = subject(fact, generator)
+    sentence = subject(fact, generator, mood)
     if style == "photo":
         if generator.random() < 0.75:
             return sentence

@@ -109,13 +109,20 @@ def shrink(picture: np.ndarray) -> np.ndarray:
 
 
 def trained(work: Path) -> tuple[Clip, CLIPTokenizer]:
-    """The towers of the checkpoint, averaged weights, and their tokenizer."""
+    """The towers of the checkpoint, averaged weights, and their tokenizer.
+
+    The first text tower serves the base alone and goes on learning with it: its checkpoint has the later one.
+    """
     words = CLIPTokenizer.from_pretrained(work / "tokenizer")
     state = torch.load(work / "clip.pt", map_location="cpu", weights_only=True)
     model = Clip(len(words))
     ema = Ema(model)
     ema.load_state_dict(state["ema"])
     ema.copy_to(model)
+    base = work / "unet.pt"
+    later = torch.load(base, map_location="cpu", weights_only=True) if base.exists() else {}
+    if "text_ema" in later:
+        model.text_1.load_state_dict(later["text_ema"]["shadow"], strict=False)
     return model.eval().requires_grad_(False).to(device()), words
 
 

@@ -218,9 +218,14 @@ def tensor_to_pictures(tensor: Tensor) -> np.ndarray:
 
 def descend(loss: Tensor, optimiser: torch.optim.Optimizer, rate: float, clip: float = 1.0) -> None:
     """One optimiser step on a loss, at a learning rate, with the gradient's norm clipped."""
-    set_rate(optimiser, rate)
     optimiser.zero_grad(set_to_none=True)
     torch.autograd.backward(loss)
+    step(optimiser, rate, clip)
+
+
+def step(optimiser: torch.optim.Optimizer, rate: float, clip: float = 1.0) -> None:
+    """One optimiser step on the gradients that are there, at a learning rate, with their norm clipped."""
+    set_rate(optimiser, rate)
     parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
     nn.utils.clip_grad_norm_(parameters, clip)
     optimiser.step()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +11,22 @@ import numpy as np
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
-from training import captions, clip, data, latents
-from training.common import Ema, Options, Run, autocast, descend, device, load_part, options
+from training import captions, clip, data, decoder, expression, latents, vae
+from training.common import Ema, Options, Run, autocast, descend, device, load_part, options, step
 
 BATCH = 32
 TEXT_DROPOUT = 0.12
 TIME_WIDTH = 16
 MOST = 4.0
 """Largest weight of a noisy step, see ``denoising_loss``."""
+ASKED = 8
+"""Pictures of a batch whose caption asks for an expression, whatever the portrait shows."""
+MOOD_WEIGHT = 0.15
+CONTRAST = 24.0
+"""Factor of cosines before the softmax over people."""
 
 
 def build(size: int) -> UNet2DConditionModel:
@@ -65,7 +71,6 @@ class Conditions:
         self.towers, self.words = clip.trained(settings.work)
         self.size = settings.size
 
-    @torch.no_grad()
     def __call__(self, texts: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
         """Texts -> states of both towers [n, 77, 128] and the pooled text with time ids; "" gives zeros."""
         states, pooled = encode_texts(self.towers, self.words, texts)
@@ -86,6 +91,25 @@ def encode_texts(towers: clip.Clip, words: CLIPTokenizer, texts: list[str]) -> t
     return states.float(), second.text_embeds.float()
 
 
+@dataclass(frozen=True)
+class Batch:
+    """Latents with their captions."""
+
+    clean: Tensor
+    """[n, 4, h, w]."""
+    index: np.ndarray
+    """Portraits, [n]."""
+    slot: np.ndarray
+    """Of each portrait's latents, [n]."""
+    texts: list[str]
+    """Captions, "" where dropped."""
+    smile: np.ndarray
+    """What the captions of the first ASKED say of the expression, [ASKED]: half of them not what the
+    portrait shows."""
+    places: Tensor
+    """How much each place counts, [n, 1, h, w]."""
+
+
 class Pictures:
     """Draws latents with their captions."""
 
@@ -94,15 +118,16 @@ class Pictures:
         self.facts = captions.all_facts(portraits)
         self.latents = np.load(latents.path(settings.work), mmap_mode="r")
         self.places = place_weights(portraits)
+        self.upper = 1 - mouths(portraits, 1.3, 1.0)
         self.draws = np.random.default_rng(settings.seed + start)
         self.sentences = random.Random(settings.seed + start)
-        # Smiles and women are three quarters and two thirds of the portraits; even them out somewhat.
+        # Smiles and women are four fifths and two thirds of the portraits; even them out somewhat.
         facts = [self.facts[i] for i in portraits.train]
-        weight = np.array([(1.0 if f.smile else 2.2) * (1.0 if f.sex == "female" else 1.5) for f in facts])
+        weight = np.array([(1.0 if f.smile else 3.0) * (1.0 if f.sex == "female" else 1.5) for f in facts])
         self.chances = weight / weight.sum()
 
-    def draw(self, count: int, dropout: float) -> tuple[Tensor, np.ndarray, np.ndarray, list[str]]:
-        """Latents [n, 4, h, w], portraits [n], their slots [n] and captions, "" where dropped."""
+    def draw(self, count: int, dropout: float) -> Batch:
+        """A batch of ``count``; captions are dropped with that chance, but not of the first ASKED."""
         index = self.draws.choice(self.portraits.train, count, p=self.chances)
         slot = np.where(
             self.draws.random(count) < 0.5,
@@ -110,17 +135,55 @@ class Pictures:
             self.draws.integers(2, latents.SLOTS, count),
         )
         values = np.stack([self.latents[i, s] for i, s in zip(index, slot, strict=True)]).astype(np.float32)
-        texts = []
-        for i, s in zip(index, slot, strict=True):
-            style = data.STYLE_NAMES[latents.content(int(i), int(s))[0]]
-            dropped = self.sentences.random() < dropout
-            texts.append("" if dropped else captions.caption(self.facts[i], style, self.sentences))
-        return torch.from_numpy(values).to(device()), index, slot, texts
+        smile = self.draws.random(ASKED) < 0.5
+        texts, places = [], []
+        for place, (i, s) in enumerate(zip(index, slot, strict=True)):
+            style, mirrored = latents.content(int(i), int(s))
+            fact, weights = self.facts[i], self.places[i, int(mirrored)]
+            asked = place < ASKED
+            if asked and bool(smile[place]) != fact.smile:
+                # Another expression than the picture's: where it shows, the picture is no model.
+                fact, weights = (
+                    replace(fact, smile=bool(smile[place])),
+                    weights * self.upper[i, int(mirrored)],
+                )
+            if asked:
+                fact = replace(fact, surprised=False)
+            dropped = not asked and self.sentences.random() < dropout
+            text = captions.caption(fact, data.STYLE_NAMES[style], self.sentences, 1.0 if asked else 0.85)
+            texts.append("" if dropped else text)
+            places.append(weights)
+        clean = torch.from_numpy(values).to(device())
+        return Batch(clean, index, slot, texts, smile, torch.stack(places)[:, None].to(device()))
 
-    def weights(self, index: np.ndarray, slot: np.ndarray) -> Tensor:
-        """How much each place of these latents counts, [n, 1, h, w], mean 1."""
-        mirrored = [int(latents.content(int(i), int(s))[1]) for i, s in zip(index, slot, strict=True)]
-        return self.places[index, mirrored][:, None].to(device())
+
+def timesteps(count: int, place: Any, lean: float = 1.0) -> Tensor:
+    """Timesteps to train on, [n]; ``lean`` below 1 draws more of the noisy ones. The first ASKED are
+    noisy: there it is decided who it is and what mood it shows."""
+    found = (1000 * torch.rand(count, device=place) ** lean).long()
+    found[:ASKED] = (1000 - 550 * torch.rand(ASKED, device=place) ** 1.5).long().clamp(max=999)
+    return found
+
+
+def ellipses(portraits: data.Portraits, centre: np.ndarray, wide: float, high: float) -> np.ndarray:
+    """Masks on the latents' grid, [n, h, w]: half axes in units of the eyes' distance."""
+    side = portraits.size // 8
+    scale = side / 256
+    eyes = np.linalg.norm(portraits.key_points[:, 1] - portraits.key_points[:, 0], axis=1)[:, None, None]
+    y, x = np.mgrid[0:side, 0:side] + 0.5
+    across = (x[None] - scale * centre[:, 0, None, None]) / (wide * scale * eyes)
+    along = (y[None] - scale * centre[:, 1, None, None]) / (high * scale * eyes)
+    return np.asarray(across**2 + along**2 < 1, np.float32)
+
+
+def with_mirrored(values: np.ndarray) -> Tensor:
+    """[n, h, w] as they are and mirrored, [n, 2, h, w]."""
+    return torch.from_numpy(np.stack([values, values[:, :, ::-1]], axis=1).astype(np.float32))
+
+
+def mouths(portraits: data.Portraits, wide: float, high: float) -> Tensor:
+    """Masks of the mouth, as they are and mirrored, [n, 2, h, w]."""
+    return with_mirrored(ellipses(portraits, portraits.key_points[:, 3:].mean(1), wide, high))
 
 
 def place_weights(portraits: data.Portraits) -> Tensor:
@@ -129,20 +192,10 @@ def place_weights(portraits: data.Portraits) -> Tensor:
     The face counts twice and the mouth eight times: an expression is a few latents wide, and the model
     would otherwise learn it long after hair and background.
     """
-    side = portraits.size // 8
-    points = portraits.key_points * (side / 256)
-    eyes = np.linalg.norm(points[:, 1] - points[:, 0], axis=1)[:, None, None]
-    y, x = np.mgrid[0:side, 0:side] + 0.5
-
-    def ellipse(centre: np.ndarray, wide: float, high: float) -> np.ndarray:
-        across = (x[None] - centre[:, 0, None, None]) / (wide * eyes)
-        along = (y[None] - centre[:, 1, None, None]) / (high * eyes)
-        return np.asarray(across**2 + along**2 < 1)
-
-    values = 1.0 + ellipse(points.mean(1), 1.25, 1.6) + 6.0 * ellipse(points[:, 3:].mean(1), 0.75, 0.5)
-    values /= values.mean((1, 2), keepdims=True)
-    both = np.stack([values, values[:, :, ::-1]], axis=1)
-    return torch.from_numpy(both.astype(np.float32))
+    points = portraits.key_points
+    values = 1.0 + ellipses(portraits, points.mean(1), 1.25, 1.6)
+    values += 6.0 * ellipses(portraits, points[:, 3:].mean(1), 0.75, 0.5)
+    return with_mirrored(values / values.mean((1, 2), keepdims=True))
 
 
 def denoising_loss(
@@ -172,6 +225,55 @@ def denoising_loss(
     return loss
 
 
+class Looks:
+    """What the first pictures of a batch look like by now: the noise alone says little about that; the
+    decoded prediction, seen by other networks, does."""
+
+    def __init__(self, settings: Options, portraits: data.Portraits) -> None:
+        self.portraits = portraits
+        self.faces = vae.FaceLoss(settings, portraits)
+        self.decoder = decoder.trained(settings.work, settings.size)
+        self.expression = expression.trained(settings.work)
+        self.alphas = schedule().alphas_cumprod
+        self.people = torch.from_numpy(portraits.embeddings[portraits.train]).to(device())
+        self.places = {int(index): place for place, index in enumerate(portraits.train)}
+
+    def crops(self, noisy: Tensor, predicted: Tensor, times: Tensor, batch: Batch) -> Tensor:
+        """Aligned faces of the clean pictures that these noise predictions amount to,
+        [ASKED, 3, 112, 112]."""
+        alphas = self.alphas.to(noisy.device)[times[:ASKED]][:, None, None, None]
+        # At pure noise an error of the noise is fourteen times as large in the picture. The gradient on its
+        # way back must not be, or those pictures alone would steer.
+        share, noise = (alphas / (1 - alphas)).sqrt().clamp(max=1), predicted[:ASKED].float()
+        noise = share * noise + (1 - share) * noise.detach()
+        clean = (noisy[:ASKED] - (1 - alphas).sqrt() * noise) / alphas.sqrt()
+        index, slot = batch.index[:ASKED], batch.slot[:ASKED]
+        flip = [latents.content(int(i), int(s))[1] for i, s in zip(index, slot, strict=True)]
+        with autocast():
+            pictures = self.decoder.decode(clean.clamp(-4, 4)).sample
+        return self.faces.crops(pictures.float(), torch.from_numpy(index), torch.tensor(flip))
+
+    def mood(self, crops: Tensor, batch: Batch) -> Tensor:
+        """How unlike the expressions are that the captions ask for; a scalar."""
+        with autocast():
+            logits = self.expression(crops).float()
+        wanted = torch.from_numpy(batch.smile.astype(np.float32)).to(logits.device)
+        return nn.functional.binary_cross_entropy_with_logits(logits, 0.05 + 0.9 * wanted)
+
+    def unlike(self, crops: Tensor, batch: Batch) -> Tensor:
+        """How unlike the wanted people they are, and how like others; a scalar.
+
+        One minus the cosine to the teacher's embedding, and the cross-entropy of finding the right person
+        among all: faces of one kind are near one another, and what sets one apart is a small part of it.
+        """
+        with autocast():
+            found = self.faces.network.embed(self.faces.network.features(crops)[-1]).float()
+        own = torch.tensor([self.places[int(i)] for i in batch.index[:ASKED]], device=found.device)
+        cosines = found @ self.people.T
+        alike = cosines.gather(1, own[:, None]).mean()
+        return 1 - alike + nn.functional.cross_entropy(CONTRAST * cosines, own) / CONTRAST
+
+
 def trained(work: Path, size: int) -> UNet2DConditionModel:
     """The base of the checkpoint, averaged weights, frozen."""
     model = build(size)
@@ -186,24 +288,37 @@ def main() -> None:
     conditions = Conditions(settings)
     optimiser = torch.optim.AdamW(model.parameters(), lr=6e-4, betas=(0.9, 0.99), weight_decay=0.01)
     ema = Ema(model, 0.998)
+    # Captions alone taught the text towers little about expressions: "smiling" and "serious" hardly differ.
+    text = conditions.towers.text_1.train().requires_grad_(True)
+    text_optimiser = torch.optim.AdamW(text.parameters(), lr=6e-4, betas=(0.9, 0.99), weight_decay=0.01)
+    text_ema = Ema(text, 0.998)
     parts = {"model": model, "ema": ema, "optimiser": optimiser}
+    parts |= {"text": text, "text_ema": text_ema, "text_optimiser": text_optimiser}
     run = Run(settings.work / "unet.pt", settings.minutes, parts, save_every=90)
-    pictures = Pictures(settings, data.load(settings), run.step)
+    portraits = data.load(settings)
+    pictures = Pictures(settings, portraits, run.step)
+    looks = Looks(settings, portraits)
     scheduler = schedule()
-    smooth = 0.0
+    smooth = smooth_mood = 0.0
     for _ in run.steps():
-        clean, index, slots, texts = pictures.draw(BATCH, TEXT_DROPOUT)
-        states, added = conditions(texts)
-        timesteps = torch.randint(0, 1000, (BATCH,), device=clean.device)
-        noise = torch.randn_like(clean)
+        batch = pictures.draw(BATCH, TEXT_DROPOUT)
+        states, added = conditions(batch.texts)
+        times = timesteps(BATCH, batch.clean.device)
+        noise = torch.randn_like(batch.clean)
         with autocast():
-            noisy = scheduler.add_noise(clean, noise, timesteps)
-            predicted = model(noisy, timesteps, states, added_cond_kwargs=added).sample
-        loss = denoising_loss(predicted, noise, timesteps, scheduler, pictures.weights(index, slots), MOST)
-        descend(loss, optimiser, run.rate(8e-4, warm_up=100))
+            noisy = scheduler.add_noise(batch.clean, noise, times)
+            predicted = model(noisy, times, states, added_cond_kwargs=added).sample
+        loss = denoising_loss(predicted, noise, times, scheduler, batch.places, MOST)
+        mood = looks.mood(looks.crops(noisy, predicted, times, batch), batch)
+        text_optimiser.zero_grad(set_to_none=True)
+        rate = run.rate(6e-4, warm_up=100)
+        descend(loss + MOOD_WEIGHT * mood, optimiser, rate)
+        step(text_optimiser, rate)
         ema.update(model)
-        smooth = loss.item() if run.step == 0 else 0.98 * smooth + 0.02 * loss.item()
-        run.log(50, loss=smooth)
+        text_ema.update(text)
+        smooth = loss.item() if smooth == 0 else 0.98 * smooth + 0.02 * loss.item()
+        smooth_mood = mood.item() if smooth_mood == 0 else 0.98 * smooth_mood + 0.02 * mood.item()
+        run.log(50, loss=smooth, mood=smooth_mood)
 
 
 if __name__ == "__main__":

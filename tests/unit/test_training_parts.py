@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from training import captions, common, data, decoder, low_rank, styles, tokenizer, vae
+from training import captions, common, data, decoder, low_rank, styles, tokenizer, unet, vae
 from training.lora import STATIONS, Walk, kohya_name
 
 
@@ -40,6 +42,51 @@ def test_captions_put_the_style_before_a_semicolon(fact: captions.Facts) -> None
         before, _, after = captions.caption(fact, name, generator).partition("; ")
         assert before in descriptions
         assert after
+
+
+@pytest.mark.parametrize("smile", [True, False])
+def test_a_caption_that_is_asked_to_names_the_expression(fact: captions.Facts, smile: bool) -> None:
+    generator = random.Random(2)
+    words = captions.SMILING if smile else captions.SERIOUS
+    for _ in range(50):
+        text = captions.caption(replace(fact, smile=smile), "comic", generator, 1.0)
+        assert any(word in text for word in words), text
+
+
+@dataclass
+class Faces:
+    """What of the portraits tells where faces are: two of them, the second further to the left."""
+
+    size: int = 128
+    key_points: np.ndarray = field(
+        default_factory=lambda: (
+            np.array([[[96, 112], [160, 112], [128, 144], [104, 176], [152, 176]]] * 2, np.float32)
+            - np.array([[[0, 0]], [[32, 0]]], np.float32)
+        )
+    )
+
+
+def test_the_mouth_counts_most_and_its_mask_mirrors_with_the_picture() -> None:
+    faces: Any = Faces()
+    weights, mouths = unet.place_weights(faces), unet.mouths(faces, 0.75, 0.5)
+    assert weights.shape == mouths.shape == (2, 2, 16, 16)
+    torch.testing.assert_close(weights.mean((2, 3)), torch.ones(2, 2))
+    assert weights[0, 0, 11, 8] == weights[0, 0].max()
+    assert weights[0, 0, 11, 8] / weights[0, 0, 0, 0] == pytest.approx(8)
+    assert torch.equal(mouths[0, 0], mouths[0, 1])  # a face in the middle is its own mirror image
+    assert torch.equal(mouths[1, 0, :, :14], mouths[0, 0, :, 2:])
+    assert torch.equal(mouths[1, 1], mouths[1, 0].flip(1))
+
+
+def test_the_first_timesteps_of_a_batch_are_noisy() -> None:
+    torch.manual_seed(0)
+    drawn = torch.stack([unet.timesteps(32, "cpu") for _ in range(200)])
+    assert drawn.dtype == torch.int64
+    assert 449 <= drawn[:, : unet.ASKED].min() < 470
+    assert drawn[:, : unet.ASKED].max() == 999
+    rest = drawn[:, unet.ASKED :]
+    assert (rest.min(), rest.max()) == (0, 999)
+    assert rest.float().mean().item() == pytest.approx(500, abs=15)
 
 
 def test_tokenizer_reads_any_text_and_ends_with_its_highest_id(fact: captions.Facts) -> None:

@@ -93,7 +93,8 @@ class Context:
 
 @runtime_checkable
 class Metric(Protocol):
-    """Made without arguments; then `load`, then `score` as often as there are batches, all on one thread."""
+    """Made without arguments; then, in the process that scores, `load`, then `score` as often as there are
+    batches."""
 
     name: str
     """As `--metrics` takes it: a-z, 0-9 and -."""
