@@ -158,11 +158,9 @@ class LocalPool:
 
     def wait(self) -> list[tuple[int, Outcome]]:
         """See `Pool`."""
-        slots = {self._workers[slot].pipe: slot for slot in self._busy}
+        slots = {end: slot for slot in self._busy for end in self._workers[slot].ends}
         found: list[tuple[int, Outcome]] = []
-        for pipe in connection.wait(list(slots)):
-            assert isinstance(pipe, connection.Connection)
-            slot = slots[pipe]
+        for slot in dict.fromkeys(slots[end] for end in connection.wait(list(slots))):
             self._busy.discard(slot)
             try:
                 found.append((slot, self._workers[slot].receive()))

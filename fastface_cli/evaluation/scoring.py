@@ -162,13 +162,15 @@ class Scorer:
         self._queue: queue.Queue[list[Row] | None] = queue.Queue(WAITING)
         self._error: BaseException | None = None
         self._stopped = False
-        self._thread = threading.Thread(target=self._work, name="scoring", daemon=True)
+        self._thread = threading.Thread()
 
     def begin(self) -> None:
         """Start the judge, if it has not been: models load while the first pictures are being made."""
         if self._judge is None:
             self._judge = self._start()
-            self._judge.send(ToScore(self._run.folder, ()))
+            self._thread = threading.Thread(
+                target=self._work, args=(self._judge,), name="scoring", daemon=True
+            )
             self._thread.start()
 
     def put(self, rows: list[Row]) -> None:
@@ -216,32 +218,28 @@ class Scorer:
         if self._error is not None:
             raise self._error
 
-    def _work(self) -> None:
+    def _work(self, judge: Judge) -> None:
         """The thread that talks to the judge: it mostly waits, and keeps nobody else from working."""
+        rows: list[Row] | None = []
         try:
-            self._answer()  # to the empty chunk: the models are there
-            while (rows := self._queue.get()) is not None and not self._stopped:
-                made = tuple(row for row in rows if row.file is not None)
-                if made:
-                    assert self._judge is not None
-                    self._judge.send(ToScore(self._run.folder, made))
-                self._keep(rows, self._answer() if made else {})
-                self._scored(len(rows))
+            while rows is not None and not self._stopped:
+                judge.send(ToScore(self._run.folder, tuple(row for row in rows if row.file is not None)))
+                judged: Judged = judge.receive()
+                if isinstance(judged, Broken):
+                    raise judged.raised()
+                if rows:  # the first chunk is empty: it has the models loaded
+                    self._keep(rows, judged)
+                    self._scored(len(rows))
+                rows = self._queue.get()
         except GoneError as gone:
             if not self._stopped:
+                over = f" over the {len(rows)} pictures from {rows[0].key} on" if rows else ""
                 self._error = FastFaceError(
-                    f"the scoring process has {gone}",
+                    f"the scoring process has {gone}{over}",
                     "the pictures are kept, and the same command goes on; --metrics takes fewer models",
                 )
         except BaseException as error:
             self._error = error
-
-    def _answer(self) -> Mapping[str, Scored]:
-        assert self._judge is not None
-        judged: Judged = self._judge.receive()
-        if isinstance(judged, Broken):
-            raise judged.raised()
-        return judged
 
     def _keep(self, rows: Sequence[Row], judged: Mapping[str, Scored]) -> None:
         vectors: dict[str, dict[str, np.ndarray]] = {}

@@ -157,7 +157,7 @@ def pool(plan: Plan, machine: Machine) -> Pool:
 def scoring(
     names: Sequence[str], recipes: Mapping[str, Recipe], machine: Machine, rules: Rules, settings: Settings
 ) -> Scoring:
-    """Metrics by name, their files fetched now and their models loaded when the first picture is there.
+    """Metrics by name, their files fetched now and their models loaded beside the first pictures.
 
     Raises:
         UsageError: there is no such metric.

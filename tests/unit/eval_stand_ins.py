@@ -192,6 +192,20 @@ class Deadly(Brightness):
         return []
 
 
+class Exiting(Brightness):
+    """Wants to end its process."""
+
+    def score(self, samples: list[Sample]) -> list[Scores]:
+        raise SystemExit(1)
+
+
+class Unpicklable(Brightness):
+    """Gives what no other process can be sent."""
+
+    def vectors(self, samples: list[Sample]) -> list[dict[str, np.ndarray]]:
+        return [{"red": lambda: None} for _ in samples]
+
+
 class Endless(Brightness):
     """Never comes to its end."""
 

@@ -387,6 +387,16 @@ def test_a_scoring_process_that_dies_ends_the_run_and_the_pictures_stay(tmp_path
         assert len(run.scores()) == len(run.rows())
 
 
+@pytest.mark.parametrize("kind", ["Exiting", "Unpicklable"])
+def test_a_metric_that_misbehaves_in_its_process_is_told_as_it_is(tmp_path, kind):
+    plan = stand_in.plan(3, 6)
+    said = {"Exiting": "SystemExit", "Unpicklable": "pickle"}[kind]
+    with Run.open(tmp_path / "run", stand_in.info(plan)) as run:
+        scoring = stand_in.scoring(getattr(stand_in, kind)(), process=True)
+        with pytest.raises(FastFaceError, match=said):
+            generate(run, plan, stand_in.Here, stand_in.People(), scoring)
+
+
 def test_a_run_that_is_stopped_ends_its_scoring_process_at_once(tmp_path):
     plan = stand_in.plan(3, 6)
 
