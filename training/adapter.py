@@ -37,7 +37,7 @@ MOUTH = ((112, 186), (54, 34))
 """Centre and half axes of the mouth in an aligned crop of 224 pixels."""
 PERSON_WEIGHT = 0.6
 MOOD_WEIGHT = 0.12
-"""Twice the base's: the reference has an expression too."""
+"""Beside the adapter's noise loss this weighs about what the base's weight does beside the base's."""
 MOST = 12.0
 """Largest weight of a noisy step, see ``unet.denoising_loss``."""
 IDENTITY_DROPOUT = 0.12

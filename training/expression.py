@@ -37,6 +37,12 @@ class Expression(nn.Module):
         return logits
 
 
+def unlike(logits: Tensor, smile: Tensor) -> Tensor:
+    """How unlike logits [n] are to smiles [n] of 0 or 1; a scalar. Never sure of any: labels near the
+    threshold are as good as random."""
+    return F.binary_cross_entropy_with_logits(logits, 0.05 + 0.9 * smile)
+
+
 def trained(work: Path) -> Expression:
     """The network of the checkpoint, averaged weights, frozen."""
     model = Expression()
@@ -76,8 +82,7 @@ def main() -> None:
         smile = torch.from_numpy(smiles[index].astype(np.float32)).to(device())
         with autocast():
             logits = model(pictures_to_tensor(np.stack(crops))).float()
-        # Labels near the threshold are as good as random.
-        loss = F.binary_cross_entropy_with_logits(logits, 0.05 + 0.9 * smile)
+        loss = unlike(logits, smile)
         descend(loss, optimiser, run.rate(2e-3, warm_up=30))
         ema.update(model)
         right = 0.98 * right + 0.02 * float(((logits > 0) == (smile > 0.5)).float().mean())

@@ -141,14 +141,10 @@ class Pictures:
             style, mirrored = latents.content(int(i), int(s))
             fact, weights = self.facts[i], self.places[i, int(mirrored)]
             asked = place < ASKED
-            if asked and bool(smile[place]) != fact.smile:
-                # Another expression than the picture's: where it shows, the picture is no model.
-                fact, weights = (
-                    replace(fact, smile=bool(smile[place])),
-                    weights * self.upper[i, int(mirrored)],
-                )
             if asked:
-                fact = replace(fact, surprised=False)
+                fact = replace(fact, smile=bool(smile[place]), surprised=False)
+                if fact.smile != self.facts[i].smile:  # where the expression shows, the picture is no model
+                    weights = weights * self.upper[i, int(mirrored)]
             dropped = not asked and self.sentences.random() < dropout
             text = captions.caption(fact, data.STYLE_NAMES[style], self.sentences, 1.0 if asked else 0.85)
             texts.append("" if dropped else text)
@@ -230,7 +226,6 @@ class Looks:
     decoded prediction, seen by other networks, does."""
 
     def __init__(self, settings: Options, portraits: data.Portraits) -> None:
-        self.portraits = portraits
         self.faces = vae.FaceLoss(settings, portraits)
         self.decoder = decoder.trained(settings.work, settings.size)
         self.expression = expression.trained(settings.work)
@@ -258,7 +253,7 @@ class Looks:
         with autocast():
             logits = self.expression(crops).float()
         wanted = torch.from_numpy(batch.smile.astype(np.float32)).to(logits.device)
-        return nn.functional.binary_cross_entropy_with_logits(logits, 0.05 + 0.9 * wanted)
+        return expression.unlike(logits, wanted)
 
     def unlike(self, crops: Tensor, batch: Batch) -> Tensor:
         """How unlike the wanted people they are, and how like others; a scalar.
