@@ -5,10 +5,15 @@ the aligned crop; each cross-attention gets keys and values for them; a LoRA on 
 goes with it. The reference is another view of the portrait than the target: mirrored, in other light,
 and mostly with the mouth of somebody else. Each person has one portrait, so an untouched reference
 always wears the target's expression, and the adapter would learn to copy it over the prompt's.
+
+Most of a batch learns to see through noise that was added to portraits. Some of it starts from nothing
+but noise and is judged by what comes out: a noisy portrait still gives away who it is, so an adapter that
+only ever sees those need not say it.
 """
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +28,7 @@ from transformers import CLIPImageProcessor
 
 from training import captions, clip, data, low_rank, recogniser, unet
 from training.common import Ema, Options, Run, autocast, descend, device, load_part, options
+from training.walk import GUIDANCE, STATIONS, Guide, Walk
 
 BATCH = 32
 TOKENS = 4
@@ -35,9 +41,11 @@ VIEWS = 6
 VIEW_CHANCES = (0.08, 0.08, 0.21, 0.21, 0.21, 0.21)
 MOUTH = ((112, 186), (54, 34))
 """Centre and half axes of the mouth in an aligned crop of 224 pixels."""
-PERSON_WEIGHT = 0.6
-MOOD_WEIGHT = 0.12
-"""Beside the adapter's noise loss this weighs about what the base's weight does beside the base's."""
+STRONGEST = 0.4
+"""Half of the steps run the adapter by up to this above its scale: what looks right only at one strength
+becomes a caricature under guidance or scale-power."""
+PERSON_WEIGHT = 2.0
+MOOD_WEIGHT = 1.5
 MOST = 12.0
 """Largest weight of a noisy step, see ``unet.denoising_loss``."""
 IDENTITY_DROPOUT = 0.12
@@ -153,6 +161,12 @@ class Adapter(nn.Module):
         crossing = [number for number, name in enumerate(self.names) if name.endswith("attn2.processor")]
         self.attention = nn.ModuleDict({str(number): processors[self.names[number]] for number in crossing})
 
+    def strengthen(self, scale: float) -> None:
+        """Run the identity's keys and values at another scale."""
+        processor: Any
+        for processor in self.attention.values():
+            processor.scale = [scale]
+
     def tokens(self, embeddings: Tensor, states: Tensor) -> Tensor:
         """Embeddings [n, 512] and states [n, 65, 96] -> identity tokens [n, 4, 128]."""
         self.projection.clip_embeds = states[:, None]
@@ -216,6 +230,16 @@ def published_name(key: str) -> str:
     return "perceiver_resampler." + key
 
 
+@torch.no_grad()
+def drawn(guide: Guide, walk: Walk, noise: Tensor, legs: int) -> tuple[Tensor, Tensor]:
+    """Where the base's own guided steps lead from noise [n, 4, h, w] after so many legs, and its noise
+    there without the text."""
+    x = noise
+    for start, end in itertools.islice(itertools.pairwise(STATIONS), legs):
+        x = walk.step(x, guide.guided(x, start), start, end)
+    return x, guide(x, STATIONS[legs])[0]
+
+
 def trained(work: Path, size: int) -> Adapter:
     """The adapter of the checkpoint, averaged weights."""
     adapter = Adapter(unet.build(size))
@@ -241,6 +265,7 @@ def main() -> None:
     torch.manual_seed(settings.seed + 3 + run.step)
     smooth: dict[str, float] = {}
     looks = unet.Looks(settings, portraits)
+    walk, drawing, noising = Walk(), slice(unet.ASKED), slice(unet.ASKED, None)
     for _ in run.steps():
         batch = pictures.draw(BATCH, TEXT_DROPOUT)
         text_states, added = conditions(batch.texts)
@@ -248,22 +273,33 @@ def main() -> None:
         person = torch.from_numpy(embeddings[batch.index, view]).to(device())
         seen = torch.from_numpy(states[batch.index, view].astype(np.float32)).to(device())
         drop = torch.rand(BATCH, device=person.device) < IDENTITY_DROPOUT
-        drop[: unet.ASKED] = False
+        drop[drawing] = False
         person[drop] = 0
         seen[drop] = nothing
         # Who it is gets decided early, at high noise: draw more of it.
         times = unet.timesteps(BATCH, person.device, 0.6)
+        legs = int(pictures.draws.integers(len(STATIONS) - 1))
+        times[drawing] = STATIONS[legs]
         noise = torch.randn_like(batch.clean)
+        adapter.strengthen(ADAPTER_SCALE + max(0.0, float(pictures.draws.uniform(-STRONGEST, STRONGEST))))
         with autocast():
             tokens = adapter.tokens(person, seen)
             noisy = scheduler.add_noise(batch.clean, noise, times)
+        part = {name: value[drawing] for name, value in added.items()}
+        guide = Guide(base, text_states[drawing], part, tokens[drawing])
+        noisy[drawing], blind = drawn(guide, walk, noise[drawing], legs)
+        with autocast():
             context = (text_states, [tokens[:, None]])
-            predicted = base(noisy, times, context, added_cond_kwargs=added).sample
-        loss = unet.denoising_loss(predicted, noise, times, scheduler, batch.places, MOST)
-        crops = looks.crops(noisy, predicted, times, batch)
+            predicted = base(noisy, times, context, added_cond_kwargs=added).sample.float()
+        loss = unet.denoising_loss(
+            predicted[noising], noise[noising], times[noising], scheduler, batch.places[noising], MOST
+        )
+        # The guided picture is what is judged, but guidance must not multiply the gradient.
+        guided = predicted[drawing] + (GUIDANCE - 1) * (predicted[drawing] - blind).detach()
+        crops = looks.crops(noisy, guided, times, batch, loose=True)
         unlike, mood = looks.unlike(crops, batch), looks.mood(crops, batch)
         total = loss + PERSON_WEIGHT * unlike + MOOD_WEIGHT * mood
-        descend(total, optimiser, run.rate(1e-3, warm_up=100))
+        descend(total, optimiser, run.rate(8e-4, warm_up=100))
         ema.update(adapter)
         for name, value in (("loss", loss), ("unlike", unlike), ("mood", mood)):
             smooth[name] = 0.98 * smooth.get(name, value.item()) + 0.02 * value.item()

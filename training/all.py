@@ -21,6 +21,7 @@ STAGES: tuple[tuple[str, float], ...] = (
     ("lora", 25),
     ("adapter", 45),
     ("export", 0),
+    ("points", 0),
     ("report", 0),
 )
 """Stage and minutes, for two CPU cores; a GPU needs a tenth of it."""

@@ -220,7 +220,8 @@ def followed(logits: np.ndarray, wanted: Sequence[Case]) -> tuple[float, float, 
 
 COLUMNS = (
     "recipe",
-    "rank-1",
+    "rank-1 (95%)",
+    "against baseline (95%)",
     "median rank",
     "dlib similarity (95%)",
     "against baseline (95%)",
@@ -231,6 +232,12 @@ COLUMNS = (
     "smile",
     "style",
 )
+
+
+def changed(values: np.ndarray, before: np.ndarray, own: Sequence[int], form: str) -> str:
+    """The paired difference and its interval as text; empty where there is none."""
+    found = paired_difference(values, before, own)
+    return "" if found is None else f"{found.mean:{form}} [{found.low:{form}}, {found.high:{form}}]"
 
 
 def claim_table(
@@ -276,18 +283,19 @@ def claim_table(
         alike, dressed = (likeness(judge, made, references, own) for made in (photos, pictures))
         first = first or alike
         mean = mean_interval(alike.similarity, own)
-        change = paired_difference(alike.similarity, first.similarity, own)
+        nearest, first_nearest = (1.0 * (seen.ranks == 0) for seen in (alike, first))
+        share = mean_interval(nearest, own)
         score = mean_interval(prompt_scores(weights, pictures, [case.prompt for case in wanted]), own)
         assert mean is not None
         assert score is not None
+        assert share is not None
         cells = [
             recipe,
-            f"{np.mean(alike.ranks == 0):.1%}",
+            f"{share.mean:.1%} [{share.low:.1%}, {share.high:.1%}]",
+            "" if alike is first else changed(nearest, first_nearest, own, "+.1%"),
             f"{int(np.median(alike.ranks)) + 1}",
             f"{mean.mean:.3f} [{mean.low:.3f}, {mean.high:.3f}]",
-            ""
-            if change is None or alike is first
-            else f"{change.mean:+.3f} [{change.low:+.3f}, {change.high:+.3f}]",
+            "" if alike is first else changed(alike.similarity, first.similarity, own, "+.3f"),
             f"{1 - np.mean(alike.found):.1%}",
             f"{np.mean(dressed.ranks == 0):.1%}",
             f"{score.mean:.3f} [{score.low:.3f}, {score.high:.3f}]",

@@ -17,59 +17,24 @@ from torch import Tensor
 from fastface_cli.structure import LORA_TARGETS
 from training import data, low_rank, unet
 from training.common import Ema, Run, autocast, descend, device, load_part, options
+from training.walk import STATIONS, Guide, Walk
 
 RANK = 4
 BATCH = 64
-GUIDANCE = 4.0
-STATIONS = (999, 749, 499, 249, -1)
 SUBSTEPS = 5
 REFRESH = 12
 """Student steps for each new batch of teacher walks."""
 
 
-class Walk:
-    """DDIM without randomness between any two timesteps of SDXL's schedule."""
-
-    def __init__(self) -> None:
-        alphas = unet.schedule().alphas_cumprod
-        # The end of the walk is the first entry, not 1: ``set_alpha_to_one`` is false in SDXL's config.
-        self.alphas = torch.cat([alphas, alphas[:1]]).to(device())
-
-    def signal_and_noise(self, timestep: int) -> tuple[Tensor, Tensor]:
-        """Square roots of alpha and of one minus alpha; timestep -1 is the end."""
-        alpha = self.alphas[timestep]
-        return alpha.sqrt(), (1 - alpha).sqrt()
-
-    def step(self, x: Tensor, noise: Tensor, start: int, end: int) -> Tensor:
-        """Where x [n, 4, h, w] at ``start`` goes when its noise is ``noise``."""
-        a, b = self.signal_and_noise(start)
-        c, d = self.signal_and_noise(end)
-        return c * (x - b * noise) / a + d * noise
-
-    def lever(self, start: int, end: int) -> float:
-        """How far an error of 1 in the noise moves the step's end."""
-        a, b = self.signal_and_noise(start)
-        c, d = self.signal_and_noise(end)
-        return float((d - c * b / a).abs())
-
-
 @torch.no_grad()
 def teach(model: Any, walk: Walk, states: Tensor, added: dict[str, Tensor], noise: Tensor) -> Tensor:
     """One guided walk of the teacher: its stations, [n, 5, 4, h, w]."""
-    count = len(noise)
-    zero = {"text_embeds": torch.zeros_like(added["text_embeds"]), "time_ids": added["time_ids"]}
-    both = {key: torch.cat([zero[key], added[key]]) for key in zero}
-    texts = torch.cat([torch.zeros_like(states), states])
+    guide = Guide(model, states, added)
     x, stations = noise, [noise]
     for start, end in pairwise(STATIONS):
         times = [round(start + (end - start) * part / SUBSTEPS) for part in range(SUBSTEPS + 1)]
         for now, after in pairwise(times):
-            at = torch.full((2 * count,), now, device=x.device)
-            with autocast():
-                plain, guided = (
-                    model(x.repeat(2, 1, 1, 1), at, texts, added_cond_kwargs=both).sample.float().chunk(2)
-                )
-            x = walk.step(x, plain + GUIDANCE * (guided - plain), now, after)
+            x = walk.step(x, guide.guided(x, now), now, after)
         stations.append(x)
     return torch.stack(stations, dim=1)
 

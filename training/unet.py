@@ -27,6 +27,7 @@ ASKED = 8
 MOOD_WEIGHT = 0.15
 CONTRAST = 24.0
 """Factor of cosines before the softmax over people."""
+CONTRAST_WEIGHT = 2 / CONTRAST
 
 
 def build(size: int) -> UNet2DConditionModel:
@@ -233,9 +234,11 @@ class Looks:
         self.people = torch.from_numpy(portraits.embeddings[portraits.train]).to(device())
         self.places = {int(index): place for place, index in enumerate(portraits.train)}
 
-    def crops(self, noisy: Tensor, predicted: Tensor, times: Tensor, batch: Batch) -> Tensor:
+    def crops(
+        self, noisy: Tensor, predicted: Tensor, times: Tensor, batch: Batch, loose: bool = False
+    ) -> Tensor:
         """Aligned faces of the clean pictures that these noise predictions amount to,
-        [ASKED, 3, 112, 112]."""
+        [ASKED, 3, 112, 112]; ``loose`` as for ``FaceLoss.crops``."""
         alphas = self.alphas.to(noisy.device)[times[:ASKED]][:, None, None, None]
         # At pure noise an error of the noise is fourteen times as large in the picture. The gradient on its
         # way back must not be, or those pictures alone would steer.
@@ -246,7 +249,7 @@ class Looks:
         flip = [latents.content(int(i), int(s))[1] for i, s in zip(index, slot, strict=True)]
         with autocast():
             pictures = self.decoder.decode(clean.clamp(-4, 4)).sample
-        return self.faces.crops(pictures.float(), torch.from_numpy(index), torch.tensor(flip))
+        return self.faces.crops(pictures.float(), torch.from_numpy(index), torch.tensor(flip), loose)
 
     def mood(self, crops: Tensor, batch: Batch) -> Tensor:
         """How unlike the expressions are that the captions ask for; a scalar."""
@@ -266,7 +269,7 @@ class Looks:
         own = torch.tensor([self.places[int(i)] for i in batch.index[:ASKED]], device=found.device)
         cosines = found @ self.people.T
         alike = cosines.gather(1, own[:, None]).mean()
-        return 1 - alike + nn.functional.cross_entropy(CONTRAST * cosines, own) / CONTRAST
+        return 1 - alike + CONTRAST_WEIGHT * nn.functional.cross_entropy(CONTRAST * cosines, own)
 
 
 def trained(work: Path, size: int) -> UNet2DConditionModel:

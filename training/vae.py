@@ -77,6 +77,17 @@ def draw(
     return pictures_to_tensor(pictures), torch.from_numpy(index), torch.from_numpy(flip)
 
 
+def loosened(matrices: Tensor) -> Tensor:
+    """Crops' matrices [n, 2, 3] of ``affine_grid``, turned, scaled, moved and mirrored at random."""
+    count = len(matrices)
+    angle, scale = 0.05 * torch.randn(count), 1 + 0.05 * torch.randn(count)
+    side = 1 - 2 * (torch.rand(count) < 0.5).float()
+    cos, sin, shift = angle.cos() * scale, angle.sin() * scale, 0.03 * torch.randn(2, count)
+    own = torch.stack([cos * side, -sin, shift[0], sin * side, cos, shift[1]], 1).reshape(count, 2, 3)
+    last = torch.tensor([[[0.0, 0.0, 1.0]]]).expand(count, 1, 3)
+    return (torch.cat([matrices, last], 1) @ torch.cat([own, last], 1))[:, :2]
+
+
 class FaceLoss:
     """How different the recogniser finds two pictures' faces: features at three scales, and the embedding."""
 
@@ -96,9 +107,13 @@ class FaceLoss:
                 matrices.append((to_unit @ np.linalg.inv(forward) @ from_unit)[:2])
         self.matrices = torch.from_numpy(np.stack(matrices).astype(np.float32)).reshape(-1, 2, 2, 3)
 
-    def crops(self, pictures: Tensor, index: Tensor, flip: Tensor) -> Tensor:
-        """Pictures [n, 3, s, s] of these portraits -> aligned crops [n, 3, 112, 112]."""
-        matrix = self.matrices[index, flip.long()].to(pictures.device)
+    def crops(self, pictures: Tensor, index: Tensor, flip: Tensor, loose: bool = False) -> Tensor:
+        """Pictures [n, 3, s, s] of these portraits -> aligned crops [n, 3, 112, 112]; ``loose`` turns,
+        scales, moves and mirrors them a little at random."""
+        matrix = self.matrices[index, flip.long()]
+        if loose:
+            matrix = loosened(matrix)
+        matrix = matrix.to(pictures.device)
         grid = F.affine_grid(matrix, [len(pictures), 3, 112, 112], align_corners=False)
         return F.grid_sample(pictures, grid, align_corners=False)
 

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from training import captions, common, data, decoder, low_rank, styles, tokenizer, unet, vae
-from training.lora import STATIONS, Walk, kohya_name
+from training import captions, common, data, decoder, low_rank, points, styles, tokenizer, unet, vae
+from training.export import TARGET
+from training.lora import kohya_name
+from training.walk import GUIDANCE, STATIONS, Guide, Walk
 
 
 @pytest.fixture
@@ -140,6 +142,63 @@ def test_walk_is_the_products_scheduler() -> None:
     for start, end in pairwise(STATIONS):
         expected = scheduler.step(noise, start, x, return_dict=False)[0]
         torch.testing.assert_close(walk.step(x, noise, start, end), expected)
+
+
+@dataclass
+class Named:
+    """A model's output."""
+
+    sample: torch.Tensor
+
+
+def test_a_guide_asks_once_with_the_texts_and_once_without_but_always_with_the_people() -> None:
+    def model(x: torch.Tensor, at: torch.Tensor, context: Any, added_cond_kwargs: Any) -> Named:
+        texts, (people,) = context
+        assert added_cond_kwargs["time_ids"].shape == (4, 6)
+        told = texts.sum((1, 2)) + added_cond_kwargs["text_embeds"].sum(1) + 100 * people.sum((1, 2, 3))
+        return Named(x + told[:, None, None, None] + at[:, None, None, None])
+
+    states, people = torch.ones(2, 77, 8), torch.tensor([1.0, 2.0]).reshape(2, 1, 1).repeat(1, 4, 8)
+    added = {"text_embeds": torch.ones(2, 4), "time_ids": torch.ones(2, 6)}
+    guide = Guide(model, states, added, people)
+    blind, seeing = guide(torch.zeros(2, 4, 1, 1), 7)
+    assert blind[:, 0, 0, 0].tolist() == [3207, 6407]
+    assert (seeing - blind).flatten().tolist() == [77 * 8 + 4] * 8
+    assert torch.equal(guide.guided(torch.zeros(2, 4, 1, 1), 7), blind + GUIDANCE * (seeing - blind))
+
+
+def test_loosened_crops_move_little_and_are_mirrored_half_of_the_time() -> None:
+    torch.manual_seed(0)
+    straight = torch.tensor([[1.0, 0, 0], [0, 1, 0]]).expand(400, 2, 3)
+    found = vae.loosened(straight)
+    assert 0.4 < (found[:, 0, 0] < 0).float().mean() < 0.6
+    assert (found[:, 0, 0].abs() - 1).abs().mean() < 0.06
+    assert found[:, :, 2].abs().mean() < 0.04
+
+
+def test_refitted_points_follow_most_faces_and_not_the_covered_ones() -> None:
+    generator = np.random.default_rng(0)
+    right = generator.normal(size=(10, 49))
+    features = np.concatenate([generator.normal(size=(600, 48)), np.ones((600, 1))], axis=1)
+    wanted = features @ right.T
+    wanted[::10] += 5.0
+    samples = points.Samples(list(features), list(wanted), [1.0] * 600)
+    new = points.fitted(samples, right + generator.normal(0, 0.2, right.shape))
+    assert np.abs(new - right).mean() < 0.02
+
+
+def test_the_points_layers_of_the_shipped_detector_can_be_rewritten(tmp_path: Path) -> None:
+    shipped, copy = TARGET / "face" / "det_pocket.onnx", tmp_path / "det.onnx"
+    copy.write_bytes(shipped.read_bytes())
+    heads = points.Heads(copy)
+    table = [heads.weights(level) for level in range(3)]
+    scene = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
+    assert [f.shape for f in heads.features(scene)] == [(8, 8, 49), (4, 4, 49), (2, 2, 49)]
+    heads.write(table)
+    assert all(np.array_equal(points.Heads(copy).weights(k), table[k]) for k in range(3))
+    table[2][10:] += 1
+    heads.write(table)
+    assert np.allclose(points.Heads(copy).weights(2)[10:], table[2][10:], atol=2e-3)
 
 
 def test_kohya_names_are_the_published_ones() -> None:
