@@ -19,7 +19,7 @@ STAGES: tuple[tuple[str, float], ...] = (
     ("unet", 60),
     ("decoder", 30),
     ("lora", 25),
-    ("adapter", 45),
+    ("adapter", 90),
     ("export", 0),
     ("points", 0),
     ("report", 0),

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from training import captions, common, data, decoder, low_rank, points, styles, tokenizer, unet, vae
+from training import adapter, captions, common, data, decoder, low_rank, points, styles, tokenizer, unet, vae
 from training.export import TARGET
 from training.lora import kohya_name
 from training.walk import GUIDANCE, STATIONS, Guide, Walk
@@ -165,6 +165,22 @@ def test_a_guide_asks_once_with_the_texts_and_once_without_but_always_with_the_p
     assert blind[:, 0, 0, 0].tolist() == [3207, 6407]
     assert (seeing - blind).flatten().tolist() == [77 * 8 + 4] * 8
     assert torch.equal(guide.guided(torch.zeros(2, 4, 1, 1), 7), blind + GUIDANCE * (seeing - blind))
+
+
+@pytest.mark.parametrize("legs", [0, 1, 3])
+def test_what_the_adapter_is_judged_on_was_drawn_from_the_noise_alone(legs: int) -> None:
+    def model(x: torch.Tensor, at: torch.Tensor, context: Any, added_cond_kwargs: Any) -> Named:
+        return Named(0.3 * x + context[0].sum((1, 2))[:, None, None, None] / 1000)
+
+    states, people = torch.ones(2, 77, 8), torch.zeros(2, 4, 8)
+    guide = Guide(model, states, {"text_embeds": torch.ones(2, 4), "time_ids": torch.ones(2, 6)}, people)
+    walk, noise = Walk(), torch.randn(2, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+    found, blind = adapter.drawn(guide, walk, noise, legs)
+    x = noise
+    for start, end in list(pairwise(STATIONS))[:legs]:
+        x = walk.step(x, 0.3 * x + GUIDANCE * 0.616, start, end)
+    torch.testing.assert_close(found, x)
+    torch.testing.assert_close(blind, 0.3 * x)
 
 
 def test_loosened_crops_move_little_and_are_mirrored_half_of_the_time() -> None:
