@@ -238,7 +238,8 @@ class Looks:
         self, noisy: Tensor, predicted: Tensor, times: Tensor, batch: Batch, loose: bool = False
     ) -> Tensor:
         """Aligned faces of the clean pictures that these noise predictions amount to,
-        [ASKED, 3, 112, 112]; ``loose`` as for ``FaceLoss.crops``."""
+        [ASKED, 3, 112, 112]; ``loose`` as for ``FaceLoss.crops``. Faces stand within a pixel of the same
+        place in all portraits, and so in what a model draws."""
         alphas = self.alphas.to(noisy.device)[times[:ASKED]][:, None, None, None]
         # At pure noise an error of the noise is fourteen times as large in the picture. The gradient on its
         # way back must not be, or those pictures alone would steer.
