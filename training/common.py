@@ -9,6 +9,7 @@ import math
 import os
 import random
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -143,7 +144,7 @@ class Run:
             for name, part in parts.items():
                 if name in state:
                     part.load_state_dict(state[name])
-            print(f"{path.stem}: resumed at step {self.step}, {self.seconds / 60:.1f} min", flush=True)
+            print(f"{path.stem}: resumed at step {self.step}, {self.seconds / 60:.1f} min", file=sys.stderr)
         for part in parts.values():
             if isinstance(part, torch.optim.Optimizer):
                 for group in part.param_groups:
@@ -185,11 +186,11 @@ class Run:
         temporary.replace(self.path)
 
     def log(self, every: int = 50, **values: float) -> None:
-        """Print one line of figures now and then."""
+        """Print one line of figures now and then, to stderr: a stage may have a table to print."""
         if self.step % every == 0:
             figures = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
             clock = f"{self.seconds / 60:6.1f} min  step {self.step:6d}"
-            print(f"{self.path.stem}  {clock}  {figures}", flush=True)
+            print(f"{self.path.stem}  {clock}  {figures}", file=sys.stderr)
 
 
 def load_part(path: Path, part: str) -> dict[str, Any]:
