@@ -55,6 +55,16 @@ def crop(picture: np.ndarray, key_points: np.ndarray, side: int = 112) -> np.nda
     return np.asarray(cv2.warpAffine(picture, alignment(key_points, side), (side, side), borderValue=0.0))
 
 
+def mirrored(places: np.ndarray, width: int) -> np.ndarray:
+    """Where places [n, 2], in pixels, lie in the mirrored picture, in the same order."""
+    return np.asarray(places * (-1, 1) + (width - 1, 0))
+
+
+def mirrored_points(key_points: np.ndarray, width: int) -> np.ndarray:
+    """The five points of a face [5, 2] in the mirrored picture: what was left is now right."""
+    return mirrored(key_points, width)[[1, 0, 2, 4, 3]]
+
+
 @dataclass(frozen=True)
 class Portraits:
     """The data set, at one picture size."""

@@ -233,8 +233,8 @@ class Scenes:
         outline, points = self.outline[index] / unit, self.portraits.key_points[index] / unit
         if g.random() < 0.5:
             source = source[:, ::-1]
-            outline = outline * (-1, 1) + (source.shape[1] - 1, 0)
-            points = (points * (-1, 1) + (source.shape[1] - 1, 0))[[1, 0, 2, 4, 3]]
+            outline = data.mirrored(outline, source.shape[1])
+            points = data.mirrored_points(points, source.shape[1])
         face = outline.max(0) - outline.min(0)
         size = float(np.exp(g.uniform(np.log(11), np.log(side * 0.95))))
         if g.random() < 0.35:

@@ -26,7 +26,7 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
-from fastface_cli.evaluation.statistics import mean_interval, paired_difference
+from fastface_cli.evaluation.statistics import Interval, mean_interval, paired_difference
 from training import captions, clip, data
 from training.common import Ema, Options, Run, autocast, descend, device, pictures_to_tensor
 from training.judge import Judge, ranks
@@ -234,10 +234,10 @@ COLUMNS = (
 )
 
 
-def changed(values: np.ndarray, before: np.ndarray, own: Sequence[int], form: str) -> str:
-    """The paired difference and its interval as text; empty where there is none."""
-    found = paired_difference(values, before, own)
-    return "" if found is None else f"{found.mean:{form}} [{found.low:{form}}, {found.high:{form}}]"
+def told(found: Interval | None, form: str) -> str:
+    """A mean and its interval as text."""
+    assert found is not None
+    return f"{found.mean:{form}} [{found.low:{form}}, {found.high:{form}}]"
 
 
 def claim_table(
@@ -282,23 +282,20 @@ def claim_table(
         strips += [np.stack(photos[:10]), np.stack(pictures[:10])]
         alike, dressed = (likeness(judge, made, references, own) for made in (photos, pictures))
         first = first or alike
-        mean = mean_interval(alike.similarity, own)
         nearest, first_nearest = (1.0 * (seen.ranks == 0) for seen in (alike, first))
-        share = mean_interval(nearest, own)
-        score = mean_interval(prompt_scores(weights, pictures, [case.prompt for case in wanted]), own)
-        assert mean is not None
-        assert score is not None
-        assert share is not None
+        scores = prompt_scores(weights, pictures, [case.prompt for case in wanted])
         cells = [
             recipe,
-            f"{share.mean:.1%} [{share.low:.1%}, {share.high:.1%}]",
-            "" if alike is first else changed(nearest, first_nearest, own, "+.1%"),
+            told(mean_interval(nearest, own), ".1%"),
+            "" if alike is first else told(paired_difference(nearest, first_nearest, own), "+.1%"),
             f"{int(np.median(alike.ranks)) + 1}",
-            f"{mean.mean:.3f} [{mean.low:.3f}, {mean.high:.3f}]",
-            "" if alike is first else changed(alike.similarity, first.similarity, own, "+.3f"),
+            told(mean_interval(alike.similarity, own), ".3f"),
+            ""
+            if alike is first
+            else told(paired_difference(alike.similarity, first.similarity, own), "+.3f"),
             f"{1 - np.mean(alike.found):.1%}",
             f"{np.mean(dressed.ranks == 0):.1%}",
-            f"{score.mean:.3f} [{score.low:.3f}, {score.high:.3f}]",
+            told(mean_interval(scores, own), ".3f"),
             *(f"{share:.1%}" for share in followed(classify(model, pictures), wanted)),
         ]
         yield f"| {' | '.join(cells)} |"

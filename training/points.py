@@ -97,8 +97,7 @@ def portrait(scenes: detector.Scenes, side: int) -> tuple[np.ndarray, np.ndarray
     outline, points = scenes.outline[index], portraits.key_points[index]
     if g.random() < 0.5:
         source = source[:, ::-1]
-        outline = outline * (-1, 1) + (255, 0)
-        points = (points * (-1, 1) + (255, 0))[[1, 0, 2, 4, 3]]
+        outline, points = data.mirrored(outline, 256), data.mirrored_points(points, 256)
     face = np.concatenate([outline.min(0), outline.max(0), points.ravel()]) * (side / 256)
     return cv2.resize(np.ascontiguousarray(source), (side, side)), face[None].astype(np.float32)
 

@@ -96,8 +96,7 @@ class FaceLoss:
         size, side = portraits.size, 112
         matrices = []
         for points in portraits.key_points * (size / 256):
-            mirrored = (points * (-1, 1) + (size - 1, 0))[[1, 0, 2, 4, 3]]
-            for view in (points, mirrored):
+            for view in (points, data.mirrored_points(points, size)):
                 forward = np.vstack([data.alignment(view, side), (0, 0, 1)])
                 # Pixel numbers to grid_sample's [-1, 1] (edges, not centres) and back.
                 to_unit = np.array([[2 / size, 0, 1 / size - 1], [0, 2 / size, 1 / size - 1], [0, 0, 1]])

@@ -106,6 +106,13 @@ def test_alignment_is_insightfaces() -> None:
     np.testing.assert_allclose(data.alignment(points), face_align.estimate_norm(points), atol=1e-3)
 
 
+def test_a_mirrored_face_has_its_left_eye_where_the_right_one_was() -> None:
+    points = np.array([[20, 30], [60, 31], [40, 50], [25, 70], [57, 72]])
+    assert data.mirrored(points, 100)[0].tolist() == [79, 30]
+    found = data.mirrored_points(points, 100)
+    assert found.tolist() == [[39, 31], [79, 30], [59, 50], [42, 72], [74, 70]]
+
+
 def test_held_out_portraits_are_two_hundred() -> None:
     assert sum(data.is_held_out(index) for index in range(3780)) == 200
 
