@@ -32,7 +32,7 @@ PARTS = ("base", "hyper", "vae", "adapter", "image_encoder")
 
 def recipe() -> Any:
     """The stack of `hyper-fastface`, under the names that `write_stack` gives."""
-    from fastface_cli.recipe import Recipe
+    from fastface_cli.recipe.schema import Recipe
 
     roles = ("base", "distillation", "vae", "adapter", "image_encoder", "face")
     return Recipe.model_validate(
@@ -48,17 +48,17 @@ def recipe() -> Any:
 
 def write(folder: Path, *, full: bool) -> None:
     """The stack on the disk."""
-    from fastface_cli.sdxl import MINIATURE, PUBLISHED
-    from fastface_cli.structure import write_stack
+    from fastface_cli.benchmark.sdxl import MINIATURE, PUBLISHED
+    from fastface_cli.benchmark.structure import write_stack
 
     write_stack(folder, PUBLISHED if full else MINIATURE, fill="random", parts=PARTS)
 
 
 def load(folder: Path, *, keep: bool, touch: bool) -> dict[str, float]:
     """Load the stack in this process: seconds, and peak memory in GiB."""
-    from fastface_cli.pipeline import Pipeline
-    from fastface_cli.store.fused import FusedCache
-    from fastface_cli.structure import PARTS as PLACES
+    from fastface_cli.app.pipeline import Pipeline
+    from fastface_cli.benchmark.structure import PARTS as PLACES
+    from fastface_cli.store.fused_cache import FusedCache
 
     paths = {part: folder / PLACES[part] for part in PARTS}
     paths["distillation"] = paths.pop("hyper")

@@ -28,7 +28,7 @@ from fastface_cli.evaluation.metrics.base import Metric
 from fastface_cli.evaluation.runner import Plan, Scoring, generate, score
 from fastface_cli.evaluation.runs import Run
 from fastface_cli.evaluation.scoring import Judge, Load, ToScore
-from fastface_cli.recipe_files import load_recipe
+from fastface_cli.recipe.files import load_recipe
 from fastface_cli.settings import load_settings
 
 CORES = sorted(os.sched_getaffinity(0))

@@ -10,8 +10,8 @@ from __future__ import annotations
 import argparse
 
 from fastface_cli.benchmark.footprint import count
-from fastface_cli.memory import GIB, LEVELS
-from fastface_cli.recipe_files import load_recipe
+from fastface_cli.models.offload import GIB, LEVELS
+from fastface_cli.recipe.files import load_recipe
 
 STAGES = ("text", "identity", "keys", "step", "vae")
 

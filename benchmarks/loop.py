@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 from fastface_cli import FastFace
-from fastface_cli.identity import Identity
-from fastface_cli.pipeline import Pipeline, Request
+from fastface_cli.app.pipeline import Pipeline, Request
+from fastface_cli.identity.identity import Identity
 
 
 class Watch:

@@ -15,10 +15,11 @@ import matplotlib as mpl
 import numpy as np
 from PIL import Image
 
-from fastface_cli import FastFace, attention
+from fastface_cli import FastFace
+from fastface_cli.app.pipeline import Picture, Request
 from fastface_cli.commands.generate import write
-from fastface_cli.identity import Identity
-from fastface_cli.pipeline import Picture, Request
+from fastface_cli.identity.identity import Identity
+from fastface_cli.sampling import attention
 
 mpl.use("agg")
 import matplotlib.pyplot as plt

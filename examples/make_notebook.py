@@ -74,7 +74,7 @@ photo.""",
 import tempfile
 from pathlib import Path
 
-from fastface_cli.identity import Identity
+from fastface_cli.identity.identity import Identity
 
 with tempfile.TemporaryDirectory() as folder:
     file = me.save(Path(folder) / "me.safetensors")

@@ -4,7 +4,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .api import FastFace
+    from .app.api import FastFace
 
 # Both report to their makers unless told not to, ONNX Runtime from its import on and with a number for this
 # machine in the home folder. Photos of people pass through them: nothing is told unless the user asks for it.
@@ -18,7 +18,7 @@ __all__ = ["FastFace", "__version__"]
 def __getattr__(name: str) -> Any:
     # Importing the package must stay cheap for the command line.
     if name == "FastFace":
-        from .api import FastFace
+        from .app.api import FastFace
 
         return FastFace
     raise AttributeError(name)

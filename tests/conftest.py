@@ -1,4 +1,4 @@
-"""What tests share: a small random stack, a person who does not exist, the shared data if it is there."""
+"""What tests share: a small random stack, a person who does not exist, the golden tensors."""
 
 from __future__ import annotations
 
@@ -11,16 +11,13 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("NO_COLOR", "1")
 
-SHARED = Path(__file__).parents[2] / "shared"
+GOLDEN = Path(__file__).parent / "data" / "golden"
 
 
 @pytest.fixture(scope="session")
 def golden() -> Path:
-    """Golden tensors, where they are at hand."""
-    folder = SHARED / "golden"
-    if not folder.is_dir():
-        pytest.skip("the shared golden tensors are not here")
-    return folder
+    """The golden stack, cases and identity."""
+    return GOLDEN
 
 
 @pytest.fixture(scope="session")
@@ -28,8 +25,8 @@ def miniature(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A random stack in the published files' form, float32, as `write_stack` names its parts."""
     import torch
 
-    from fastface_cli.sdxl import MINIATURE
-    from fastface_cli.structure import write_stack
+    from fastface_cli.benchmark.sdxl import MINIATURE
+    from fastface_cli.benchmark.structure import write_stack
 
     folder = tmp_path_factory.mktemp("stack")
     return write_stack(folder, MINIATURE, fill="random", dtype=torch.float32, seed=5)
@@ -38,7 +35,7 @@ def miniature(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def person():
     """An identity made of noise."""
-    from fastface_cli.identity import Identity
+    from fastface_cli.identity.identity import Identity
 
     rng = np.random.default_rng(3)
     embedding = rng.standard_normal((1, 512)).astype(np.float32)

@@ -159,7 +159,7 @@ def identities(portraits: data.Portraits, count: int) -> list[Any]:
 
 def generate(recipe: str, wanted: Sequence[Case], people: Sequence[Any], batch: int = 8) -> list[np.ndarray]:
     """One picture a case, seed by place, uint8 RGB."""
-    from fastface_cli.pipeline import Request
+    from fastface_cli.app.pipeline import Request
 
     face = product(recipe)
     requests = [Request(case.prompt, case.place, people[case.place]) for case in wanted]
@@ -310,8 +310,8 @@ def group_rows(judge: Judge, work: Path) -> list[tuple[str, str, str]]:
     """
     from insightface.data import get_image
 
+    from fastface_cli.app.pipeline import Request
     from fastface_cli.errors import NoFaceError
-    from fastface_cli.pipeline import Request
 
     photograph = Image.fromarray(np.ascontiguousarray(get_image("t1")[:, :, ::-1]))
     face, people = product("fastface"), []
@@ -340,7 +340,7 @@ def group_rows(judge: Judge, work: Path) -> list[tuple[str, str, str]]:
 
 def speed_rows(repeats: int = 3) -> list[tuple[str, str, str]]:
     """Seconds of one portrait in four steps: in a running process, and from process start to file."""
-    from fastface_cli.pipeline import Request
+    from fastface_cli.app.pipeline import Request
 
     face = product("fastface")
     example = Path(__file__).resolve().parent.parent / "examples" / "portrait.png"

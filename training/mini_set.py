@@ -19,7 +19,7 @@ from fastface_cli.errors import NoFaceError
 from fastface_cli.evaluation.dataset import PHOTOS, PROMPTS
 from fastface_cli.evaluation.metrics.base import Context
 from fastface_cli.evaluation.metrics.identity import DlibIdentity
-from fastface_cli.pictures import encode_png
+from fastface_cli.output.images import encode_png
 
 PEOPLE = {
     "anna": "a portrait of a smiling young woman with long blond hair, white background",

@@ -22,13 +22,13 @@ from diffusers.models.embeddings import IPAdapterFaceIDPlusImageProjection
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..fused import HEAD_WIDTH
-from ..loading import Homes, quiet_libraries
-from ..memory import Level
-from ..pipeline import Pipeline, Request
-from ..recipe import Recipe
-from ..sdxl import PUBLISHED, Stack
+from ..app.pipeline import Pipeline, Request
+from ..models.fused import HEAD_WIDTH
+from ..models.loading import Homes, quiet_libraries
+from ..models.offload import Level
+from ..recipe.schema import Recipe
 from .random_stack import make_models, scheduler, tokenizers
+from .sdxl import PUBLISHED, Stack
 
 CARD = torch.device("meta")
 

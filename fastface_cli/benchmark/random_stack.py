@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..acceleration import DEFAULT, Acceleration, arrange, check
-from ..loading import SCHEDULERS, Homes, memory_errors, quiet_libraries, settle_adapter
-from ..memory import OFF, Level
-from ..pipeline import Pipeline, check_level
-from ..recipe import Recipe
-from ..reference import Reference
-from ..sdxl import PADS, PUBLISHED, TURBO_SCHEDULER, Config, Stack
-from ..structure import adapter_layout, write_tokenizer
+from ..app.pipeline import Pipeline, check_level
+from ..models.acceleration import DEFAULT, Acceleration, arrange, check
+from ..models.loading import SCHEDULERS, Homes, memory_errors, quiet_libraries, settle_adapter
+from ..models.offload import OFF, Level
+from ..recipe.schema import Recipe
+from .reference import Reference
+from .sdxl import PADS, PUBLISHED, TURBO_SCHEDULER, Config, Stack
+from .structure import adapter_layout, write_tokenizer
 
 
 def random_pipeline(

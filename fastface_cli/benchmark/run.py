@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from ..app.pipeline import Picture, Pipeline, Request
 from ..errors import FastFaceError
-from ..identity import Identity, make_identity
-from ..pictures import encode_png
-from ..pipeline import Picture, Pipeline, Request
+from ..identity.identity import Identity, make_identity
+from ..output.images import encode_png
 from . import flops, machine
 from .sides import WEIGHTS, Engine, Side, Source, analyser, build
 from .timing import Stopwatch, interleaved, ratio_of_medians, spread, synchronise
 
 if TYPE_CHECKING:
-    from ..faces import FaceAnalyser
+    from ..identity.analyzer import FaceAnalyser
 
 VERSION = 1
 """Of the report's form."""

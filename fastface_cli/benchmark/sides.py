@@ -8,15 +8,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from ..acceleration import DEFAULT, Acceleration
-from ..recipe import Recipe
+from ..models.acceleration import DEFAULT, Acceleration
+from ..recipe.schema import Recipe
 
 if TYPE_CHECKING:
     import torch
 
-    from ..faces import FaceAnalyser
-    from ..memory import LevelName
-    from ..pipeline import Picture, Request, Watch
+    from ..app.pipeline import Picture, Request, Watch
+    from ..identity.analyzer import FaceAnalyser
+    from ..models.offload import LevelName
 
 EngineName = Literal["ours", "reference"]
 Weights = Literal["real", "random", "random-small"]
@@ -104,12 +104,12 @@ def build(side: Side, source: Source) -> Engine:
     Raises:
         FastFaceError: as of `FastFace` and `Pipeline.load`.
     """
-    from ..loading import pick_device, pick_dtype
-    from ..memory import LEVELS
-    from ..pipeline import Pipeline
-    from ..reference import Reference
-    from ..sdxl import MINIATURE, PUBLISHED
+    from ..app.pipeline import Pipeline
+    from ..models.loading import pick_device, pick_dtype
+    from ..models.offload import LEVELS
     from . import random_stack
+    from .reference import Reference
+    from .sdxl import MINIATURE, PUBLISHED
 
     device, level = pick_device(source.device), LEVELS[side.low_memory]
     if source.weights != "real":
@@ -142,7 +142,7 @@ def analyser(side: Side, source: Source) -> FaceAnalyser:
 
 
 def _face(side: Side, source: Source) -> Any:
-    from ..api import FastFace
+    from ..app.api import FastFace
 
     return FastFace(side.recipe, device=source.device, dtype=source.dtype, offline=source.offline)
 

@@ -14,10 +14,10 @@ from .completion import complete_field, complete_recipe, complete_saving
 from .options import DeviceOption, DtypeOption
 
 if TYPE_CHECKING:
-    from ..acceleration import Acceleration
     from ..benchmark.sides import Side, Weights
-    from ..memory import LevelName
-    from ..recipe import Recipe
+    from ..models.acceleration import Acceleration
+    from ..models.offload import LevelName
+    from ..recipe.schema import Recipe
 
 AGAINST = ("reference",)
 WEIGHTS = ("real", "random", "random-small")
@@ -94,11 +94,11 @@ def bench(
     recipes = [_load(name, set_ or []) for name in recipe or [settings.recipe]]
     where = _device(recipes, weights, device or settings.device)
 
-    from ..acceleration import parse
+    from ..app.pipeline import check_level
     from ..benchmark import report, run, sides
-    from ..loading import pick_device, pick_dtype
-    from ..memory import level_of
-    from ..pipeline import check_level
+    from ..models.acceleration import parse
+    from ..models.loading import pick_device, pick_dtype
+    from ..models.offload import level_of
 
     pick_dtype(dtype, pick_device(where))
     kind: Weights = weights  # type: ignore[assignment]  # one of WEIGHTS
@@ -107,7 +107,7 @@ def bench(
     acceleration, saving = parse(changes), level_of(low_memory)
     check_level(saving, acceleration)
     if acceleration.compile:
-        from ..compiling import keep_graphs
+        from ..models.compilation import keep_graphs
 
         keep_graphs(settings.home / "graphs")
     plan = run.Plan(
@@ -129,7 +129,7 @@ def bench(
 
 
 def _load(name: str, overrides: list[str]) -> Recipe:
-    from ..recipe_files import load_recipe
+    from ..recipe.files import load_recipe
 
     return load_recipe(name, overrides=overrides).recipe
 
@@ -140,9 +140,9 @@ def _device(recipes: list[Recipe], weights: str, wanted: str) -> str:
     Raises:
         DeviceError: no such device, or a full-size stack and no GPU.
     """
-    from ..api import check_device
+    from ..app.api import check_device
     from ..errors import DeviceError
-    from ..loading import pick_device
+    from ..models.loading import pick_device
 
     if weights == "real":
         devices = [check_device(recipe, wanted) for recipe in recipes]

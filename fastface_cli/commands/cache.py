@@ -22,7 +22,7 @@ def list_(
 
     Example: fastface cache list
     """
-    from ..remembered import Remembered
+    from ..identity.cache import Remembered
     from ..settings import load_settings
     from ..store import Store, human_bytes
 
@@ -115,8 +115,8 @@ def remove(
 
       fastface cache remove identities
     """
-    from ..remembered import NAME as IDENTITIES
-    from ..remembered import Remembered
+    from ..identity.cache import NAME as IDENTITIES
+    from ..identity.cache import Remembered
     from ..settings import load_settings
     from ..store import Store, human_bytes, resolve
 

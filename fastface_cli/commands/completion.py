@@ -7,23 +7,23 @@ from collections.abc import Iterable, Iterator
 
 def complete_recipe(incomplete: str) -> list[str]:
     """Recipes by name; a shell completes the paths of files by itself."""
-    from ..recipe_files import recipe_names
+    from ..recipe.files import recipe_names
 
     return _starting(incomplete, recipe_names())
 
 
 def complete_model(incomplete: str) -> list[str]:
     """Recipes and models, as `fastface download` takes them."""
-    from ..manifest import manifest
-    from ..recipe_files import recipe_names
+    from ..recipe.files import recipe_names
+    from ..store.manifest import load_manifest
 
-    return _starting(incomplete, [*recipe_names(), *manifest()])
+    return _starting(incomplete, [*recipe_names(), *load_manifest()])
 
 
 def complete_cached(incomplete: str) -> list[str]:
     """Models that take room on this disk, downloaded and fused."""
-    from ..remembered import NAME as IDENTITIES
-    from ..remembered import Remembered
+    from ..identity.cache import NAME as IDENTITIES
+    from ..identity.cache import Remembered
     from ..settings import load_settings
     from ..store import Store
 
@@ -37,7 +37,7 @@ def complete_cached(incomplete: str) -> list[str]:
 
 def complete_field(incomplete: str) -> list[str]:
     """Fields of a recipe, for `--set`."""
-    from ..recipe import Recipe
+    from ..recipe.schema import Recipe
 
     return _starting(incomplete, [f"{field}=" for field in _fields(Recipe, "")])
 
@@ -68,7 +68,7 @@ def complete_metric(incomplete: str) -> list[str]:
 
 def _fields(section: type, prefix: str) -> Iterator[str]:
     """Dotted names of the values below a section of the recipe."""
-    from ..recipe import Section
+    from ..recipe.schema import Section
 
     assert issubclass(section, Section)
     for name, field in section.model_fields.items():

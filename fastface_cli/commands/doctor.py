@@ -10,7 +10,7 @@ from .. import console
 from .options import RecipeOption
 
 if TYPE_CHECKING:
-    from ..doctor import Finding
+    from ..doctor.checks import Finding
 
 
 def doctor(
@@ -25,9 +25,9 @@ def doctor(
 
     Example: fastface doctor --recipe pocket
     """
-    from ..doctor import examine, mend
-    from ..machine import look
-    from ..recipe_files import load_recipe
+    from ..doctor.checks import examine, mend
+    from ..doctor.machine import look
+    from ..recipe.files import load_recipe
     from ..settings import load_settings
 
     settings = load_settings()

@@ -81,12 +81,12 @@ def _fetch_dataset(store: Store, *, json: bool) -> None:
 
 def _artefacts(names: list[str], steps: int | None) -> list[Artefact]:
     """What recipes and models mean together, each once."""
-    from ..recipe_files import load_recipe, recipe_names
-    from ..store import manifest, resolve
+    from ..recipe.files import load_recipe, recipe_names
+    from ..store import load_manifest, resolve
 
     found: dict[str, Artefact] = {}
     for name in names:
-        if name in manifest() or name.startswith("hub:"):
+        if name in load_manifest() or name.startswith("hub:"):
             found.setdefault(name, resolve(name))
             continue
         try:
@@ -94,7 +94,7 @@ def _artefacts(names: list[str], steps: int | None) -> list[Artefact]:
                 name, flags={} if steps is None else {"sampling.steps": (steps, "--steps")}
             )
         except RecipeError as error:
-            near = nearest(name, manifest())
+            near = nearest(name, load_manifest())
             if near is None or nearest(name, [near, *recipe_names()]) != near:
                 raise
             raise RecipeError(

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ..evaluation.metrics.base import Rules
     from ..evaluation.runner import Watch
     from ..evaluation.runs import Run
-    from ..recipe import Recipe
+    from ..recipe.schema import Recipe
 
 app = typer.Typer(
     short_help="Compare recipes on a data set.",
@@ -199,7 +199,7 @@ def score(
     from ..evaluation.foreign import adopt
     from ..evaluation.runner import score as score_run
     from ..evaluation.runs import Run
-    from ..recipe import Recipe
+    from ..recipe.schema import Recipe
     from ..settings import load_settings
 
     settings = load_settings()
@@ -363,7 +363,7 @@ def _finish(run: Run, *, as_json: bool) -> None:
 def _recipes(
     names: Sequence[str], overrides: list[str], stack: Path | None, rules: Rules = "fastface"
 ) -> dict[str, Recipe]:
-    from ..recipe_files import load_recipe
+    from ..recipe.files import load_recipe
 
     flags = {}
     if rules == "published":  # its data set was drawn so; single pictures were drawn with 0.6
@@ -424,9 +424,9 @@ def _check_licences(recipes: Mapping[str, Recipe], metrics: Sequence[str]) -> No
     Raises:
         LicenceError: names them.
     """
-    from ..api import artefacts_of, check_commercial
+    from ..app.api import artefacts_of, check_commercial
     from ..evaluation.metrics.base import registry
-    from ..manifest import resolve
+    from ..store.manifest import resolve
 
     parts = [part for recipe in recipes.values() for part in artefacts_of(recipe).values()]
     known = registry()

@@ -21,12 +21,12 @@ from .options import DeviceOption, DtypeOption, RecipeOption
 if TYPE_CHECKING:
     from PIL import Image
 
-    from ..api import FastFace
-    from ..best import Candidates, Scorer
-    from ..identity import Identity
-    from ..metadata import Provenance
-    from ..pipeline import Picture, Pipeline, Request
-    from ..recipe import Recipe
+    from ..app.api import FastFace
+    from ..app.best_of import Candidates, Scorer
+    from ..app.pipeline import Picture, Pipeline, Request
+    from ..identity.identity import Identity
+    from ..output.metadata import Provenance
+    from ..recipe.schema import Recipe
     from ..settings import Saving, Settings
 
 
@@ -305,11 +305,11 @@ def ready(options: Options, recipe: Recipe, settings: Settings) -> FastFace:
         DeviceError: no such device, or a full-size stack and no GPU.
         UsageError: no such dtype or item of speed, or two things that exclude each other.
     """
-    from ..acceleration import check, parse
-    from ..api import FastFace, check_device
-    from ..loading import pick_device, pick_dtype
-    from ..memory import LEVELS
-    from ..pipeline import check_level
+    from ..app.api import FastFace, check_device
+    from ..app.pipeline import check_level
+    from ..models.acceleration import check, parse
+    from ..models.loading import pick_device, pick_dtype
+    from ..models.offload import LEVELS
 
     faster = parse(options.accelerate)
     device = check_device(recipe, options.device or settings.device)
@@ -338,10 +338,10 @@ def prepare(options: Options, default_recipe: str) -> Work:
         UsageError: something is missing, contradictory or in the way.
         LicenceError: --commercial, and a licence that forbids it.
     """
-    from ..api import artefacts_of, check_commercial, random_seed
+    from ..app.api import artefacts_of, check_commercial, random_seed
+    from ..app.jobs import prompts_file
     from ..files import check_target
-    from ..jobs import prompts_file
-    from ..pictures import plan_paths
+    from ..output.images import plan_paths
 
     provenance = _replayed(options)
     recipe = _recipe(options, provenance, default_recipe)
@@ -399,7 +399,7 @@ def prepare(options: Options, default_recipe: str) -> Work:
 
 
 def _recipe(options: Options, provenance: Provenance | None, default: str) -> Recipe:
-    from ..recipe_files import load_recipe
+    from ..recipe.files import load_recipe
 
     if provenance is None:
         return load_recipe(
@@ -425,7 +425,7 @@ def _as_run(options: Options, provenance: Provenance) -> Recipe:
 
 def _changed(options: Options, recipe: Recipe) -> Recipe:
     """A recipe read from a picture, with the changes of this call."""
-    from ..recipe_files import load_recipe_data
+    from ..recipe.files import load_recipe_data
 
     return load_recipe_data(
         recipe.canonical(),
@@ -439,7 +439,7 @@ def _changed(options: Options, recipe: Recipe) -> Recipe:
 def _replayed(options: Options) -> Provenance | None:
     if options.replay is None:
         return None
-    from ..metadata import read
+    from ..output.metadata import read
 
     if options.recipe is not None:
         raise UsageError("--from and --recipe both name a recipe", "leave one of them out")
@@ -452,9 +452,9 @@ def people(options: Options) -> tuple[Identity | None, list[Path]]:
     Raises:
         UsageError: neither or both are given, or a file cannot be read.
     """
-    from ..face_search import check_choice
-    from ..identity import Identity
-    from ..photos import read_photo
+    from ..identity.identity import Identity
+    from ..identity.photos import read_photo
+    from ..identity.search import check_choice
 
     if options.identity is not None and options.faces:
         raise UsageError("--face and --identity both name a person", "leave one of them out")
@@ -491,8 +491,8 @@ def make(
     Args:
         scorer: measures the candidates where the best of several is kept.
     """
-    from ..behind import Behind
-    from ..pipeline import Request
+    from ..app.pipeline import Request
+    from ..output.writer import Behind
 
     requests = [
         Request(prompt, first + candidate, identity, work.negative_prompt, scale)
@@ -532,7 +532,7 @@ def _make_best(
     made: Made,
 ) -> None:
     """Of each picture's candidates only the best is written; the sheet shows them all."""
-    from ..best import make_candidates
+    from ..app.best_of import make_candidates
 
     for cell in range(len(work.paths)):
         chosen = requests[cell * work.best_of : (cell + 1) * work.best_of]
@@ -582,7 +582,7 @@ def _label(found: Candidates, index: int) -> str:
 
 def _print_scores(found: Candidates) -> None:
     """The table of candidates, on stderr."""
-    from ..best import standing
+    from ..app.best_of import standing
 
     stands = standing(found.scores)
     rows = []
@@ -616,8 +616,8 @@ def write(
     best_of: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write one picture with what it says about how it was made; where it went."""
-    from ..metadata import describe_made
-    from ..pictures import write_png
+    from ..output.images import write_png
+    from ..output.metadata import describe_made
 
     text = describe_made(recipe, picture, best_of=best_of) if metadata else None
     return write_png(picture.image, path, text=text, force=force)
@@ -640,7 +640,7 @@ def finish(options: Options, work: Work, made: Made, report: Report) -> None:
     if options.save_latents is not None:
         import torch
 
-        from ..latents import save_latents
+        from ..output.latents import save_latents
 
         save_latents(
             options.save_latents,
@@ -650,8 +650,8 @@ def finish(options: Options, work: Work, made: Made, report: Report) -> None:
             force=options.force,
         )
     if options.grid:
-        from ..metadata import marker
-        from ..pictures import grid, write_png
+        from ..output.images import grid, write_png
+        from ..output.metadata import marker
 
         images, labels = zip(*made.cells, strict=True)
         rows_of_candidates = work.best_of if work.best_of > 1 and len(work.paths) > 1 else None
@@ -683,7 +683,7 @@ def _text(argument: str) -> str:
 
 
 def _saving(text: str | None) -> Saving | None:
-    from ..memory import level_of
+    from ..models.offload import level_of
 
     if text is None:
         return None

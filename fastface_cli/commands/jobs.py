@@ -13,10 +13,10 @@ from ..errors import DeviceError, FastFaceError, ModelUnavailableError, UsageErr
 from .generate import Options, Report, Work, make, people, prepare, ready
 
 if TYPE_CHECKING:
-    from ..api import FastFace
-    from ..identity import Identity
-    from ..jobs import Job
-    from ..pipeline import Pipeline
+    from ..app.api import FastFace
+    from ..app.jobs import Job
+    from ..app.pipeline import Pipeline
+    from ..identity.identity import Identity
 
 
 def run_jobs(options: Options) -> None:
@@ -27,7 +27,7 @@ def run_jobs(options: Options) -> None:
         ModelUnavailableError, DeviceError: no line can be run.
         typer.Exit: with code 1 when a line failed.
     """
-    from ..jobs import JobError, read_jobs, record
+    from ..app.jobs import JobError, read_jobs, record
 
     _check(options)
     bench = _Bench(options)

@@ -21,8 +21,8 @@ def licenses(
 
     Example: fastface licenses --recipe hyper-fastface
     """
-    from ..api import artefacts_of
-    from ..recipe_files import load_recipe
+    from ..app.api import artefacts_of
+    from ..recipe.files import load_recipe
     from ..settings import load_settings
 
     flags = {} if steps is None else {"sampling.steps": (steps, "--steps")}

@@ -20,7 +20,7 @@ def list_(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON o
 
     Example: fastface recipes list
     """
-    from ..recipe_files import list_recipes
+    from ..recipe.files import list_recipes
 
     found = list_recipes()
     if as_json:
@@ -68,8 +68,8 @@ def show(
 
       fastface recipes show pocket --resolved --set guidance.text=[1,2,2,1]
     """
-    from ..recipe_files import find_recipe, load_recipe, to_yaml
-    from ..recipe_tree import read_text
+    from ..recipe.files import find_recipe, load_recipe, to_yaml
+    from ..recipe.tree import read_text
 
     changed = steps is not None or overrides or stack is not None
     flags: dict[str, tuple[Any, str]] = {} if steps is None else {"sampling.steps": (steps, "--steps")}
@@ -112,7 +112,7 @@ def validate(
 
     Example: fastface recipes validate hyper lcm
     """
-    from ..recipe_files import load_recipe
+    from ..recipe.files import load_recipe
 
     results: list[dict[str, Any]] = []
     failures: list[FastFaceError] = []

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from ..app.jobs import prompts_file
 from ..errors import UsageError, nearest
-from ..jobs import prompts_file
 from .stress import STRESSES
 
 Split = Literal["full", "realistic", "style"]

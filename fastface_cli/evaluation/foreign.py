@@ -10,10 +10,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from ..app.jobs import prompts_file
 from ..errors import FastFaceError, UsageError, nearest
-from ..jobs import prompts_file
-from ..metadata import installed_versions
-from ..recipe import Recipe
+from ..output.metadata import installed_versions
+from ..recipe.schema import Recipe
 from .dataset import PHOTO_SUFFIXES, Dataset
 from .maker import error_record
 from .metrics.base import Rules

@@ -10,10 +10,10 @@ from ..errors import FastFaceError, RecipeError, unexpected
 from .rows import Row
 
 if TYPE_CHECKING:
-    from ..api import FastFace
-    from ..identity import Identity
-    from ..pipeline import Pipeline
-    from ..recipe import Recipe
+    from ..app.api import FastFace
+    from ..app.pipeline import Pipeline
+    from ..identity.identity import Identity
+    from ..recipe.schema import Recipe
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,9 @@ class Maker:
         Raises:
             FastFaceError: the models cannot be loaded: no image of the recipe could be made.
         """
-        from ..metadata import describe_made
-        from ..pictures import encode_png
-        from ..pipeline import Request
+        from ..app.pipeline import Request
+        from ..output.images import encode_png
+        from ..output.metadata import describe_made
 
         recipe = self.setup.recipes[job.row.recipe]
         pipeline = self._ready(recipe, job)
@@ -91,7 +91,7 @@ class Maker:
 
     def _ready(self, recipe: Recipe, job: Job) -> Pipeline:
         """The pipeline of a recipe; models that it shares with the last one stay."""
-        from ..api import FastFace
+        from ..app.api import FastFace
 
         if self._pipeline is not None and self._pipeline.recipe == recipe:
             return self._pipeline
@@ -109,7 +109,7 @@ class Maker:
 
     def _warm_up(self, pipeline: Pipeline, job: Job) -> None:
         """One picture that nobody sees, so that the first one's seconds hold no compilation."""
-        from ..pipeline import Request
+        from ..app.pipeline import Request
 
         try:
             next(iter(pipeline.generate([Request(job.row.prompt, 0, job.identity)])))

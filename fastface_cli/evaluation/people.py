@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING
 
 from ..errors import FastFaceError, NoFaceError, UsageError
 from ..files import write_atomically
-from ..pictures import encode_png
+from ..output.images import encode_png
 from .dataset import Subject
 from .stress import degrade
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from ..faces import FaceAnalyser
-    from ..identity import Identity
+    from ..identity.analyzer import FaceAnalyser
+    from ..identity.identity import Identity
 
 SHOWN = (".png", ".jpg", ".jpeg", ".webp")
 """Formats that browsers show; a photo in another one is kept as PNG."""
@@ -105,7 +105,7 @@ class People:
                 self._log(f"{subject.name}: {getattr(error, 'message', error)}")
 
     def _keep(self, photo: Path, target: Path) -> None:
-        from ..photos import read_photo
+        from ..identity.photos import read_photo
 
         image = read_photo(photo)
         if photo.suffix.lower() == target.suffix:
@@ -117,7 +117,7 @@ class People:
             write_atomically(target, encode_png(image), force=True)
 
     def _stored(self, subject: Subject, stress: str | None, face: str) -> Identity:
-        from ..identity import Identity, make_identity
+        from ..identity.identity import Identity, make_identity
 
         name = subject.name if stress is None else f"{subject.name}+{stress}"
         file = self._run / "identities" / _folder(face) / f"{name}.safetensors"
@@ -132,8 +132,8 @@ class People:
         return found
 
     def _degraded(self, subject: Subject, stress: str, analyser: FaceAnalyser) -> list[Image.Image]:
-        from ..face_search import bgr, find_faces
-        from ..photos import read_photo
+        from ..identity.photos import read_photo
+        from ..identity.search import bgr, find_faces
 
         found = []
         for index, photo in enumerate(subject.photos):

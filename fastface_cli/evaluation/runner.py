@@ -22,7 +22,7 @@ from .runs import Run, read_info, read_lines
 from .scoring import CHUNK, Chunks, Judge, Load, Scorer, judging, load_vectors
 
 if TYPE_CHECKING:
-    from ..recipe import Recipe
+    from ..recipe.schema import Recipe
     from .metrics.base import Column, Metric
 
 FINISHED = ("images.jsonl", "summary.json", "summary.csv", "images.csv", "report.html")

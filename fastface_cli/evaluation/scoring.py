@@ -97,7 +97,7 @@ def judging(load: Load) -> Callable[[ToScore], Judged]:
     photo = lru_cache(32)(_photo)
 
     def one(chunk: ToScore) -> Judged:
-        from ..photos import read_photo
+        from ..identity.photos import read_photo
         from .metrics.base import Sample, Scored, score_batch
 
         nonlocal metrics
@@ -255,7 +255,7 @@ class Scorer:
 
 def _photo(folder: Path, path: str | None) -> Image.Image | None:
     """A photo that was kept in the run; None where there is none that can be read."""
-    from ..photos import read_photo
+    from ..identity.photos import read_photo
 
     if not path:
         return None

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..api import artefacts_of, check_device, fetch
+from ..app.api import artefacts_of, check_device, fetch
 from ..errors import UsageError
-from ..manifest import resolve
-from ..metadata import content_mark, installed_versions
+from ..output.metadata import content_mark, installed_versions
 from ..settings import Settings
+from ..store.manifest import resolve
 from .engines import LocalPool, Pool, RayPool, local_devices
 from .maker import MakerFactory
 from .metrics.base import Context, Metric, Rules, make_metrics, missing_modules, registry
@@ -23,8 +23,8 @@ from .people import People
 from .runner import Plan, Scoring
 
 if TYPE_CHECKING:
-    from ..faces import FaceAnalyser
-    from ..recipe import Recipe
+    from ..identity.analyzer import FaceAnalyser
+    from ..recipe.schema import Recipe
 
 POCKET = ("id", "dlib", "clip-pocket", "cost")
 """Metrics of runs in which every model is the packaged miniature: none of them needs the network."""
@@ -50,7 +50,7 @@ def describe(
     plan: Plan, machine: Machine, *, rules: Rules, split: str, metrics: Sequence[str]
 ) -> dict[str, Any]:
     """What `run.json` says; all but `hardware`, `metrics` and `started` must stay for a run to go on."""
-    from ..loading import pick_device, pick_dtype
+    from ..models.loading import pick_device, pick_dtype
 
     device = pick_device(machine.device)
     return {
@@ -113,7 +113,7 @@ def check_machine(recipes: Mapping[str, Recipe], machine: Machine) -> None:
         DeviceError: no such device, or a full-size stack and no GPU.
         UsageError: no such dtype.
     """
-    from ..loading import pick_device, pick_dtype
+    from ..models.loading import pick_device, pick_dtype
 
     if machine.engine == "local":
         for recipe in recipes.values():
@@ -134,7 +134,7 @@ def people(
         packs[str(recipe.model.face)] = fetch(recipe, settings, offline=machine.offline)["face"]
 
     def analyser(pack: Path) -> FaceAnalyser:
-        from ..faces import load_face_models
+        from ..identity.analyzer import load_face_models
 
         found = load_face_models(pack, device=_beside(machine))
         if found.note:
@@ -207,6 +207,6 @@ def _load(names: Sequence[str], context: Context, threads: int) -> list[Metric]:
 
 def _beside(machine: Machine) -> str:
     """The device of what is not generation: scoring and faces."""
-    from ..loading import pick_device
+    from ..models.loading import pick_device
 
     return str(pick_device(machine.device if machine.engine == "local" else "auto"))

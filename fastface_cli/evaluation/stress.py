@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from ..errors import UsageError, nearest
-from ..faces import Box
+from ..identity.analyzer import Box
 
 BLUR = 0.08
 """Standard deviation of the blur, as a share of the face's width."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..manifest import Artefact, RemoteFile, manifest, read_manifest, resolve
 from .layout import face_pack_folder
+from .manifest import Artefact, RemoteFile, load_manifest, parse_manifest, resolve
 from .states import Entry, FileStatus, Missing, human_bytes, licence_line
 from .store import Store
 
@@ -17,7 +17,7 @@ __all__ = [
     "face_pack_folder",
     "human_bytes",
     "licence_line",
-    "manifest",
-    "read_manifest",
+    "load_manifest",
+    "parse_manifest",
     "resolve",
 ]

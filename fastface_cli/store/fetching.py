@@ -15,9 +15,9 @@ from rich.progress import TaskID
 
 from .. import console
 from ..errors import ModelUnavailableError
-from ..manifest import Artefact, RemoteFile
 from . import transfer
 from .layout import Layout, blob_name, check_room, link, source_of
+from .manifest import Artefact, RemoteFile
 from .records import Record, file_sha256, mismatch, move_aside, short_hash
 
 

@@ -10,8 +10,8 @@ import shutil
 from pathlib import Path, PurePosixPath
 
 from ..errors import ModelUnavailableError
-from ..manifest import Artefact, RemoteFile
 from ..settings import Settings
+from .manifest import Artefact, RemoteFile
 from .records import Records
 from .states import human_bytes
 

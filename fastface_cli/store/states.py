@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..errors import ModelUnavailableError
-from ..manifest import Artefact
+from .manifest import Artefact
 
 State = Literal["present", "missing", "partial", "unverified", "bad"]
 

@@ -20,12 +20,12 @@ from pathlib import Path
 
 from .. import console
 from ..errors import ModelUnavailableError
-from ..manifest import Artefact, RemoteFile, manifest, resolve
 from ..settings import Settings
 from . import transfer
 from .fetching import Bars, Fetcher, Job, WrongBytesError, fetch_all
-from .fused import FusedCache
+from .fused_cache import FusedCache
 from .layout import Layout, blob_name, check_room, remove_empty, remove_file, source_of
+from .manifest import Artefact, RemoteFile, load_manifest, resolve
 from .records import short_hash
 from .states import Entry, FileStatus, Missing, State, count_models, human_size, licence_line, offline_error
 
@@ -48,7 +48,7 @@ class Store:
     ) -> None:
         self.settings = settings
         self.offline = transfer.is_offline() if offline is None else offline
-        self.known = manifest() if known is None else known
+        self.known = load_manifest() if known is None else known
         self.layout = Layout(settings)
         self._found: dict[str, tuple[RemoteFile, ...]] = {}
 

@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 from .. import __version__, console
 from ..errors import ModelUnavailableError
-from ..manifest import Artefact, RemoteFile, whole_selection
+from .manifest import Artefact, RemoteFile, whole_selection
 
 Report = Callable[[int], None]
 """Told of each change in the number of bytes on disk."""

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from run_folder import build_run
+from support.run_folder import build_run
 
 from fastface_cli.evaluation.report import write_report
 

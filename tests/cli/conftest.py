@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from hub_server import hub_server
-from tiny_manifest import Shop, fill, use_hub
+from support.hub_server import hub_server
+from support.tiny_manifest import Shop, fill, use_hub
 
 from fastface_cli import cli
-from fastface_cli import manifest as manifest_module
+from fastface_cli.store import manifest as manifest_module
 
 
 class Ended(NamedTuple):
@@ -48,7 +48,7 @@ def me(person, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def somebody(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The identity of another person, as a file."""
-    from fastface_cli.identity import Identity
+    from fastface_cli.identity.identity import Identity
 
     embedding = np.zeros((1, 512), np.float32)
     embedding[0, 7] = 1
@@ -87,6 +87,6 @@ def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shop]:
         text = tmp_path / "manifest.yaml"
         text.write_text(found.text, encoding="utf-8")
         monkeypatch.setattr(manifest_module, "MANIFEST", text)
-        manifest_module.manifest.cache_clear()
+        manifest_module.load_manifest.cache_clear()
         yield found
-    manifest_module.manifest.cache_clear()
+    manifest_module.load_manifest.cache_clear()

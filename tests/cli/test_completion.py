@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from test_startup import HEAVY
+from support.heavy import HEAVY
 
 ASK = """
 import atexit, os, sys

@@ -18,14 +18,14 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from doc_pages import LANGUAGES, PAGES, ROOT, Block, blocks, code_spans, links, options, parse, words
 from PIL import Image
+from support.doc_pages import LANGUAGES, PAGES, ROOT, Block, blocks, code_spans, links, options, parse, words
 
 from fastface_cli import cli
-from fastface_cli.api import artefacts_of
+from fastface_cli.app.api import artefacts_of
 from fastface_cli.evaluation.metrics.base import make_metrics, registry
-from fastface_cli.recipe import Recipe
-from fastface_cli.recipe_files import load_recipe, recipe_names
+from fastface_cli.recipe.files import load_recipe, recipe_names
+from fastface_cli.recipe.schema import Recipe
 
 INSTALLERS = ("pip", "pipx", "uv", "apt-get")
 """Programs that are not run: they change the machine."""
@@ -280,7 +280,7 @@ def test_the_page_on_evaluating_names_every_metric() -> None:
 
 
 def test_the_readme_tells_what_recipes_cost() -> None:
-    from fastface_cli.guidance import plan as plan_of
+    from fastface_cli.sampling.guidance import plan as plan_of
 
     def samples(name: str) -> int:
         recipe = load_recipe(name).recipe

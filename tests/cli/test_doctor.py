@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_manifest import BIG, Shop
+from support.tiny_manifest import BIG, Shop
 
-from fastface_cli import runtimes
 from fastface_cli.cli import run
+from fastface_cli.doctor import packages as runtimes
 
 Capture = pytest.CaptureFixture[str]
-FACE = Path(runtimes.__file__).parent / "pocket" / "weights" / "face"
+FACE = Path(runtimes.__file__).parents[1] / "pocket" / "weights" / "face"
 RECIPE = f"""
 extends: hyper-fastface
 model:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hub_server import COMMIT
-from tiny_manifest import BIG, CONFIG, MODEL, Shop, sha256
+from support.hub_server import COMMIT
+from support.tiny_manifest import BIG, CONFIG, MODEL, Shop, sha256
 
 from fastface_cli.cli import run
 

@@ -17,9 +17,9 @@ import typer
 from PIL import Image
 
 from fastface_cli import cli
-from fastface_cli.manifest import manifest
 from fastface_cli.settings import load_settings
 from fastface_cli.store import Store
+from fastface_cli.store.manifest import load_manifest
 
 ROOT = Path(__file__).parents[2]
 STANDS_IN = {
@@ -133,8 +133,8 @@ def test_runs(
         shutil.rmtree(folder / target)
     elif target == "picture.png":
         (folder / target).unlink()
-    for name in set(words) & set(manifest()) if words[:2] == ["cache", "remove"] else ():
-        model = manifest()[name]
+    for name in set(words) & set(load_manifest()) if words[:2] == ["cache", "remove"] else ():
+        model = load_manifest()[name]
         file = Store(load_settings()).layout.place(model, model.files[0].path)
         file.parent.mkdir(parents=True)
         file.write_bytes(bytes(8))

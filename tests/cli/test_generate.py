@@ -102,7 +102,7 @@ def test_latents_hold_every_step_of_every_picture(made):
 
 
 def test_a_kept_identity_is_the_same_person(made, me):
-    from fastface_cli.identity import Identity
+    from fastface_cli.identity.identity import Identity
 
     assert Identity.load(made / "copy.safetensors").digest() == Identity.load(me).digest()
 
@@ -122,7 +122,7 @@ def test_a_batch_makes_the_pictures_of_single_calls(made, generate, stack, me, t
 
 def test_the_library_makes_the_picture_of_the_command(made, layout, me):
     from fastface_cli import FastFace
-    from fastface_cli.identity import Identity
+    from fastface_cli.identity.identity import Identity
 
     size = ["sampling.width=64", "sampling.height=96"]
     face = FastFace("hyper-fastface", overrides=size, stack=layout, device="cpu")

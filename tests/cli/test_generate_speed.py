@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 from fastface_cli import cli
-from fastface_cli.api import FastFace
-from fastface_cli.behind import Behind
-from fastface_cli.memory import GIB, LEVELS, OFF
+from fastface_cli.app.api import FastFace
+from fastface_cli.models.offload import GIB, LEVELS, OFF
+from fastface_cli.output.writer import Behind
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "portrait.png"
 
@@ -112,7 +112,7 @@ class TestLevelOfACard:
         assert "--low-memory off" in said
 
     def test_what_is_compiled_stays_in_its_place(self):
-        from fastface_cli.acceleration import Acceleration
+        from fastface_cli.models.acceleration import Acceleration
 
         self.free = 6 * GIB
         level, _ = self.level(acceleration=Acceleration(compile=True))
@@ -153,7 +153,7 @@ class TestRemembered:
         def measured(*_, **__):
             raise AssertionError("the face is measured again")
 
-        monkeypatch.setattr("fastface_cli.identity.make_identity", measured)
+        monkeypatch.setattr("fastface_cli.identity.identity.make_identity", measured)
         assert self.make(generate, tmp_path, "--remember") == first
 
     def test_another_choice_of_face_is_another_identity(self, generate, tmp_path):

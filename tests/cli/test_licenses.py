@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from fastface_cli.api import artefacts_of, check_commercial
+from fastface_cli.app.api import artefacts_of, check_commercial
 from fastface_cli.cli import run
 from fastface_cli.errors import LicenceError
-from fastface_cli.manifest import manifest
-from fastface_cli.recipe_files import load_recipe, recipe_names
+from fastface_cli.recipe.files import load_recipe, recipe_names
+from fastface_cli.store.manifest import load_manifest
 
 Capture = pytest.CaptureFixture[str]
 DOCS = Path(__file__).parents[2] / "docs" / "licences.md"
@@ -99,7 +99,7 @@ def test_every_recipe_is_judged_by_its_strictest_part(name: str) -> None:
 def test_the_docs_tell_of_every_model() -> None:
     told = DOCS.read_text(encoding="utf-8")
     rows = {line.split("|")[1].strip(): line for line in told.splitlines() if line.startswith("| `")}
-    for artefact in manifest().values():
+    for artefact in load_manifest().values():
         row = rows[f"`{artefact.name}`"]
         assert artefact.licence in row
         assert f"| {artefact.commercial}" in row

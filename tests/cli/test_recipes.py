@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from fastface_cli.recipe_files import list_recipes, load_recipe, recipes_folder
+from fastface_cli.recipe.files import list_recipes, load_recipe, recipes_folder
 
 
 @pytest.fixture

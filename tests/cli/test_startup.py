@@ -6,19 +6,7 @@ import subprocess
 import sys
 
 import pytest
-
-HEAVY = (
-    "torch",
-    "diffusers",
-    "transformers",
-    "numpy",
-    "huggingface_hub",
-    "insightface",
-    "cv2",
-    "onnxruntime",
-    "PIL",
-    "safetensors",
-)
+from support.heavy import HEAVY
 
 RUN_AND_LIST_MODULES = """
 import sys

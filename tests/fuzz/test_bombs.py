@@ -29,12 +29,14 @@ try:
 except FastFaceError as error:
     print("refused:", error.message)
 """
-PHOTO = READ.format(imports="from fastface_cli.photos import open_photo", warm="", read="open_photo")
-REPLAY = READ.format(imports="from fastface_cli.metadata import read", warm="", read="read")
+PHOTO = READ.format(imports="from fastface_cli.identity.photos import open_photo", warm="", read="open_photo")
+REPLAY = READ.format(imports="from fastface_cli.output.metadata import read", warm="", read="read")
 IDENTITY = READ.format(
-    imports="from fastface_cli.identity import Identity", warm="import safetensors", read="Identity.load"
+    imports="from fastface_cli.identity.identity import Identity",
+    warm="import safetensors",
+    read="Identity.load",
 )
-RECIPE = READ.format(imports="from fastface_cli.recipe_files import load_recipe", warm="", read="load_recipe")
+RECIPE = READ.format(imports="from fastface_cli.recipe.files import load_recipe", warm="", read="load_recipe")
 MANIFEST = READ.format(
     imports="from fastface_cli.evaluation.dataset import load_dataset", warm="", read="load_dataset"
 )

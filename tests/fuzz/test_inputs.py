@@ -17,14 +17,14 @@ from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from fastface_cli import metadata
+from fastface_cli.app.jobs import Job, JobError, prompts_file, read_jobs
 from fastface_cli.errors import FastFaceError, UsageError
-from fastface_cli.identity import Identity
-from fastface_cli.jobs import Job, JobError, prompts_file, read_jobs
-from fastface_cli.photos import MAX_SIDE, open_photo
-from fastface_cli.pictures import plan_paths
-from fastface_cli.recipe import Recipe
-from fastface_cli.recipe_files import load_recipe, recipes_folder
+from fastface_cli.identity.identity import Identity
+from fastface_cli.identity.photos import MAX_SIDE, open_photo
+from fastface_cli.output import metadata
+from fastface_cli.output.images import plan_paths
+from fastface_cli.recipe.files import load_recipe, recipes_folder
+from fastface_cli.recipe.schema import Recipe
 
 FUZZ = settings(
     max_examples=int(os.environ.get("FASTFACE_FUZZ", "20")),

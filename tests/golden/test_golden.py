@@ -10,12 +10,12 @@ from safetensors.torch import load_file
 
 from fastface_cli.cli import run
 
-SHARED = Path(__file__).parents[3] / "shared" / "golden" / "cases"
-CASES = sorted(path.stem for path in SHARED.glob("*.json"))
+GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "cases"
+CASES = sorted(path.stem for path in GOLDEN.glob("*.json"))
 SOFTMASK = ("softmask", "am2")
 
 
-@pytest.mark.parametrize("case", CASES or ["none"])
+@pytest.mark.parametrize("case", CASES)
 def test_golden_case(case: str, golden: Path, tmp_path: Path) -> None:
     source = golden / "cases" / f"{case}.json"
     latents = tmp_path / "latents.safetensors"

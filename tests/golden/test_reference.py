@@ -7,17 +7,17 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from fastface_cli.api import fetch
-from fastface_cli.identity import Identity
-from fastface_cli.pipeline import Request
-from fastface_cli.recipe_files import load_recipe
-from fastface_cli.reference import Reference
+from fastface_cli.app.api import fetch
+from fastface_cli.app.pipeline import Request
+from fastface_cli.benchmark.reference import Reference
+from fastface_cli.identity.identity import Identity
+from fastface_cli.recipe.files import load_recipe
 from fastface_cli.settings import load_settings
 
-CASES = sorted(p.stem for p in (Path(__file__).parents[3] / "shared" / "golden" / "cases").glob("*.json"))
+CASES = sorted(p.stem for p in (Path(__file__).parents[1] / "data" / "golden" / "cases").glob("*.json"))
 
 
-@pytest.mark.parametrize("case", CASES or ["none"])
+@pytest.mark.parametrize("case", CASES)
 def test_golden_case(case: str, golden: Path) -> None:
     source = golden / "cases" / f"{case}.json"
     recipe = load_recipe(str(source), stack=golden).recipe

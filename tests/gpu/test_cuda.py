@@ -8,11 +8,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastface_cli.acceleration import Acceleration
+from fastface_cli.app.pipeline import Pipeline, Request
 from fastface_cli.errors import DeviceError
-from fastface_cli.memory import LEVELS
-from fastface_cli.pipeline import Pipeline, Request
-from fastface_cli.recipe import Recipe
+from fastface_cli.models.acceleration import Acceleration
+from fastface_cli.models.offload import LEVELS
+from fastface_cli.recipe.schema import Recipe
 
 pytestmark = [
     pytest.mark.gpu,

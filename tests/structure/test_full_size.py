@@ -39,7 +39,12 @@ EXPECTED = {
 @pytest.mark.parametrize("case", EXPECTED)
 def test_loads_in_full_size(case: str, tmp_path: Path) -> None:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(Path(__file__).with_name("full_size.py")), case, str(tmp_path)]
+    command = [
+        sys.executable,
+        str(Path(__file__).parents[1] / "support" / "full_size.py"),
+        case,
+        str(tmp_path),
+    ]
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, env=environment, timeout=900, check=False

@@ -7,12 +7,12 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 
-from fastface_cli import attention
-from fastface_cli.attention import Conditions, IdentityAttnProcessor
-from fastface_cli.guidance import BRANCHES
-from fastface_cli.pipeline import BLOCKS
-from fastface_cli.recipe import AdaptiveSoftmask, Attention, Blend, Power, Scale
-from fastface_cli.sdxl import PUBLISHED
+from fastface_cli.app.pipeline import BLOCKS
+from fastface_cli.benchmark.sdxl import PUBLISHED
+from fastface_cli.recipe.schema import AdaptiveSoftmask, Attention, Blend, Power, Scale
+from fastface_cli.sampling import attention
+from fastface_cli.sampling.attention import Conditions, IdentityAttnProcessor
+from fastface_cli.sampling.guidance import BRANCHES
 
 META = torch.device("meta")
 METHODS = {

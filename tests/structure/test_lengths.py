@@ -19,12 +19,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from original_names import original
 from safetensors.torch import load_file, save
+from support.original_names import original
 
 import fastface_cli
-from fastface_cli.sdxl import MINIATURE, PUBLISHED, Stack, config_text
-from fastface_cli.structure import (
+from fastface_cli.benchmark.sdxl import MINIATURE, PUBLISHED, Stack, config_text
+from fastface_cli.benchmark.structure import (
     PARTS,
     PT,
     Layout,

@@ -14,18 +14,18 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionXLPipeline
-from original_names import original
 from safetensors.torch import load_file, save_file
+from support.original_names import original
 from torch import Tensor
 
-from fastface_cli import loading
+from fastface_cli.app.pipeline import Pipeline, Request
+from fastface_cli.benchmark.sdxl import MINIATURE, PADS, config_text
+from fastface_cli.benchmark.structure import lora_targets, write_stack, write_tokenizer
 from fastface_cli.errors import ModelUnavailableError
-from fastface_cli.identity import Identity
-from fastface_cli.pipeline import Pipeline, Request
-from fastface_cli.recipe import Recipe
-from fastface_cli.sdxl import MINIATURE, PADS, config_text
-from fastface_cli.store.fused import FusedCache
-from fastface_cli.structure import lora_targets, write_stack, write_tokenizer
+from fastface_cli.identity.identity import Identity
+from fastface_cli.models import loading
+from fastface_cli.recipe.schema import Recipe
+from fastface_cli.store.fused_cache import FusedCache
 
 State = dict[str, Tensor]
 Paths = dict[str, Path]

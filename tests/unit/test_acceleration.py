@@ -4,42 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.methods import FASTFACE, assert_same, latents, requests
 
-from fastface_cli.acceleration import Acceleration, _is_large, arrange
+from fastface_cli.app.pipeline import Pipeline
 from fastface_cli.errors import DeviceError
-from fastface_cli.pipeline import Pipeline, Request
-from fastface_cli.recipe import Recipe
-
-AM1 = {"transforms": ["power", "scale"]}
-AM2 = {
-    "transforms": [
-        {"kind": "adaptive_softmask", "k": [7.5, 5.0, 5.0, 5.0], "level": 0.65},
-        {"kind": "scale", "g": [1.0, 1.55, 1.55, 1.55]},
-    ],
-    "invert_token_0": True,
-}
-DCG = {"identity": [1.0, 1.5, 1.5, 1.0], "text": [1.0, 3.0, 3.0, 1.0], "rescale": 0.75}
-
-
-def recipe_of(**sections) -> Recipe:
-    model = {
-        "base": "base",
-        "adapter": "adapter",
-        "image_encoder": "encoder",
-        "face": "face",
-        "scheduler": {"kind": "ddim", "spacing": "trailing"},
-    }
-    sampling = {"steps": 4, "width": 128, "height": 128}
-    return Recipe.model_validate({"name": "test", "model": model, "sampling": sampling, **sections})
-
-
-FASTFACE = recipe_of(guidance=DCG, attention=AM1)
-METHODS = {
-    "am1": recipe_of(attention=AM1),
-    "fastface": FASTFACE,
-    "am2": recipe_of(attention=AM2),
-    "fastface-am2": recipe_of(guidance=DCG, attention={**AM2, "blend": {}}),
-}
+from fastface_cli.models.acceleration import Acceleration, _is_large, arrange
 
 
 @pytest.fixture(scope="module")
@@ -50,20 +19,6 @@ def parts(miniature):
 @pytest.fixture(scope="module")
 def plain(parts):
     return Pipeline.load(FASTFACE, parts, device="cpu", dtype="float32", acceleration=Acceleration.none())
-
-
-def requests(person) -> list[Request]:
-    return [Request("a person", 5, person), Request("a dog", 6, person, "blur", 0.4)]
-
-
-def latents(pipeline: Pipeline, wanted: list[Request]) -> torch.Tensor:
-    return torch.stack([picture.latents for picture in pipeline.generate(wanted, batch_size=2)])
-
-
-def assert_same(found: torch.Tensor, wanted: torch.Tensor, limit: float) -> None:
-    """Relative error of every step of every picture."""
-    error = (found - wanted).flatten(2).norm(dim=2) / wanted.flatten(2).norm(dim=2)
-    assert float(error.max()) <= limit, error
 
 
 @pytest.mark.parametrize("item", ["fuse_lora", "prune", "cache_kv"])

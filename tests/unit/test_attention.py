@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastface_cli import attention as am
-from fastface_cli.recipe import Attention, Blend
+from fastface_cli.recipe.schema import Attention, Blend
+from fastface_cli.sampling import attention as am
 
 
 def maps(seed: int, rows: int = 3, heads: int = 2, positions: int = 16) -> torch.Tensor:

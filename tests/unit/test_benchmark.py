@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastface_cli.benchmark import flops, timing
-from fastface_cli.sdxl import MINIATURE, PUBLISHED
+from fastface_cli.benchmark.sdxl import MINIATURE, PUBLISHED
 
 
 def test_a_full_size_sample_and_picture_cost_what_was_counted():
@@ -82,7 +82,7 @@ def test_the_stopwatch_tells_stages_in_order_and_begins_anew():
 
 
 def recipe(name: str = "pocket-fastface"):
-    from fastface_cli.recipe_files import load_recipe
+    from fastface_cli.recipe.files import load_recipe
 
     return load_recipe(name).recipe
 
@@ -117,8 +117,8 @@ def test_a_side_is_set_against_the_first_of_its_recipe():
 
 
 def test_an_ablation_turns_off_one_item_a_row():
-    from fastface_cli.acceleration import Acceleration
     from fastface_cli.benchmark.sides import ablation
+    from fastface_cli.models.acceleration import Acceleration
 
     sides = ablation(recipe(), Acceleration(channels_last=True))
     assert sides[0].acceleration == Acceleration(channels_last=True)
@@ -135,8 +135,8 @@ def test_an_ablation_turns_off_one_item_a_row():
 def test_a_side_crosses_to_another_process():
     import json
 
-    from fastface_cli.acceleration import Acceleration
     from fastface_cli.benchmark.sides import Side
+    from fastface_cli.models.acceleration import Acceleration
 
     for name in ("pocket-am2", "hyper-fastface", "base"):
         side = Side("x", recipe(name), "ours", Acceleration(prune=False))
@@ -146,9 +146,9 @@ def test_a_side_crosses_to_another_process():
 def test_pictures_that_would_be_measured_too_fast_are_refused(person):
     from PIL import Image
 
+    from fastface_cli.app.pipeline import Picture, Request
     from fastface_cli.benchmark.run import check
     from fastface_cli.errors import FastFaceError
-    from fastface_cli.pipeline import Picture, Request
 
     def picture(noise, latents):
         image = Image.new("RGB", (8, 8))
@@ -163,9 +163,9 @@ def test_pictures_that_would_be_measured_too_fast_are_refused(person):
 
 
 def test_random_weights_are_the_same_for_both_and_so_are_the_latents(person):
+    from fastface_cli.app.pipeline import Request
     from fastface_cli.benchmark.random_stack import random_pipeline, random_reference
-    from fastface_cli.pipeline import Request
-    from fastface_cli.recipe_files import load_recipe
+    from fastface_cli.recipe.files import load_recipe
 
     small = load_recipe("hyper-fastface", overrides=["sampling.width=64", "sampling.height=64"]).recipe
     cpu, number = torch.device("cpu"), torch.float32

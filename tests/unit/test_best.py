@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from face_stand_ins import SquareAnalyser
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from support.face_stand_ins import SquareAnalyser
 
-from fastface_cli.best import (
+from fastface_cli.app.best_of import (
     Candidates,
     ConditioningJudge,
     DlibJudge,
@@ -26,7 +26,7 @@ from fastface_cli.best import (
     standing,
 )
 from fastface_cli.errors import ModelUnavailableError, UsageError
-from fastface_cli.memory import OFF
+from fastface_cli.models.offload import OFF
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "portrait.png"
 

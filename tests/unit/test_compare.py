@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from run_folder import build_run
+from support.run_folder import build_run
 
 from fastface_cli.cli import run as fastface
 from fastface_cli.errors import UsageError

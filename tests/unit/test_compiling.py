@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_acceleration import METHODS, assert_same, latents, recipe_of, requests
+from support.methods import METHODS, assert_same, latents, recipe_of, requests
 from torch._dynamo.utils import counters
 
-from fastface_cli.acceleration import Acceleration
-from fastface_cli.compiling import Compiled, keep_graphs
-from fastface_cli.pipeline import Pipeline, denoise, vae_decode
-from fastface_cli.sdxl import MINIATURE
-from fastface_cli.structure import write_stack
+from fastface_cli.app.pipeline import Pipeline, denoise, vae_decode
+from fastface_cli.benchmark.sdxl import MINIATURE
+from fastface_cli.benchmark.structure import write_stack
+from fastface_cli.models.acceleration import Acceleration
+from fastface_cli.models.compilation import Compiled, keep_graphs
 
 LIMITS = {"am1": 1e-5, "fastface": 1e-5, "am2": 2e-4, "fastface-am2": 2e-4}
 """Golden tolerances."""
@@ -90,7 +90,7 @@ def test_the_second_process_finds_what_the_first_compiled(small, tmp_path):
     script = """
 import sys, time
 from pathlib import Path
-from test_acceleration import METHODS
+from support.methods import METHODS
 from fastface_cli.acceleration import Acceleration
 from fastface_cli.compiling import keep_graphs
 from fastface_cli.pipeline import Pipeline

@@ -11,16 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
-from pretend_device import MixedDevicesError, OnDevice, pretended
 from safetensors.torch import save_file
+from support.pretend_device import MixedDevicesError, OnDevice, pretended
 
-from fastface_cli import loading, pipeline
+from fastface_cli.app import pipeline
+from fastface_cli.app.pipeline import Pipeline, Request
+from fastface_cli.benchmark.sdxl import MINIATURE
+from fastface_cli.benchmark.structure import write_stack
 from fastface_cli.errors import DeviceError
-from fastface_cli.identity import Identity
-from fastface_cli.pipeline import Pipeline, Request
-from fastface_cli.recipe import Recipe
-from fastface_cli.sdxl import MINIATURE
-from fastface_cli.structure import write_stack
+from fastface_cli.identity.identity import Identity
+from fastface_cli.models import loading
+from fastface_cli.recipe.schema import Recipe
 
 Paths = dict[str, Path]
 Loaded = Callable[[str, str], Pipeline]

@@ -11,14 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastface_cli import doctor, machine, runtimes
+from fastface_cli.doctor import checks as doctor
+from fastface_cli.doctor import machine
+from fastface_cli.doctor import packages as runtimes
+from fastface_cli.doctor.machine import Gpu, Machine
 from fastface_cli.errors import DeviceError, FastFaceError
-from fastface_cli.machine import Gpu, Machine
-from fastface_cli.manifest import manifest
-from fastface_cli.recipe import Recipe
-from fastface_cli.recipe_files import load_recipe
+from fastface_cli.recipe.files import load_recipe
+from fastface_cli.recipe.schema import Recipe
 from fastface_cli.settings import Settings
 from fastface_cli.store import Store
+from fastface_cli.store.manifest import load_manifest
 
 H100 = Gpu("NVIDIA H100", 80 * 10**9, 79 * 10**9, "9.0")
 BUILT = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120")
@@ -160,7 +162,7 @@ def test_a_gpu_and_a_runtime_for_the_cpu(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(runtimes, "onnx_winner", lambda: "onnxruntime")
     store = Store(Settings(home=tmp_path), offline=True)
     # Its own pack is not here: any real one shows what a session gets.
-    (found,) = doctor.check_faces(GOOD, store, manifest()["buffalo_l"], "hyper-fastface")
+    (found,) = doctor.check_faces(GOOD, store, load_manifest()["buffalo_l"], "hyper-fastface")
     assert found.level == "warning"
     assert found.message.endswith("runs on CPU, though there is a GPU")
     assert found.mend == "fastface doctor --fix"
@@ -173,7 +175,7 @@ def test_a_desktop_library_that_is_missing(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "cv2", raising=False)
     store = Store(Settings(home=tmp_path), offline=True)
-    (found,) = doctor.check_faces(Machine("2.13.0"), store, manifest()["pocket-face"], "pocket")
+    (found,) = doctor.check_faces(Machine("2.13.0"), store, load_manifest()["pocket-face"], "pocket")
     assert found.level == "failure"
     assert "libGL.so.1" in found.message
     assert found.mend == "fastface doctor --fix"

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
-import eval_stand_ins as stand_in
 import numpy as np
 import pytest
-from face_stand_ins import SquareAnalyser, drawn
 from PIL import Image
+from support import eval_stand_ins as stand_in
+from support.face_stand_ins import SquareAnalyser, drawn
 
 from fastface_cli.errors import NoFaceError, UsageError
 from fastface_cli.evaluation.dataset import Subject, load_dataset
@@ -18,7 +18,7 @@ from fastface_cli.evaluation.people import People, degraded_path, held_out_path,
 from fastface_cli.evaluation.runner import joined, score
 from fastface_cli.evaluation.runs import Run
 from fastface_cli.evaluation.stress import SMALL, STRESSES, degrade, parse_stresses
-from fastface_cli.recipe_files import load_recipe
+from fastface_cli.recipe.files import load_recipe
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import eval_stand_ins as stand_in
 import pytest
+from support import eval_stand_ins as stand_in
 
 from fastface_cli.errors import DeviceError, FastFaceError, ModelUnavailableError, UsageError
 from fastface_cli.evaluation.engines import LocalPool, RayPool, make_all
@@ -497,7 +497,7 @@ KILLED = """
 import sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-import eval_stand_ins as stand_in
+from support import eval_stand_ins as stand_in
 from fastface_cli.evaluation.engines import LocalPool
 from fastface_cli.evaluation.runner import generate
 from fastface_cli.evaluation.runs import Run
@@ -511,7 +511,7 @@ if __name__ == "__main__":
 
 def test_a_script_that_its_workers_would_run_again_is_told_so(tmp_path):
     script = tmp_path / "unguarded.py"
-    guarded = KILLED.format(tests=str(Path(__file__).parent), folder=str(tmp_path / "run"))
+    guarded = KILLED.format(tests=str(Path(__file__).parents[1]), folder=str(tmp_path / "run"))
     script.write_text(guarded.replace('if __name__ == "__main__":', "if True:"))
     ended = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
     assert ended.returncode != 0
@@ -528,7 +528,7 @@ def test_killed_at_ten_random_moments_the_numbers_are_the_same(tmp_path):
     whole = run_all(tmp_path / "whole", plan)
     script = tmp_path / "killed.py"
     folder = tmp_path / "killed"
-    script.write_text(KILLED.format(tests=str(Path(__file__).parent), folder=str(folder)))
+    script.write_text(KILLED.format(tests=str(Path(__file__).parents[1]), folder=str(folder)))
     kills, log = 0, folder / "generated.jsonl"
     while kills < 10:
         before = log.stat().st_size if log.exists() else 0

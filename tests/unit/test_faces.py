@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from face_stand_ins import random_pack
 from PIL import Image
+from support.face_stand_ins import random_pack
 
 import fastface_cli
 from fastface_cli.errors import ModelUnavailableError, NoFaceError
-from fastface_cli.face_search import bgr, find_faces
-from fastface_cli.faces import InsightFaceAnalyser, align, load_face_models
-from fastface_cli.identity import Identity, make_identity
+from fastface_cli.identity.analyzer import InsightFaceAnalyser, align, load_face_models
+from fastface_cli.identity.identity import Identity, make_identity
+from fastface_cli.identity.search import bgr, find_faces
 
 POCKET = Path(fastface_cli.__file__).parent / "pocket" / "weights" / "face"
 
@@ -89,7 +89,7 @@ class TestRandomPack:
             "def refuse(*a, **k): raise SystemExit('network')\n"
             "socket.socket.connect = refuse\n"
             "import numpy as np\n"
-            "from fastface_cli.faces import load_face_models\n"
+            "from fastface_cli.identity.analyzer import load_face_models\n"
             "analyser = load_face_models(pathlib.Path(sys.argv[1]))\n"
             "analyser.detect(np.zeros((99, 99, 3), np.uint8), 320)\n"
         )

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastface_cli import fused, loading
-from fastface_cli.pipeline import Pipeline, Request
-from fastface_cli.recipe import Recipe
-from fastface_cli.store import fused as store
-from fastface_cli.store.fused import FusedCache, fused_inputs, fused_key
+from fastface_cli.app.pipeline import Pipeline, Request
+from fastface_cli.models import fused, loading
+from fastface_cli.recipe.schema import Recipe
+from fastface_cli.store import fused_cache as store
+from fastface_cli.store.fused_cache import FusedCache, fused_inputs, fused_key
 
 CPU = torch.device("cpu")
 LIMIT = 1 << 30

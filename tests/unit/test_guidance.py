@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastface_cli import guidance
-from fastface_cli.recipe import Attention, Guidance, WeightFunction
+from fastface_cli.recipe.schema import Attention, Guidance, WeightFunction
+from fastface_cli.sampling import guidance
 
 TIMESTEPS = [999.0, 749.0, 499.0, 249.0]
 PUBLISHED = Guidance(identity=[1.0, 1.5, 1.5, 1.0], text=[1.0, 3.0, 3.0, 1.0], rescale=0.75)

@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from face_stand_ins import SquareAnalyser, drawn, person
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.numpy import load_file, save, save_file
+from support.face_stand_ins import SquareAnalyser, drawn, person
 
 from fastface_cli.errors import FastFaceError, NoFaceError, UsageError
-from fastface_cli.identity import MAX_PHOTOS, Identity, make_identity, outliers
+from fastface_cli.identity.identity import MAX_PHOTOS, Identity, make_identity, outliers
 
 
 def identity(*people: np.ndarray, weight: list[float] | None = None) -> Identity:

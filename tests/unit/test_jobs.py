@@ -15,10 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastface_cli import jobs
+from fastface_cli.app import jobs
+from fastface_cli.app.jobs import Job, JobError, prompts_file, read_jobs, record
 from fastface_cli.errors import NoFaceError, UsageError
-from fastface_cli.jobs import Job, JobError, prompts_file, read_jobs, record
-from fastface_cli.recipe_files import load_recipe
+from fastface_cli.recipe.files import load_recipe
 
 
 def from_lines(tmp_path: Path, *lines: str | bytes) -> list[Job | JobError]:

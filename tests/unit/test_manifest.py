@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from fastface_cli.manifest import PACKAGE, manifest, read_manifest, resolve, whole_selection
-from fastface_cli.recipe_files import load_recipe, recipe_names
+from fastface_cli.recipe.files import load_recipe, recipe_names
 from fastface_cli.settings import Settings
 from fastface_cli.store import Store, human_bytes, licence_line
+from fastface_cli.store.manifest import PACKAGE, load_manifest, parse_manifest, resolve, whole_selection
 
 
-@pytest.mark.parametrize("artefact", manifest().values(), ids=list(manifest()))
+@pytest.mark.parametrize("artefact", load_manifest().values(), ids=list(load_manifest()))
 def test_every_artefact_is_pinned_and_licensed(artefact) -> None:
     assert artefact.commercial in ("yes", "no", "unclear")
     assert artefact.licence
@@ -45,11 +45,11 @@ def test_every_artefact_is_pinned_and_licensed(artefact) -> None:
 def test_every_recipe_that_ships_names_artefacts_of_the_manifest(name: str) -> None:
     recipe = load_recipe(name).recipe
     for reference in recipe.references().values():
-        assert reference in manifest()
+        assert reference in load_manifest()
 
 
 def total(*names: str) -> int:
-    return sum(manifest()[name].bytes for name in names)
+    return sum(load_manifest()[name].bytes for name in names)
 
 
 def test_sizes_add_up_to_what_is_published() -> None:
@@ -65,7 +65,7 @@ def test_sizes_add_up_to_what_is_published() -> None:
 
 def test_where_loaders_look(tmp_path: Path) -> None:
     store = Store(Settings(home=tmp_path), offline=True)
-    names = manifest()
+    names = load_manifest()
 
     def inside(name: str) -> str:
         path = store.path(names[name])
@@ -98,12 +98,12 @@ def test_a_manifest_that_is_not_well_formed(change: tuple[str, str], complaint: 
         "files: [[x.bin, 5, " + "b" * 64 + "]]}"
     )
     text = "licences: {l: [MIT, 'https://x', yes, '']}\nartefacts:\n  - "
-    assert list(read_manifest(text + entry)) == ["one"]
+    assert list(parse_manifest(text + entry)) == ["one"]
     with pytest.raises(ValueError, match="twice"):
-        read_manifest(f"{text}{entry}\n  - {entry}")
+        parse_manifest(f"{text}{entry}\n  - {entry}")
     assert change[0] in entry
     with pytest.raises(ValueError, match=complaint):
-        read_manifest(text + entry.replace(*change))
+        parse_manifest(text + entry.replace(*change))
 
 
 def test_what_counts_as_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,5 +159,5 @@ def test_words_for_people() -> None:
         "1 MB",
         "1.49 GB",
     ]
-    assert "no commercial use" in licence_line(manifest()["buffalo_l"])
-    assert "commercial use unclear" in licence_line(manifest()["hyper-sdxl-4-step-lora"])
+    assert "no commercial use" in licence_line(load_manifest()["buffalo_l"])
+    assert "commercial use unclear" in licence_line(load_manifest()["hyper-sdxl-4-step-lora"])

@@ -6,14 +6,15 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from pretend_device import pretended
-from test_acceleration import FASTFACE, METHODS, assert_same, latents, requests
+from support.methods import FASTFACE, METHODS, assert_same, latents, requests
+from support.pretend_device import pretended
 
-from fastface_cli.acceleration import Acceleration
+from fastface_cli.app.pipeline import Pipeline
 from fastface_cli.benchmark.footprint import count
 from fastface_cli.errors import DeviceError, UsageError
-from fastface_cli.loading import memory_errors
-from fastface_cli.memory import (
+from fastface_cli.models.acceleration import Acceleration
+from fastface_cli.models.loading import memory_errors
+from fastface_cli.models.offload import (
     DECODING,
     GIB,
     HEADROOM,
@@ -25,8 +26,7 @@ from fastface_cli.memory import (
     next_smaller,
     visiting,
 )
-from fastface_cli.pipeline import Pipeline
-from fastface_cli.recipe_files import load_recipe
+from fastface_cli.recipe.files import load_recipe
 
 CPU = torch.device("cpu")
 LIMITS = {"am1": 1e-5, "fastface": 1e-5, "am2": 2e-4, "fastface-am2": 2e-4}

@@ -15,12 +15,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
-from fastface_cli import metadata
 from fastface_cli.errors import UsageError
-from fastface_cli.metadata import Provenance, content_mark, describe, installed_versions, read
-from fastface_cli.pictures import write_png
-from fastface_cli.recipe import Recipe
-from fastface_cli.recipe_files import load_recipe
+from fastface_cli.output import metadata
+from fastface_cli.output.images import write_png
+from fastface_cli.output.metadata import Provenance, content_mark, describe, installed_versions, read
+from fastface_cli.recipe.files import load_recipe
+from fastface_cli.recipe.schema import Recipe
 
 DIGEST = "ab" * 32
 HUB = {"repo": "someone/sdxl", "commit": "0" * 40, "file": "unet/x.safetensors"}

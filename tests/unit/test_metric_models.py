@@ -30,7 +30,7 @@ from fastface_cli.evaluation.metrics.image_reward import MEAN as IR_MEAN
 from fastface_cli.evaluation.metrics.image_reward import ImageReward, Towers, our_name, read_words
 from fastface_cli.evaluation.metrics.memory import Memory
 from fastface_cli.evaluation.metrics.mtcnn import SHAPES, Mtcnn, moved, squared, suppress
-from fastface_cli.manifest import manifest
+from fastface_cli.store.manifest import load_manifest
 
 
 def photo(size: tuple[int, int], seed: int = 0) -> Image.Image:
@@ -72,7 +72,7 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
     folder = tmp_path_factory.mktemp("clip")
-    words = CLIPTokenizer.from_pretrained(Path(str(manifest()["pocket-base"].local)) / "tokenizer_2")
+    words = CLIPTokenizer.from_pretrained(Path(str(load_manifest()["pocket-base"].local)) / "tokenizer_2")
     torch.manual_seed(0)
     tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     text = {"vocab_size": len(words), "max_position_embeddings": 77, "eos_token_id": words.eos_token_id}
@@ -118,7 +118,7 @@ def test_a_clip_that_lacks_weights_is_refused(clip_folder: Path, tmp_path: Path)
 
 def test_the_pockets_clip_scores_offline_and_the_same_in_any_batch() -> None:
     metric = PocketClip()
-    paths = {name: Path(str(manifest()[name].local)) for name in metric.needs.artefacts}
+    paths = {name: Path(str(load_manifest()[name].local)) for name in metric.needs.artefacts}
     metric.load(Context(paths=paths))
     samples = [Sample(str(n), photo((128, 128), n), None, f"a photo of number {n}") for n in range(3)]
     together = [one["clip_pocket"] for one in metric.score(samples)]
@@ -168,7 +168,7 @@ def test_the_aesthetic_score_is_the_chain_of_its_linear_maps(tmp_path: Path) -> 
 def test_the_aesthetic_head_has_the_published_size() -> None:
     """927,969 numbers of four bytes, and 2,883 bytes of container: the published 3,714,759."""
     numbers = sum(tensor.numel() for tensor in head_state().values())
-    published = manifest()["aesthetic-ava-logos"].bytes
+    published = load_manifest()["aesthetic-ava-logos"].bytes
     assert (4 * numbers, published - 4 * numbers) == (3711876, 2883)
 
 
@@ -371,7 +371,7 @@ def test_mtcnns_networks_have_the_published_sizes() -> None:
     """The published files are the weights and a few kB of container."""
     for state, name in zip(networks(), ("pnet", "rnet", "onet"), strict=True):
         numbers = 4 * sum(tensor.numel() for tensor in state.values())
-        container = manifest()[f"mtcnn-{name}"].bytes - numbers
+        container = load_manifest()[f"mtcnn-{name}"].bytes - numbers
         assert 0 < container < 4000
 
 

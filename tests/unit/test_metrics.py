@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from face_stand_ins import SquareAnalyser, drawn, person
 from PIL import Image
+from support.face_stand_ins import SquareAnalyser, drawn, person
 
 from fastface_cli.errors import FastFaceError, ModelUnavailableError, UsageError
 from fastface_cli.evaluation.metrics import base
@@ -260,13 +260,13 @@ def test_every_metric_is_registered_under_its_name_with_columns_of_its_own() -> 
     found = registry()
     assert {"id", "dlib", "adaface", "clip-b32", "clip-l14", "clip-pocket", "face-clip"} <= set(found)
     assert {"image-reward", "aesthetic", "cost"} <= set(found)
-    from fastface_cli.manifest import manifest
+    from fastface_cli.store.manifest import load_manifest
 
     for name, kind in found.items():
         metric = kind()
         assert isinstance(metric, Metric)
         assert metric.name == name
-        assert set(metric.needs.artefacts) <= set(manifest())
+        assert set(metric.needs.artefacts) <= set(load_manifest())
     assert isinstance(found["id"](), RunMetric)
     assert not isinstance(found["clip-b32"](), RunMetric)
     assert len(make_metrics(found)) == len(found)  # and no two give the same column

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fastface_cli.errors import UsageError
-from fastface_cli.photos import MAX_PIXELS, MAX_SIDE, open_photo, read_photo
+from fastface_cli.identity.photos import MAX_PIXELS, MAX_SIDE, open_photo, read_photo
 
 RED, GREEN, BLUE, GREY = (250, 10, 20), (10, 240, 30), (20, 30, 230), (128, 128, 128)
 

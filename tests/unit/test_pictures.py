@@ -15,10 +15,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
-from fastface_cli import files, pictures
+from fastface_cli import files
 from fastface_cli.errors import FastFaceError, UsageError
-from fastface_cli.latents import save_latents
-from fastface_cli.pictures import grid, plan_paths, write_png
+from fastface_cli.output import images as pictures
+from fastface_cli.output.images import grid, plan_paths, write_png
+from fastface_cli.output.latents import save_latents
 
 
 def fields(count: int = 1, **values: Any) -> list[dict[str, Any]]:
@@ -296,9 +297,10 @@ class TestWriting:
             "import os, signal\n"
             "from pathlib import Path\n"
             "from PIL import Image\n"
-            "from fastface_cli import files, pictures\n"
+            "from fastface_cli import files\n"
+            "from fastface_cli.output import images\n"
             "files._place = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
-            "pictures.write_png(Image.new('RGB', (8, 8)), Path('x.png'), force=True)\n"
+            "images.write_png(Image.new('RGB', (8, 8)), Path('x.png'), force=True)\n"
         )
         (tmp_path / "x.png").write_text("old")
         done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=False)

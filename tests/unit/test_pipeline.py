@@ -6,13 +6,13 @@ import json
 from dataclasses import replace
 
 import pytest
-import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import reference
 
-from fastface_cli.pipeline import Pipeline, Request
-from fastface_cli.recipe import Recipe
+from fastface_cli.app.pipeline import Pipeline, Request
+from fastface_cli.recipe.schema import Recipe
 
 SIZE = {"width": 128, "height": 128}
 AM1 = {"transforms": ["power", "scale"]}
@@ -94,7 +94,7 @@ def test_it_is_the_method(name, loaded, parts, person):
     pipeline = pipeline_for(loaded, recipe, parts)
     request = Request("a person reading", 11, person, negative_prompt="blur" if name == "lcm" else None)
     picture = next(pipeline.generate([request]))
-    from fastface_cli.loading import load_scheduler
+    from fastface_cli.models.loading import load_scheduler
 
     wanted = reference.latents(
         recipe,

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from fastface_cli.errors import RecipeError
-from fastface_cli.recipe import Recipe, per_step
+from fastface_cli.recipe.schema import Recipe, per_step
 
 MODEL = {
     "base": "b",

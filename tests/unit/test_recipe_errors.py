@@ -8,9 +8,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from fastface_cli.errors import FastFaceError, RecipeError
-from fastface_cli.recipe import Recipe
-from fastface_cli.recipe_files import load_recipe, recipe_names
-from fastface_cli.recipe_problems import fields
+from fastface_cli.recipe.files import load_recipe, recipe_names
+from fastface_cli.recipe.problems import fields
+from fastface_cli.recipe.schema import Recipe
 
 
 def failure(path, content, **more):

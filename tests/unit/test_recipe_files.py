@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastface_cli.errors import FastFaceError, RecipeError, UsageError
-from fastface_cli.recipe_files import (
+from fastface_cli.recipe.files import (
     SHORT_NAMES,
     find_recipe,
     list_recipes,
@@ -171,7 +171,7 @@ def test_published_values(name):
 
 
 def test_every_model_part_is_known_to_the_manifest():
-    manifest = pytest.importorskip("fastface_cli.manifest").manifest()
+    manifest = pytest.importorskip("fastface_cli.store.manifest").load_manifest()
     used = set()
     for name in recipe_names():
         model = recipe(name).canonical()["model"]

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastface_cli.errors import FastFaceError, RecipeError
-from fastface_cli.published import TOP_KEYS
-from fastface_cli.recipe_files import load_recipe
+from fastface_cli.recipe.files import load_recipe
+from fastface_cli.recipe.published import TOP_KEYS
 
 PUBLISHED = Path(__file__).parents[1] / "data" / "published"
 METHODS = ("baseline", "dcg", "am1", "am2", "fastface", "fastface-am2")

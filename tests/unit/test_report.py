@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from run_folder import COLUMNS, RECIPES, build_run
+from support.run_folder import COLUMNS, RECIPES, build_run
 
 from fastface_cli import console
 from fastface_cli.errors import UsageError

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fastface_cli import runtimes
+from fastface_cli.doctor import packages as runtimes
 from fastface_cli.errors import FastFaceError
 
 Install = Callable[..., None]

@@ -15,11 +15,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hub_server import COMMIT, hub_server
-from tiny_manifest import BIG, CONFIG, DETECTOR, MODEL, RECOGNISER, Shop, fill, sha256, use_hub
+from support.hub_server import COMMIT, hub_server
+from support.tiny_manifest import BIG, CONFIG, DETECTOR, MODEL, RECOGNISER, Shop, fill, sha256, use_hub
 
 from fastface_cli.errors import ModelUnavailableError, RecipeError
-from fastface_cli.recipe import HubReference
+from fastface_cli.recipe.schema import HubReference
 from fastface_cli.settings import Settings
 from fastface_cli.store import Store, face_pack_folder, resolve
 
@@ -59,7 +59,7 @@ def test_fetches_everything_and_the_second_time_nothing(shop: Shop) -> None:
     assert sorted(path.name for path in paths["tiny-face"].iterdir()) == ["det.onnx", "rec.onnx"]
     assert paths["tiny-face"].parts[-2:] == ("models", "tiny_l")
     assert paths["tiny-url"].read_bytes() == MODEL
-    assert paths["tiny-package"].name == "recipe.py"
+    assert paths["tiny-package"].name == "errors.py"
     shop.hub.log.clear()
     again = shop.store()
     assert again.missing(wanted) == []
@@ -189,8 +189,8 @@ CHILD = """
 import sys
 from pathlib import Path
 from fastface_cli.settings import load_settings
-from fastface_cli.store import Store, read_manifest
-known = read_manifest(Path(sys.argv[1]).read_text())
+from fastface_cli.store import Store, parse_manifest
+known = parse_manifest(Path(sys.argv[1]).read_text())
 path = Store(load_settings(), known=known).ensure([known["tiny-lora"]])["tiny-lora"]
 print(path)
 """

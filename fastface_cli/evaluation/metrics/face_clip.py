@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from ...faces import Box
+from ...identity.analyzer import Box
 from .aesthetic import broken, read_pickle
 from .base import Column, Context, Needs, Sample, Scores
 from .clip import CLIP_L14, Clip, hub_clip

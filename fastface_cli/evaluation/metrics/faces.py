@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from PIL import Image
 
-from ...face_search import SIZES, bgr, find_faces
-from ...faces import Face, FaceAnalyser, load_face_models
+from ...identity.analyzer import Face, FaceAnalyser, load_face_models
+from ...identity.search import SIZES, bgr, find_faces
 from .base import Context, Rules
 from .memory import Memory, digest
 

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from ...errors import ModelUnavailableError
-from ...face_search import bgr
+from ...identity.search import bgr
 from ..rows import Row
 from .base import Column, Context, Needs, Sample, Scores
 from .faces import Faces, faces_of

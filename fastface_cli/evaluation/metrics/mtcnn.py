@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import numpy as np
 from PIL import Image
 
-from ...faces import Box
+from ...identity.analyzer import Box
 
 if TYPE_CHECKING:
     import torch

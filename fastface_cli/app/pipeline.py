@@ -1,0 +1,610 @@
+"""The sampling loop over a loaded stack; images out.
+
+Sampling is ours and not a stock pipeline's, because a step calls the UNet once over exactly the branches that
+decoupled guidance needs.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from diffusers import EulerAncestralDiscreteScheduler, LCMScheduler, StableDiffusionXLPipeline
+from PIL import Image
+from torch import Tensor
+from transformers import CLIPImageProcessorPil
+
+from ..errors import FastFaceError, RecipeError, UsageError
+from ..models.acceleration import DEFAULT, Acceleration, arrange, check
+from ..models.compilation import compiled
+from ..models.loading import (
+    Homes,
+    configured,
+    load_parts,
+    load_scheduler,
+    memory_errors,
+    pick_device,
+    pick_dtype,
+    quiet_libraries,
+)
+from ..models.offload import OFF, Level, in_blocks, visiting
+from ..recipe.schema import Block, Order, Recipe
+from ..sampling import attention, guidance
+
+if TYPE_CHECKING:
+    from ..identity.identity import Identity
+    from ..store.fused_cache import FusedCache
+
+BLOCKS: tuple[Block, ...] = ("down", "mid", "up")
+
+Watch = Callable[[str], AbstractContextManager[None]]
+"""Entered around every `text`, `identity`, `keys`, `step` and `vae` stage: how a benchmark times them."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One picture to make."""
+
+    prompt: str
+    seed: int
+    identity: Identity
+    negative_prompt: str | None = None
+    adapter_scale: float | None = None
+    """None: the recipe's."""
+
+
+@dataclass
+class Picture:
+    """One picture made."""
+
+    image: Image.Image
+    request: Request
+    adapter_scale: float
+    unet_samples: int
+    """UNet samples that this picture took, over all steps."""
+    seconds: float
+    """Its share of the wall time of its batch."""
+    initial_latents: Tensor
+    """[4, h, w] float32, as scaled for the scheduler."""
+    latents: Tensor
+    """[steps, 4, h, w] float32, after each step."""
+    timesteps: Tensor
+    """[steps]"""
+    lossy: Mapping[str, Any] = field(default_factory=dict)
+    """Items of speed that cost precision, as `Acceleration.lossy` tells them."""
+
+
+@dataclass
+class Trace:
+    """What the loop of a batch left behind."""
+
+    initial_latents: Tensor
+    """[images, 4, h, w]"""
+    latents: list[Tensor] = field(default_factory=list)
+    """After each step, [images, 4, h, w]."""
+
+
+class Pipeline:
+    """A loaded stack. One run never leaves a trace in the next.
+
+    Args:
+        recipe: what to run.
+        parts: the loaded diffusers pipeline with the adapter in its UNet.
+        projection: identity projection of the adapter.
+        scheduler: a scheduler of the right class and configuration; copied for every run.
+        log: takes one line of notice (a prompt cut short).
+        faster: what is done for speed.
+        level: what of the stack is on the device only while it is used.
+        device: to run on; None is where the UNet is.
+
+    Raises:
+        UsageError: what is done for speed and the level exclude each other.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        parts: StableDiffusionXLPipeline,
+        projection: torch.nn.Module,
+        scheduler: Any,
+        log: Callable[[str], None] = lambda _: None,
+        faster: Acceleration = DEFAULT,
+        level: Level = OFF,
+        device: torch.device | None = None,
+    ) -> None:
+        check_level(level, faster)
+        self.recipe = recipe
+        self.level = level
+        self.faster = faster
+        self.parts = parts
+        self.unet, self.vae = parts.unet, parts.vae
+        self.layers = attention.identity_layers(parts.unet)
+        self.processors = attention.processors(self.layers)
+        self.projection = projection
+        self.scheduler = scheduler
+        self.log = log
+        size = parts.image_encoder.config.image_size
+        # The PIL one by name: with torchvision installed the plain class would resize differently.
+        self.processor = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=size)
+        self.device = device or self.unet.device
+        self.dtype = self.unet.dtype
+        # What is needed only to project is no part of the UNet that visits the device.
+        self._projections = (
+            {
+                part
+                for (_, layer), processor in zip(self.layers, self.processors, strict=True)
+                for module in attention.projections(layer, processor)
+                for part in module.modules()
+            }
+            if level.projections
+            else set()
+        )
+        self.latent_scale = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        self._denoise: Callable[..., Tensor] = denoise
+        self._decode: Callable[..., Tensor] = vae_decode
+        if faster.compile:
+            graphs = faster.cuda_graphs and self.device.type == "cuda"
+            self._denoise = compiled(denoise, cuda_graphs=graphs)
+            self._decode = compiled(vae_decode, cuda_graphs=graphs)
+        self.watch: Watch = lambda _: nullcontext()
+        self._warned: set[str] = set()
+
+    @classmethod
+    def load(
+        cls,
+        recipe: Recipe,
+        paths: Mapping[str, Path],
+        *,
+        device: str = "auto",
+        dtype: str | None = None,
+        log: Callable[[str], None] = lambda _: None,
+        fused: FusedCache | None = None,
+        acceleration: Acceleration = DEFAULT,
+        level: Level = OFF,
+    ) -> Pipeline:
+        """Build the stack of a recipe.
+
+        Args:
+            recipe: what to run.
+            paths: where each of `recipe.references()` lies.
+            device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`.
+            dtype: `float32`, `float16`, `bfloat16`; None chooses by device.
+            log: takes one line of notice.
+            fused: keeps the fused models for the next time; None keeps nothing.
+            acceleration: what is done for speed.
+            level: what of the stack is on the device only while it is used.
+
+        Raises:
+            ModelUnavailableError: a file is missing, broken or of another shape.
+            DeviceError: no such device, it cannot do what the acceleration asks for, or out of memory.
+            UsageError: the acceleration needs another dtype or a package, or excludes the level.
+        """
+        where = pick_device(device)
+        number = pick_dtype(dtype, where)
+        check(acceleration, where, number)
+        check_level(level, acceleration)
+        with quiet_libraries(), memory_errors(where, level):
+            pipe, projection = load_parts(
+                recipe, paths, Homes.of(where, level), number, fused, fuse=acceleration.fuse_lora
+            )
+            arrange(pipe.unet, pipe.vae, acceleration)
+            scheduler = load_scheduler(recipe, configured(paths), paths.get("scheduler"))
+        return cls(recipe, pipe, projection, scheduler, log, acceleration, level, where)
+
+    def with_recipe(self, recipe: Recipe, paths: Mapping[str, Path]) -> Pipeline:
+        """The same loaded models under another recipe.
+
+        Args:
+            recipe: differs in sampling, guidance, attention, adapter scale, or the scheduler.
+            paths: as of `load`, for the scheduler's configuration.
+
+        Raises:
+            RecipeError: it asks for other models, or for another weight of a LoRA that is fused already.
+        """
+        for name, mine, other in (
+            ("model", _loaded_parts(self.recipe), _loaded_parts(recipe)),
+            ("adapter.lora_scale", self.recipe.adapter.lora_scale, recipe.adapter.lora_scale),
+        ):
+            if mine != other:
+                raise RecipeError(
+                    f"{name} differs from that of the models that are loaded", "run it by itself"
+                )
+        with quiet_libraries():
+            scheduler = load_scheduler(recipe, configured(paths), paths.get("scheduler"))
+        return Pipeline(
+            recipe,
+            self.parts,
+            self.projection,
+            scheduler,
+            self.log,
+            self.faster,
+            self.level,
+            self.device,
+        )
+
+    # -------------------------------------------------------------------------------------- conditions
+
+    def encode_prompt(self, text: str | None) -> tuple[Tensor, Tensor]:
+        """Text conditioning: [tokens, width] and pooled [width]; None gives zeros (no negative prompt)."""
+        if text is None:
+            first, second = self.parts.text_encoder.config, self.parts.text_encoder_2.config
+            width = first.hidden_size + second.hidden_size
+            zeros = torch.zeros(
+                self.parts.tokenizer.model_max_length, width, device=self.device, dtype=self.dtype
+            )
+            return zeros, zeros.new_zeros(second.projection_dim)
+        encoders = (self.parts.text_encoder, self.parts.text_encoder_2)
+        with quiet_libraries(), self.there(*encoders, away=self.level.encoders):
+            self._warn_if_cut(text)  # the libraries would say at length what we say in a line
+            embeds, _, pooled, _ = self.parts.encode_prompt(
+                text, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+            )
+        return embeds[0], pooled[0]
+
+    def _warn_if_cut(self, text: str) -> None:
+        tokenizer = self.parts.tokenizer
+        ids = tokenizer(text, verbose=False)["input_ids"]
+        limit = tokenizer.model_max_length
+        if len(ids) > limit and text not in self._warned:
+            self._warned.add(text)
+            lost = tokenizer.decode(ids[limit - 1 : -1], skip_special_tokens=True).strip()
+            self.log(f"the text encoders read {limit - 2} tokens; this part of the prompt is ignored: {lost}")
+
+    def encode_identity(self, identity: Identity) -> tuple[Tensor, Tensor]:
+        """Identity tokens [4, width] of nobody, and of the person."""
+        crop = identity.crop()
+        if self.recipe.adapter.crop_order == "rgb":
+            crop = np.ascontiguousarray(crop[..., ::-1])
+        # The published pipeline hands the crop over in BGR order as if it were RGB.
+        pixels = self.processor(Image.fromarray(crop), return_tensors="pt").pixel_values
+        pixels = pixels.to(self.device, self.dtype)
+        images = torch.cat([torch.zeros_like(pixels), pixels])
+        with self.there(self.parts.image_encoder, away=self.level.encoders):
+            features = self.parts.image_encoder(images, output_hidden_states=True).hidden_states[-2]
+        embedding = torch.from_numpy(identity.mean()).to(self.device, self.dtype)
+        embeddings = torch.stack([torch.zeros_like(embedding), embedding])
+        projection: Any = self.projection
+        try:
+            projection.clip_embeds = features[:, None]
+            with self.there(projection, away=self.level.encoders):
+                tokens = projection(embeddings[:, None])
+        finally:
+            projection.clip_embeds = None
+        return tokens[0], tokens[1]
+
+    # ---------------------------------------------------------------------------------------- sampling
+
+    def plan(self, *, prune: bool | None = None) -> list[guidance.Step]:
+        """What every step of this recipe does; `prune` as of `generate`."""
+        prune = self.faster.prune if prune is None else prune
+        return guidance.plan(self.recipe.guidance, self.recipe.attention, self._timesteps(), prune=prune)
+
+    def _timesteps(self) -> list[float]:
+        scheduler = self._fresh_scheduler()
+        return [float(t) for t in scheduler.timesteps]
+
+    def _fresh_scheduler(self) -> Any:
+        scheduler = copy.deepcopy(self.scheduler)
+        steps, extra = self.recipe.sampling.steps, {}
+        if isinstance(scheduler, LCMScheduler):
+            # It picks its steps among those that it was distilled on, and refuses to make more of them.
+            extra = {"original_inference_steps": max(steps, scheduler.config.original_inference_steps)}
+        # On the CPU: schedulers read single timesteps, and each of them would wait for the device.
+        scheduler.set_timesteps(steps, **extra)
+        return scheduler
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        *,
+        batch_size: int = 1,
+        prune: bool | None = None,
+        on_step: Callable[[int], None] = lambda _: None,
+    ) -> Iterator[Picture]:
+        """Make pictures, in order.
+
+        Every picture has its own CPU generator, so that it comes out the same alone or in a batch.
+
+        Args:
+            requests: what to make.
+            batch_size: how many pictures share a UNet call.
+            prune: leave out branches that cannot change the result; None asks the acceleration.
+            on_step: called with the number of pictures that have just finished a step.
+
+        Raises:
+            DeviceError: out of memory.
+        """
+        for start in range(0, len(requests), batch_size):
+            group = requests[start : start + batch_size]
+            began = time.perf_counter()
+            with torch.inference_mode(), memory_errors(self.device, self.level):
+                steps = self.plan(prune=prune)
+                trace, timesteps = self.sample(group, steps, on_step=on_step)
+                # Pictures on the CPU end the wait for the device, which the time below must contain.
+                with self.watch("vae"), self.there(self.vae, away=self.level.models):
+                    images = [to_pil(self.decode(latents)) for latents in trace.latents[-1]]
+            seconds = (time.perf_counter() - began) / len(group)
+            for index, (request, image) in enumerate(zip(group, images, strict=True)):
+                yield Picture(
+                    image=image,
+                    request=request,
+                    adapter_scale=self._scale(request),
+                    unet_samples=sum(len(step.branches) for step in steps),
+                    seconds=seconds,
+                    initial_latents=trace.initial_latents[index].cpu(),
+                    latents=torch.stack([latents[index] for latents in trace.latents]).cpu(),
+                    timesteps=timesteps.cpu(),
+                    lossy=self.faster.lossy(),
+                )
+
+    def _scale(self, request: Request) -> float:
+        return self.recipe.adapter.scale if request.adapter_scale is None else request.adapter_scale
+
+    def sample(
+        self,
+        requests: Sequence[Request],
+        steps: Sequence[guidance.Step],
+        *,
+        on_step: Callable[[int], None] = lambda _: None,
+    ) -> tuple[Trace, Tensor]:
+        """The sampling loop over one batch: the latents of every step, and the timesteps.
+
+        Algorithm: FastFace (arXiv 2505.21144), section 3, around any SDXL scheduler.
+        """
+        sampling, images = self.recipe.sampling, len(requests)
+        scheduler = self._fresh_scheduler()
+        generators = [torch.Generator("cpu").manual_seed(request.seed) for request in requests]
+        # Drawn in float32 whatever the dtype of the models, so that a seed means one noise.
+        shape = (1, 4, sampling.height // self.latent_scale, sampling.width // self.latent_scale)
+        noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators])
+        latents = noise.to(self.device) * scheduler.init_noise_sigma
+        conditions, pooled = self._conditions(requests)
+        size = [sampling.height, sampling.width, 0, 0, sampling.height, sampling.width]
+        time_ids = torch.tensor([size], device=self.device, dtype=self.dtype)
+        # For the UNet on the device, all at once; the scheduler reads its own.
+        times = scheduler.timesteps.to(self.device, torch.float32)
+        extra = {"generator": generators} if _is_stochastic(scheduler) else {}
+        trace = Trace(latents.clone())
+        chains = [self._chains(step.index, len(steps)) for step in steps]
+        if self.faster.compile:
+            chains = attention.as_tensors(chains, self.device)
+        with attention.installed(self.layers, self.processors), self._unet_there():
+            for step, t in zip(steps, scheduler.timesteps, strict=True):
+                with self.watch("step"):
+                    guided = self._predict(
+                        scheduler.scale_model_input(latents, t),
+                        times[step.index],
+                        conditions,
+                        chains[step.index],
+                        pooled,
+                        time_ids,
+                        step,
+                    )
+                    latents = scheduler.step(guided, t, latents, **extra, return_dict=False)[0]
+                trace.latents.append(latents)
+                on_step(images)
+        return trace, scheduler.timesteps
+
+    def there(self, *modules: torch.nn.Module, away: bool) -> AbstractContextManager[None]:
+        """Modules are on the device for the time of the context; `away` says that they live elsewhere."""
+        # Asked first: to walk through a large model takes longer than a small step.
+        return visiting(self.device, *modules) if away else nullcontext()
+
+    def _unet_there(self) -> AbstractContextManager[None]:
+        """The UNet, or each of its blocks in turn, is on the device for the time of the context."""
+        if self.level.blocks:
+            return in_blocks(self.device, self.unet, without=self._projections)
+        return (
+            visiting(self.device, self.unet, without=self._projections)
+            if self.level.models
+            else nullcontext()
+        )
+
+    def _predict(
+        self,
+        latents: Tensor,
+        time: Tensor,
+        conditions: attention.Conditions,
+        chains: attention.Chains,
+        pooled: Tensor,
+        time_ids: Tensor,
+        step: guidance.Step,
+    ) -> Tensor:
+        """The guided prediction [images, 4, h, w] of one step, in float32."""
+        weights = self.recipe.guidance
+        chosen = [guidance.BRANCHES[weights.order][index] for index in step.branches]
+        numbers: Sequence[float] | Tensor = guidance.mixing(step, weights)
+        renorm = guidance.is_renormed(step, weights)
+        if self.level.one_branch and not guidance.couples_branches(self.recipe.attention, step.index):
+            found = []
+            for branch in chosen:
+                rows = conditions.select([branch], chains)
+                text = pooled[conditions.text_rows]
+                found.append(predict(self.unet, latents, time, rows, text, time_ids))
+            return guidance.mix(torch.cat(found), numbers, weights.order, weights.rescale, renorm=renorm)
+        rows = conditions.select(chosen, chains)
+        if self.faster.compile:
+            numbers = torch.tensor(numbers).to(self.device)
+        return self._denoise(
+            self.unet,
+            latents,
+            time,
+            rows,
+            pooled[conditions.text_rows],
+            time_ids,
+            numbers,
+            weights.order,
+            weights.rescale,
+            renorm=renorm,
+        )
+
+    def _chains(self, step: int, steps: int) -> attention.Chains:
+        return {block: attention.resolve(self.recipe.attention, block, step, steps) for block in BLOCKS}
+
+    def _conditions(self, requests: Sequence[Request]) -> tuple[attention.Conditions, Tensor]:
+        """Conditions of a batch; pooled text embeddings [2 x images, width] in the same order."""
+        prompts = dict.fromkeys(text for r in requests for text in (r.prompt, r.negative_prompt))
+        people = {id(r.identity): r.identity for r in requests}
+        with self.watch("text"):
+            texts = {text: self.encode_prompt(text) for text in prompts}
+        with self.watch("identity"):
+            tokens = {key: self.encode_identity(identity) for key, identity in people.items()}
+        negative = [texts[r.negative_prompt] for r in requests]
+        positive = [texts[r.prompt] for r in requests]
+        found = [tokens[id(r.identity)] for r in requests]
+        scales = [self._scale(r) for r in requests]
+        conditions = attention.Conditions(
+            text=torch.stack([embeds for embeds, _ in negative + positive]),
+            identity=torch.stack([nobody for nobody, _ in found] + [person for _, person in found]),
+            scale=torch.tensor(scales, device=self.device),
+            images=len(requests),
+            # A compiled step takes any scale; left out, the identity half would be another graph.
+            speaks=any(scales) or self.faster.compile,
+        )
+        if self.faster.cache_kv:
+            with self.watch("keys"):
+                conditions.projected = self.project(conditions.text, conditions.identity)
+        return conditions, torch.stack([pooled for _, pooled in negative + positive])
+
+    def warm_up(self, *, batch_size: int = 1) -> float:
+        """Make pictures of nobody until nothing is compiled or recorded any more; how many seconds it took.
+
+        Args:
+            batch_size: how many pictures share a UNet call.
+        """
+        from ..identity.identity import Identity
+
+        rng = np.random.default_rng(0)
+        embedding = rng.standard_normal((1, 512)).astype(np.float32)
+        nobody = Identity(
+            id_embedding=embedding / np.linalg.norm(embedding),
+            face_crop_bgr=rng.integers(0, 256, (1, 224, 224, 3), dtype=np.uint8),
+            weight=np.ones(1, np.float32),
+        )
+        began = time.perf_counter()
+        # A CUDA graph is compiled at its first call, recorded at its second, and replayed from its third on.
+        for _ in range(3 if self.faster.compile and self.faster.cuda_graphs else 1):
+            for _ in self.generate([Request("a person", 0, nobody)] * batch_size, batch_size=batch_size):
+                pass
+        return time.perf_counter() - began
+
+    def project(self, text: Tensor, identity: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
+        """Keys and values of every layer, from [rows, tokens, width] each."""
+        there = partial(self.there, away=self.level.projections)
+        return attention.project(self.layers, self.processors, text, identity, there)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [4, h, w] to a picture [3, H, W] float32 in [0, 1]."""
+        config = self.vae.config
+        scaled = latents[None].to(self.vae.dtype) / config.scaling_factor
+        return self._decode(self.vae, scaled)
+
+
+def denoise(
+    unet: torch.nn.Module,
+    latents: Tensor,
+    time: Tensor,
+    rows: attention.Rows,
+    pooled: Tensor,
+    time_ids: Tensor,
+    numbers: Sequence[float] | Tensor,
+    order: Order,
+    rescale: float,
+    *,
+    renorm: bool,
+) -> Tensor:
+    """One UNet call over all branches of all images, and their guided prediction: what is compiled.
+
+    Args:
+        unet: with `attention.installed`.
+        latents: [images, 4, h, w], as scaled by the scheduler.
+        time: [], float32.
+        rows: what the [branches x images] rows attend to.
+        pooled: [branches x images, width].
+        time_ids: [1, 6].
+        numbers, order, rescale, renorm: of `guidance.mix`.
+
+    Returns:
+        [images, 4, h, w], float32.
+    """
+    predicted = predict(unet, latents, time, rows, pooled, time_ids)
+    return guidance.mix(predicted, numbers, order, rescale, renorm=renorm)
+
+
+def predict(
+    unet: torch.nn.Module,
+    latents: Tensor,
+    time: Tensor,
+    rows: attention.Rows,
+    pooled: Tensor,
+    time_ids: Tensor,
+) -> Tensor:
+    """One UNet call over the branches of `rows`: [branches, images, 4, h, w]; arguments as of `denoise`."""
+    count = len(pooled)
+    branches = count // len(latents)
+    predicted: Tensor = unet(
+        latents.to(pooled.dtype).repeat(branches, 1, 1, 1),
+        time,
+        encoder_hidden_states=rows,
+        added_cond_kwargs={"text_embeds": pooled, "time_ids": time_ids.expand(count, -1)},
+        return_dict=False,
+    )[0]
+    return predicted.reshape(branches, *latents.shape)
+
+
+def vae_decode(vae: Any, scaled: Tensor) -> Tensor:
+    """What is compiled of the VAE: scaled latents [1, 4, h, w] to a picture [3, H, W] float32 in [0, 1]."""
+    decoded: Tensor = vae.decode(scaled, return_dict=False)[0][0]
+    return (decoded.float() / 2 + 0.5).clamp(0, 1)
+
+
+def check_level(level: Level, faster: Acceleration) -> None:
+    """Refuse what excludes a level of saving memory.
+
+    Raises:
+        UsageError: it does.
+    """
+    if level.moves_unet and faster.compile:
+        raise UsageError(
+            f"--low-memory {level.name} moves the UNet, and what is compiled must stay where it is",
+            "leave out --compile, or take --low-memory 12",
+        )
+    if level.projections and not faster.cache_kv:
+        raise UsageError(
+            f"--low-memory {level.name} projects keys and values once a picture", "leave out cache_kv=off"
+        )
+    if level.moves_unet and not faster.fuse_lora:
+        raise UsageError(f"--low-memory {level.name} moves a fused UNet", "leave out fuse_lora=off")
+
+
+def _loaded_parts(recipe: Recipe) -> tuple[Any, ...]:
+    """Everything of a recipe that decides which weights are in memory."""
+    model, steps = recipe.model, recipe.sampling.steps
+    parts = (model.base, model.unet_for(steps), model.distillation_for(steps), model.vae, model.adapter)
+    return (*parts, model.image_encoder, tuple((lora.file, lora.scale) for lora in model.loras))
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """[3, H, W] in [0, 1] to an 8-bit RGB picture.
+
+    Raises:
+        FastFaceError: the picture holds numbers that are not finite.
+    """
+    if not image.isfinite().all():
+        raise FastFaceError(
+            "the picture holds numbers that are not finite", "try --dtype float32 or bfloat16"
+        )
+    return Image.fromarray((image * 255).round().byte().permute(1, 2, 0).cpu().numpy())
+
+
+def _is_stochastic(scheduler: Any) -> bool:
+    """Whether a scheduler's step draws noise from a generator."""
+    return isinstance(scheduler, EulerAncestralDiscreteScheduler | LCMScheduler)

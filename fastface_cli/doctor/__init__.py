@@ -1,0 +1,1 @@
+"""Checks of this machine and the commands that fix what they report."""

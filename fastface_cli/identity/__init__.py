@@ -1,0 +1,1 @@
+"""Photos to identities: read the photo, find the face, embed and crop it."""

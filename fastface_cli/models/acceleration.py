@@ -1,0 +1,138 @@
+"""What makes a picture fast: every item has a name, can be turned off, and says whether it is exact.
+
+Exact items change no result beyond rounding. Lossy ones are never on unless they are asked for by name, and
+a picture that one was used for says so. A tiny VAE is lossy too, and part of the recipe: `model.vae`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+
+from ..errors import DeviceError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+VaePrecision: TypeAlias = Literal["auto", "half", "float32"]
+
+
+@dataclass(frozen=True)
+class Acceleration:
+    """What is done to make pictures faster. The defaults are exact."""
+
+    fuse_lora: bool = True
+    """The LoRA inside the adapter is melted into the UNet; False leaves it beside the weights (PEFT)."""
+    prune: bool = True
+    """Branches that cannot change the guided result are left out."""
+    cache_kv: bool = True
+    """Keys and values of text and identity are projected once a picture; False: in every step again."""
+    compile: bool = False
+    """A step and the VAE's decoding are each compiled to one static graph a shape (torch.compile)."""
+    cuda_graphs: bool = True
+    """What is compiled is replayed as a CUDA graph; on CUDA only."""
+    channels_last: bool = False
+    """Convolutions keep channels innermost in memory, as tensor cores want them."""
+    vae: VaePrecision = "auto"
+    """`auto`: the type of the other models, or float32 where the VAE says that it overflows in float16.
+    `half`: bfloat16 there instead, which is faster and rounds colours more coarsely. `float32`: always."""
+    fp8: bool = False
+    """Lossy: large linear layers of the UNet multiply in 8-bit floats, scaled by row (torchao, CUDA only)."""
+
+    @classmethod
+    def none(cls) -> Acceleration:
+        """Every item turned off: the baseline of an ablation."""
+        return cls(fuse_lora=False, prune=False, cache_kv=False, cuda_graphs=False)
+
+    def describe(self) -> Mapping[str, Any]:
+        """Every item and its value, for a benchmark's records."""
+        return {item.name: getattr(self, item.name) for item in fields(self)}
+
+    def lossy(self) -> Mapping[str, Any]:
+        """The items that cost precision beyond rounding, and are on: what a picture's metadata says."""
+        found: dict[str, Any] = {"fp8": True} if self.fp8 else {}
+        return found | ({"vae": self.vae} if self.vae == "half" else {})
+
+
+DEFAULT = Acceleration()
+
+
+def parse(changes: Iterable[str]) -> Acceleration:
+    """The default with some items changed, each as "channels_last=on" or "vae=half".
+
+    Raises:
+        UsageError: no such item or value.
+    """
+    known, changed = DEFAULT.describe(), dict[str, Any]()
+    for change in changes:
+        name, _, text = change.partition("=")
+        if name not in known:
+            raise UsageError(f"--accelerate {name}: there is no such item", f"items are {', '.join(known)}")
+        choices = ("on", "off") if isinstance(known[name], bool) else get_args(VaePrecision)
+        if text not in choices:
+            raise UsageError(
+                f"--accelerate {change}: {name} is one of {', '.join(choices)}",
+                f"as in --accelerate {name}={choices[-1]}",
+            )
+        changed[name] = text == "on" if isinstance(known[name], bool) else text
+    return replace(DEFAULT, **changed)
+
+
+SMALL = 512
+"""Linear layers narrower than this stay as they are: quantising their input costs more than it saves."""
+FP8_CAPABILITY = (8, 9)
+"""CUDA compute capability of the first cards that multiply 8-bit floats."""
+
+
+def check(faster: Acceleration, device: torch.device, number: torch.dtype) -> None:
+    """Refuse what a device cannot do, before any model is loaded.
+
+    Raises:
+        DeviceError: fp8 is asked for and the card has none.
+        UsageError: fp8 is asked for in another type than bfloat16, or without torchao.
+    """
+    import importlib.util
+
+    import torch
+
+    if not faster.fp8:
+        return
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
+        raise DeviceError(f"{device} cannot multiply 8-bit floats", "leave out --accelerate fp8=on")
+    if number is not torch.bfloat16:
+        raise UsageError("8-bit floats are scaled from bfloat16 alone", "add --dtype bfloat16")
+    if importlib.util.find_spec("torchao") is None:
+        raise UsageError(
+            "--accelerate fp8=on needs torchao", "install it: pip install 'fastface-cli[lowbit]'"
+        )
+
+
+def arrange(unet: torch.nn.Module, vae: torch.nn.Module, faster: Acceleration) -> None:
+    """Bring loaded models into the form that is asked for: precision, memory layout."""
+    import torch
+
+    if faster.vae == "float32":
+        vae.to(torch.float32)
+    elif faster.vae == "half" and vae.dtype == torch.float32:
+        vae.to(torch.bfloat16)
+    if faster.channels_last:
+        for model in (unet, vae):
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if faster.fp8:
+        from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
+
+        quantize_(unet, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()), _is_large)
+
+
+def _is_large(layer: torch.nn.Module, name: str) -> bool:
+    """Whether a layer is multiplied in 8 bits: what runs in every step and over every position."""
+    import torch
+
+    once = name.endswith(("attn2.to_k", "attn2.to_v")) or "_ip" in name
+    return (
+        isinstance(layer, torch.nn.Linear)
+        and ".transformer_blocks." in name
+        and not once
+        and min(layer.in_features, layer.out_features) >= SMALL
+    )

@@ -1,0 +1,152 @@
+"""The fused models of a stack as one file: written after the first build, read in place of a build.
+
+A file holds the UNet with every LoRA melted in and the adapter's keys and values in its processors
+(`unet.NAME`), the identity projection (`projection.NAME`), and a text encoder that a LoRA spoke to. Its
+metadata holds the UNet's configuration, so that nothing but the file is needed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
+from diffusers.models.embeddings import IPAdapterFaceIDPlusImageProjection
+from safetensors import safe_open
+from torch import Tensor
+
+from ..benchmark.structure import Layout, safetensors_length, safetensors_pieces
+from ..recipe.schema import Recipe
+from ..store.fused_cache import FusedCache
+
+HEAD_WIDTH = 64
+"""Of the identity projection's attention, in every FaceID-PlusV2 file."""
+
+
+@dataclass
+class FusedModels:
+    """What fusing gives."""
+
+    unet: UNet2DConditionModel
+    projection: torch.nn.Module
+    text_encoders: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    """State of those that a LoRA changed, by name."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All numbers, by the name that they have in the file."""
+        parts: dict[str, Mapping[str, Tensor]] = {
+            "unet": self.unet.state_dict(),
+            "projection": self.projection.state_dict(),
+            **self.text_encoders,
+        }
+        return {f"{part}.{name}": tensor for part, state in parts.items() for name, tensor in state.items()}
+
+
+def keep(
+    cache: FusedCache, key: str, recipe: Recipe, inputs: Mapping[str, list[Path]], models: FusedModels
+) -> Path | None:
+    """Keep models for the next start; where that cannot be, it is said and nothing is lost.
+
+    Args:
+        cache: where.
+        key, inputs: of `store.fused`.
+        recipe: what they were fused for.
+        models: on any device.
+    """
+    tensors = models.tensors()
+    config = {name: value for name, value in models.unet.config.items() if not name.startswith("_")}
+    layout = Layout(
+        {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()},
+        {"format": "pt", "unet": json.dumps(config)},
+    )
+
+    def write(file: BinaryIO) -> str:
+        digest = hashlib.sha256()
+        for piece in safetensors_pieces(layout, lambda name: tensors[name].detach().cpu()):
+            digest.update(piece)
+            file.write(piece)
+        return digest.hexdigest()
+
+    scales = [f"{role} {files[0].name}" for role, files in inputs.items() if role != "base"]
+    told = [*scales, f"lora_scale {recipe.adapter.lora_scale:g}"]
+    return cache.keep(key, recipe.name, told, safetensors_length(layout), write)
+
+
+@dataclass
+class Content:
+    """What a file holds."""
+
+    config: dict[str, object]
+    """Of the UNet."""
+    parts: dict[str, dict[str, Tensor]]
+    """State of each part, by name."""
+
+
+def read(path: Path, where: torch.device) -> Content:
+    """A file's content, straight to its device; on the CPU it stays in the file until it is used.
+
+    Raises:
+        Exception: the file is not one of ours.
+    """
+    with safe_open(path, framework="pt", device=str(where)) as file:
+        config = json.loads(file.metadata()["unet"])
+        parts: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in file.get_tensors().items():
+            part, _, rest = name.partition(".")
+            parts.setdefault(part, {})[rest] = tensor
+    return Content(config, parts)
+
+
+def build(content: Content) -> FusedModels:
+    """Models from a file's content.
+
+    Not for a thread beside another one that loads models: the loaders of diffusers put every parameter that
+    is registered meanwhile, by whomever, on the meta device (`accelerate.init_empty_weights`).
+
+    Raises:
+        Exception: the content is not that of one of our files.
+    """
+    parts = dict(content.parts)
+    unet = _filled(_empty_unet(content.config, parts["unet"]), parts.pop("unet"))
+    projection = _filled(_empty_projection(parts["projection"]), parts.pop("projection"))
+    return FusedModels(unet, projection, parts)
+
+
+def _filled(module: torch.nn.Module, state: Mapping[str, Tensor]) -> torch.nn.Module:
+    module.load_state_dict(state, strict=True, assign=True)
+    return module.eval().requires_grad_(False)
+
+
+def _empty_unet(config: Mapping[str, object], state: Mapping[str, Tensor]) -> UNet2DConditionModel:
+    """The UNet without numbers, with the adapter's processors where the state has them."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(dict(config))
+        processors = dict(unet.attn_processors)
+        for name in processors:
+            weight = state.get(f"{name}.to_k_ip.0.weight")
+            if weight is not None:
+                processors[name] = IPAdapterAttnProcessor2_0(
+                    hidden_size=weight.shape[0], cross_attention_dim=weight.shape[1], num_tokens=[4]
+                )
+        unet.set_attn_processor(processors)
+    return unet
+
+
+def _empty_projection(state: Mapping[str, Tensor]) -> IPAdapterFaceIDPlusImageProjection:
+    into = state["proj_in.weight"].shape
+    with torch.device("meta"):
+        projection = IPAdapterFaceIDPlusImageProjection(
+            embed_dims=into[0],
+            output_dims=state["proj_out.weight"].shape[0],
+            hidden_dims=into[1],
+            heads=state["layers.0.attn.to_q.weight"].shape[0] // HEAD_WIDTH,
+            id_embeddings_dim=state["proj.net.0.proj.weight"].shape[1],
+        )
+    projection.shortcut = True
+    return projection

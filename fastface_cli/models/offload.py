@@ -1,0 +1,175 @@
+"""How a stack is fitted into a small card: levels of saving, each exact and slower than the one before.
+
+A level says which models are on the device only while they are used; between two uses their numbers lie in
+the memory of the process. Nothing here changes a pixel beyond rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import torch
+
+from ..errors import UsageError
+
+LevelName: TypeAlias = Literal["off", "12", "8", "6"]
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Level:
+    """What leaves the device, and when."""
+
+    name: LevelName
+    """Of the card that it is made for, in GB; `off`: everything stays."""
+    encoders: bool = False
+    """Text encoders, image encoder and identity projection are there only while they encode."""
+    models: bool = False
+    """UNet and VAE too: one model at a time."""
+    projections: bool = False
+    """The weights behind the keys and values of text and identity are there only while they project."""
+    one_branch: bool = False
+    """Branches that do not see each other go through the UNet one by one."""
+    blocks: bool = False
+    """Of the UNet only the block at work is there."""
+
+    @property
+    def moves_unet(self) -> bool:
+        """Whether the UNet, or a part of it, comes and goes: it cannot be compiled then."""
+        return self.models or self.projections or self.blocks
+
+
+LEVELS: Mapping[LevelName, Level] = {
+    "off": Level("off"),
+    "12": Level("12", encoders=True),
+    "8": Level("8", encoders=True, models=True, projections=True, one_branch=True),
+    # One visit of a block serves all branches: to move it takes longer than to compute them together.
+    "6": Level("6", encoders=True, models=True, projections=True, blocks=True),
+}
+"""By name, from the fastest to the smallest."""
+OFF = LEVELS["off"]
+
+PEAKS: Mapping[LevelName, float] = {"off": 10.1, "12": 7.1, "8": 4.4, "6": 2.4}
+"""GiB of tensors on the device at most: the published stack, one picture of 1024x1024, half precision.
+Counted without numbers (`python benchmarks/footprint.py`), not measured."""
+DECODING = 1.5
+"""GiB that decoding takes for each further 1024x1024 pixels of a picture, counted likewise."""
+HEADROOM = 1.2
+"""GiB for what is not tensors: CUDA's context, workspaces, gaps between tensors. An estimate."""
+
+
+def need(level: Level, pixels: int, *, half: bool = True) -> int:
+    """Bytes of device memory that the published stack takes, estimated.
+
+    Args:
+        level: of saving.
+        pixels: of all pictures that are made at once.
+        half: 16-bit numbers; else 32-bit ones.
+    """
+    tensors = PEAKS[level.name] + DECODING * max(0.0, pixels / 1024**2 - 1)
+    return int((tensors * (1 if half else 2) + HEADROOM) * GIB)
+
+
+def choose(free: int, pixels: int, *, half: bool = True) -> Level:
+    """The fastest level that fits into so many bytes, or the smallest one."""
+    for level in LEVELS.values():
+        if need(level, pixels, half=half) <= free:
+            return level
+    return level
+
+
+def level_of(name: str) -> Level:
+    """A level by its name.
+
+    Raises:
+        UsageError: there is none of that name.
+    """
+    for known, level in LEVELS.items():
+        if name == known:
+            return level
+    raise UsageError(
+        f"--low-memory '{name}' is not a level", f"choose one of {', '.join(LEVELS)} (GB of the card)"
+    )
+
+
+def next_smaller(level: Level) -> Level | None:
+    """The level to try where this one is not enough."""
+    names = list(LEVELS)
+    following = names[names.index(level.name) + 1 :]
+    return LEVELS[following[0]] if following else None
+
+
+Absent: TypeAlias = Collection[torch.nn.Module]
+
+
+@contextmanager
+def visiting(device: torch.device, *modules: torch.nn.Module, without: Absent = ()) -> Iterator[None]:
+    """Modules are on the device for the time of the block. What lies elsewhere is copied there and dropped
+    afterwards: its own numbers stay where they are, so that nothing is ever copied back.
+
+    Args:
+        device: where to.
+        modules: who, with all parts of theirs.
+        without: parts that stay where they are.
+    """
+    away: list[tuple[dict[str, Any], str, torch.Tensor]] = []
+    try:
+        for part in (part for module in modules for part in module.modules() if part not in without):
+            tables: tuple[Any, Any] = (part._parameters, part._buffers)
+            for table in tables:
+                for name, tensor in table.items():
+                    if tensor is not None and tensor.device != device:
+                        away.append((table, name, tensor))
+                        table[name] = _copied(tensor, device)
+        yield
+    finally:
+        for table, name, tensor in away:
+            table[name] = tensor
+
+
+def _copied(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    copy = tensor.detach().to(device, non_blocking=True)
+    return torch.nn.Parameter(copy, requires_grad=False) if isinstance(tensor, torch.nn.Parameter) else copy
+
+
+@contextmanager
+def in_blocks(device: torch.device, unet: torch.nn.Module, *, without: Absent = ()) -> Iterator[None]:
+    """For the time of the context every block of a UNet visits the device when its turn comes."""
+    with ExitStack() as hooks:
+        for block in blocks_of(unet):
+            hooks.enter_context(_visits_when_called(device, block, without))
+        yield
+
+
+def blocks_of(unet: torch.nn.Module) -> list[torch.nn.Module]:
+    """The parts of a UNet that are called one after the other, and together hold all its weights."""
+    found: list[torch.nn.Module] = []
+    for child in unet.children():
+        found += list(child) if isinstance(child, torch.nn.ModuleList) else [child]
+    return found
+
+
+@contextmanager
+def _visits_when_called(device: torch.device, block: torch.nn.Module, without: Absent) -> Iterator[None]:
+    staying: list[AbstractContextManager[None]] = []
+
+    def come(*_: Any) -> None:
+        visit = visiting(device, block, without=without)
+        visit.__enter__()
+        staying.append(visit)
+
+    def go(*_: Any) -> None:
+        staying.pop().__exit__(None, None, None)
+
+    hooks = [
+        block.register_forward_pre_hook(come),
+        block.register_forward_hook(go, always_call=True),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

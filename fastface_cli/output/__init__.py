@@ -1,0 +1,1 @@
+"""Images, their metadata, latents, and how they are written."""

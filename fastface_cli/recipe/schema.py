@@ -1,0 +1,364 @@
+"""What to run: the frozen, validated, hashed recipe. Reading recipes from files is `recipe_files`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from ..errors import RecipeError
+
+Block: TypeAlias = Literal["down", "mid", "up"]
+Order: TypeAlias = Literal["identity_first", "text_first", "independent"]
+
+TIMESTEPS = 1000
+"""T of the guidance functions: the training timesteps of SDXL."""
+
+
+CONFIG = "sdxl-base-config"
+"""Artefact that configures a base given as one checkpoint file."""
+
+
+class Section(BaseModel):
+    """Base of every part of a recipe: unknown keys refused, values never coerced, nothing changes later."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class HubReference(Section):
+    """A file or folder of a Hugging Face repository at one commit."""
+
+    repo: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")]
+    commit: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
+    file: str | None = None
+    """Path inside the repository; None takes the whole snapshot."""
+
+
+Reference: TypeAlias = str | HubReference
+"""Where a model part comes from: a name of the manifest, a local path, or a pinned Hub repository."""
+
+ByStep: TypeAlias = (
+    Reference | Annotated[dict[Annotated[int, Field(ge=1, le=1000)], Reference], Field(min_length=1)]
+)
+"""One reference for any step count, or one for each count that a checkpoint was distilled for."""
+
+
+class StyleLora(Section):
+    """An extra LoRA, fused into the UNet at `scale`."""
+
+    file: Reference
+    scale: float = 1.0
+
+
+class Scheduler(Section):
+    """The diffusion scheduler, always built from a published configuration and never from class defaults."""
+
+    kind: Literal["ddim", "euler", "euler_ancestral", "lcm"]
+    spacing: Literal["trailing", "leading", "linspace"] | None = None
+    """Timestep spacing; None keeps what the configuration says."""
+    config: Reference | None = None
+    """Folder that holds `scheduler/scheduler_config.json`; None is the base's."""
+
+
+class Model(Section):
+    """The parts of the stack (METHOD: the stack)."""
+
+    base: Reference
+    """A diffusers SDXL folder, or one .safetensors checkpoint file in the original layout."""
+    unet: ByStep | None = None
+    """Replaces the base's UNet; None: the base carries it."""
+    distillation: ByStep | None = None
+    """LoRA fused into the UNet at scale 1."""
+    loras: list[StyleLora] = []
+    vae: Reference | None = None
+    """Replaces the base's VAE; None: the base's own."""
+    adapter: Reference
+    """An IP-Adapter FaceID-PlusV2 file."""
+    image_encoder: Reference
+    face: Reference
+    """An InsightFace pack."""
+    scheduler: Scheduler
+
+    def step_choices(self) -> list[int] | None:
+        """Step counts that a checkpoint exists for, or None where any count is fine."""
+        keyed = [set(part) for part in (self.unet, self.distillation) if isinstance(part, dict)]
+        return sorted(set.intersection(*keyed)) if keyed else None
+
+    def unet_for(self, steps: int) -> Reference | None:
+        """The UNet for `steps` steps."""
+        return _by_step(self.unet, steps)
+
+    def distillation_for(self, steps: int) -> Reference | None:
+        """The distillation LoRA for `steps` steps."""
+        return _by_step(self.distillation, steps)
+
+
+class Sampling(Section):
+    """Step count and picture size in pixels."""
+
+    steps: Annotated[int, Field(ge=1, le=1000)] = 4
+    width: Annotated[int, Field(ge=64, le=4096, multiple_of=8)] = 1024
+    height: Annotated[int, Field(ge=64, le=4096, multiple_of=8)] = 1024
+
+
+class Adapter(Section):
+    """How strongly the identity speaks."""
+
+    scale: Annotated[float, Field(ge=-5, le=5)] = 0.8
+    """Weight of the identity half of decoupled cross-attention."""
+    lora_scale: Annotated[float, Field(ge=-5, le=5)] = 0.6
+    """Weight of the LoRA inside the adapter file, fused once."""
+    crop_order: Literal["bgr", "rgb"] = "bgr"
+    """Channel order of the face crop given to the image encoder; published results used BGR."""
+
+
+class WeightFunction(Section):
+    """A guidance weight as a function of the timestep t in [0, 1000] (METHOD: decoupled guidance)."""
+
+    function: Literal["constant", "linear", "cosine", "power_cosine", "cap"]
+    scale: float = 1.0
+    """w of the formulas."""
+    power: Annotated[float, Field(gt=0)] = 1.0
+    """s of `power_cosine`."""
+    inverse: bool = False
+    """Evaluate at T - t."""
+    floor: float | None = None
+    """Clamp: the weight is max(floor, value)."""
+
+
+PerStep: TypeAlias = float | Annotated[list[float], Field(min_length=1)]
+"""A constant, or one number a step; a list of another length is interpolated."""
+
+Weight: TypeAlias = PerStep | WeightFunction
+
+
+class Guidance(Section):
+    """Decoupled classifier-free guidance (paper section 3; METHOD)."""
+
+    order: Order = "identity_first"
+    identity: Weight = 1.0
+    """Weight of the identity direction."""
+    text: Weight = 1.0
+    """Weight of the text direction."""
+    renorm: bool = False
+    """Scale the second term to the norm of the first, per image, before the weights."""
+    rescale: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """phi: blend towards the mean standard deviation of e1 and e2; 0 is off."""
+
+
+class Blocks(Section):
+    """A value for each part of the UNet; a part left out must not be chosen in `attention.blocks`."""
+
+    down: PerStep | None = None
+    mid: PerStep | None = None
+    up: PerStep | None = None
+
+
+PerBlock: TypeAlias = PerStep | Blocks
+
+
+class Power(Section):
+    """A ** p."""
+
+    kind: Literal["power"]
+    p: PerBlock = Blocks(down=1.3, mid=1.0, up=1.3)
+
+
+class Scale(Section):
+    """min(g A, cap)."""
+
+    kind: Literal["scale"]
+    g: PerBlock = Blocks(down=1.55, mid=1.0, up=1.45)
+    cap: Annotated[float, Field(gt=0)] = 10.0
+
+
+class Softmask(Section):
+    """N(1 / (1 + exp(-k (N(A) - threshold))))."""
+
+    kind: Literal["softmask"]
+    k: PerBlock = Blocks(down=12.5, mid=1.0, up=12.5)
+    threshold: float = 0.5
+
+
+class AdaptiveSoftmask(Section):
+    """Softmask whose threshold is the quantile of A over positions at `level`."""
+
+    kind: Literal["adaptive_softmask"]
+    k: PerBlock = Blocks(down=12.5, mid=1.0, up=12.5)
+    level: PerBlock = Blocks(down=0.6, mid=1.0, up=0.6)
+
+
+Transform: TypeAlias = Annotated[Power | Scale | Softmask | AdaptiveSoftmask, Field(discriminator="kind")]
+
+
+class Blend(Section):
+    """Statistics blend of the changed attention with the original one."""
+
+    weight: Annotated[float, Field(ge=0, le=1)] = 0.7
+    eps: Annotated[float, Field(gt=0)] = 1e-6
+
+
+class Attention(Section):
+    """Attention manipulation on the identity half of decoupled cross-attention (METHOD)."""
+
+    transforms: list[Transform] = []
+    """Chained in this order; empty turns manipulation off (unless `blend` or `invert_token_0` is set)."""
+    blocks: list[Block] = ["down", "up"]
+    tokens: list[Annotated[int, Field(ge=0, le=3)]] = [0, 1, 2, 3]
+    steps: Literal["all"] | list[Annotated[int, Field(ge=0)]] = "all"
+    """Step indices at which to act, counted from 0."""
+    invert_token_0: bool = False
+    normalisation: Literal["joint", "branch"] = "joint"
+    """Min-max over the branches of an image together (published), or over each branch by itself."""
+    blend: Blend | None = None
+
+    @field_validator("transforms", mode="before")
+    @classmethod
+    def _bare_names(cls, value: Any) -> Any:
+        """`- power` is short for `- kind: power`."""
+        if isinstance(value, list):
+            return [{"kind": item} if isinstance(item, str) else item for item in value]
+        return value
+
+    @field_validator("blocks", "tokens", "steps")
+    @classmethod
+    def _no_repeats(cls, value: Any) -> Any:
+        if isinstance(value, list) and len(set(value)) != len(value):
+            raise ValueError("a value is given twice")
+        return value
+
+    @model_validator(mode="after")
+    def _blocks_defined(self) -> Attention:
+        for index, transform in enumerate(self.transforms):
+            for name in ("p", "g", "k", "level"):
+                value = getattr(transform, name, None)
+                if isinstance(value, Blocks):
+                    for block in self.blocks:
+                        if getattr(value, block) is None:
+                            raise _fault(
+                                f"transforms.{index}.{name}",
+                                f"{transform.kind}.{name} has no value for the {block} blocks, "
+                                f"which attention.blocks chooses",
+                            )
+            self._in_range(index, transform)
+        return self
+
+    @staticmethod
+    def _in_range(index: int, transform: Power | Scale | Softmask | AdaptiveSoftmask) -> None:
+        for name, low, high in (("p", 0.0, 100.0), ("g", 0.0, 1e4), ("k", 0.0, 1e4), ("level", 0.0, 1.0)):
+            value = getattr(transform, name, None)
+            if value is None:
+                continue
+            parts = [value.down, value.mid, value.up] if isinstance(value, Blocks) else [value]
+            for part in parts:
+                for number in part if isinstance(part, list) else [part]:
+                    if number is not None and not low <= number <= high:
+                        raise _fault(
+                            f"transforms.{index}.{name}",
+                            f"{transform.kind}.{name} must lie in [{low:g}, {high:g}], not {number:g}",
+                        )
+
+    @property
+    def active(self) -> bool:
+        """Whether anything is manipulated at all."""
+        return bool((self.transforms or self.blend or self.invert_token_0) and self.blocks and self.tokens)
+
+
+class Recipe(Section):
+    """Everything that decides the pixels, but for the photo, the prompt and the seed."""
+
+    name: str
+    summary: str = ""
+    model: Model
+    sampling: Sampling = Sampling()
+    adapter: Adapter = Adapter()
+    guidance: Guidance = Guidance()
+    attention: Attention = Attention()
+    prompt: str | None = None
+    """Used when no prompt is given (configurations of the published code carry one)."""
+    negative_prompt: str | None = None
+    """None: zero embeddings, which is not the encoding of an empty text."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    """Used when no seed is given."""
+
+    @model_validator(mode="after")
+    def _steps_have_a_checkpoint(self) -> Recipe:
+        choices = self.model.step_choices()
+        if choices is not None and self.sampling.steps not in choices:
+            raise _fault(
+                "sampling.steps",
+                f"no checkpoint is distilled for {self.sampling.steps} steps; "
+                f"choose one of {', '.join(map(str, choices))}",
+            )
+        return self
+
+    def references(self) -> dict[str, Reference]:
+        """Every model part that this recipe needs, by role; `lora.0`, ... are the style LoRAs."""
+        model, steps = self.model, self.sampling.steps
+        found: dict[str, Reference | None] = {
+            "base": model.base,
+            "unet": model.unet_for(steps),
+            "distillation": model.distillation_for(steps),
+            "vae": model.vae,
+            "adapter": model.adapter,
+            "image_encoder": model.image_encoder,
+            "face": model.face,
+            "scheduler": model.scheduler.config,
+            "config": CONFIG if is_single_file(model.base) else None,
+            **{f"lora.{i}": lora.file for i, lora in enumerate(model.loras)},
+        }
+        return {role: reference for role, reference in found.items() if reference is not None}
+
+    def canonical(self) -> dict[str, Any]:
+        """Plain data with every default spelled out; `model_validate_json` of its JSON reads it back."""
+        return self.model_dump(mode="json")
+
+    def digest(self) -> str:
+        """SHA-256 (hex) of what decides the pixels: the canonical form without name and summary."""
+        data = {key: value for key, value in self.canonical().items() if key not in ("name", "summary")}
+        return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def _fault(field: str, problem: str) -> PydanticCustomError:
+    """A validation error that names the field (dotted, from the validating section) it is about."""
+    return PydanticCustomError("field", "{problem}", {"field": field, "problem": problem})
+
+
+def is_single_file(base: Reference) -> bool:
+    """Whether a base is one checkpoint file, which carries no configuration and no tokenizer."""
+    name = base.file or "" if isinstance(base, HubReference) else base
+    return name.lower().endswith(".safetensors")
+
+
+def _by_step(value: ByStep | None, steps: int) -> Reference | None:
+    if not isinstance(value, dict):
+        return value
+    if steps not in value:
+        raise RecipeError(f"no checkpoint is distilled for {steps} steps", f"choose one of {sorted(value)}")
+    return value[steps]
+
+
+def per_step(value: PerStep, steps: int) -> list[float]:
+    """One number a step: a constant repeated, a list of `steps` numbers as it is, another length
+    interpolated linearly over the normalised step index (a single step takes the first value).
+
+    Args:
+        value: a number or a non-empty list.
+        steps: how many steps, at least 1.
+    """
+    if not isinstance(value, list):
+        return [float(value)] * steps
+    if len(value) == steps:
+        return [float(number) for number in value]
+    if steps == 1 or len(value) == 1:
+        return [float(value[0])] * steps
+    found = []
+    for index in range(steps):
+        position = index * (len(value) - 1) / (steps - 1)
+        low = min(int(position), len(value) - 2)
+        share = position - low
+        found.append((1 - share) * value[low] + share * value[low + 1])
+    return found

@@ -1,0 +1,1 @@
+"""Guidance, attention manipulation and the sampling loop."""

@@ -1,0 +1,230 @@
+"""Load one part of the stack in its full, published size; run as a program, so that its memory comes back.
+
+Most files are sparse: a true header and a hole that reads as zeros. Zeros everywhere in the loaded model are
+then the proof that every number came from the file, for a loader that misses a tensor leaves a norm's ones or
+random numbers behind. The LoRAs and the adapter hold random numbers, so that what they add to zeros shows.
+
+    python full_size.py PART FOLDER    prints one JSON object
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+from safetensors.torch import load_file
+
+from fastface_cli.app import pipeline
+from fastface_cli.benchmark.sdxl import PADS, PUBLISHED, config_text
+from fastface_cli.benchmark.structure import (
+    PT,
+    Layout,
+    lora_targets,
+    part_layouts,
+    safetensors_length,
+    write,
+    write_stack,
+    write_tokenizer,
+)
+from fastface_cli.models import loading
+from fastface_cli.recipe.schema import Recipe
+from support.original_names import original
+
+HALF = torch.float16
+
+
+def check(module: torch.nn.Module, layout: Layout, dtype: torch.dtype) -> int:
+    """Every parameter is there, in memory, of the right type, and zero; how many numbers they are."""
+    state = module.state_dict()
+    published = {name.removeprefix("text_model."): shape for name, (shape, _) in layout.tensors.items()}
+    published.pop("vision_model.embeddings.position_ids", None)
+    found = {name.removeprefix("text_model."): tuple(tensor.shape) for name, tensor in state.items()}
+    assert found == published
+    for name, tensor in state.items():
+        assert tensor.device.type == "cpu", name
+        assert tensor.dtype is dtype, name
+        assert not tensor.any(), f"{name} is not from the file"
+    return sum(tensor.numel() for tensor in state.values())
+
+
+def base(folder: Path) -> Path:
+    return write_stack(folder, parts=["base"])["base"]
+
+
+def shell(unet: torch.nn.Module) -> StableDiffusionXLPipeline:
+    """A pipeline with a UNet and nothing else."""
+    others = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
+    return StableDiffusionXLPipeline(**dict.fromkeys(others), unet=unet, add_watermarker=False)
+
+
+def layout(part: str, name: str = "") -> Layout:
+    return next(found for key, found in part_layouts(part).items() if key.startswith(name))
+
+
+def base_unet(folder: Path) -> dict[str, Any]:
+    unet = loading.load_unet(base(folder), None, HALF)
+    return {"parameters": check(unet, layout("base", "unet"), HALF)}
+
+
+def turbo(folder: Path) -> dict[str, Any]:
+    unet = loading.load_unet(base(folder), write_stack(folder, parts=["turbo"])["turbo"], HALF)
+    return {"parameters": check(unet, layout("turbo"), HALF)}
+
+
+def lightning(folder: Path) -> dict[str, Any]:
+    unet = loading.load_unet(base(folder), write_stack(folder, parts=["lightning"])["lightning"], HALF)
+    return {"parameters": check(unet, layout("lightning"), HALF)}
+
+
+def text_encoders(folder: Path) -> dict[str, Any]:
+    first, second, tokenizer, tokenizer_2 = loading.load_text_encoders(base(folder), HALF)
+    assert len(tokenizer) == len(tokenizer_2) == 49408
+    assert tokenizer("").input_ids == [49406, 49407]
+    return {
+        "parameters": check(first, layout("base", "text_encoder/"), HALF),
+        "parameters_2": check(second, layout("base", "text_encoder_2"), HALF),
+    }
+
+
+def vaes(folder: Path) -> dict[str, Any]:
+    paths = write_stack(folder, parts=["base", "vae"])
+    own = loading.load_vae(paths["base"], None, HALF)
+    check(own, layout("base", "vae"), torch.float32)  # it overflows in float16
+    return {"parameters": check(loading.load_vae(paths["base"], paths["vae"], HALF), layout("vae"), HALF)}
+
+
+def image_encoder(folder: Path) -> dict[str, Any]:
+    path = write_stack(folder, parts=["image_encoder"])["image_encoder"]
+    return {"parameters": check(loading.load_image_encoder(path, HALF), layout("image_encoder"), HALF)}
+
+
+def distillation(part: str) -> Callable[[Path], dict[str, Any]]:
+    def run(folder: Path) -> dict[str, Any]:
+        path = write_stack(folder, parts=[part], fill="random")[part]
+        pipe = shell(loading.load_unet(base(folder), None, HALF))
+        loading.fuse_lora(pipe, path, 1.0)
+        lora, state = load_file(path), pipe.unet.state_dict()
+        targets = lora_targets(pipe.unet)
+        assert len(lora) == 3 * len(targets)
+        for name in targets:
+            stem, weight = "lora_unet_" + name.replace(".", "_"), state.pop(f"{name}.weight")
+            down, up = (lora[f"{stem}.lora_{half}.weight"].float() for half in ("down", "up"))
+            wanted = (up.flatten(1) @ down.flatten(1)).reshape(weight.shape)
+            wanted *= float(lora[f"{stem}.alpha"]) / len(down)
+            assert weight.dtype is HALF
+            assert (weight.float() - wanted).norm() < 2e-3 * wanted.norm(), name
+        assert not any(tensor.any() for tensor in state.values())
+        return {"modules": len(targets)}
+
+    return run
+
+
+def adapter(folder: Path) -> dict[str, Any]:
+    path = write_stack(folder, parts=["adapter"], fill="random")["adapter"]
+    pipe = shell(loading.load_unet(base(folder), None, HALF))
+    projection = loading.load_adapter(pipe, path, 0.8)
+    file = torch.load(path, weights_only=True, mmap=True)
+    state = pipe.unet.state_dict()
+    layers = [name.removesuffix(".processor") for name in pipe.unet.attn_processors]
+    fused = own = 0
+    for index, layer in enumerate(layers):
+        for role, module in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("out", "to_out.0")):
+            weight = state.pop(f"{layer}.{module}.weight")
+            up, down = (
+                file["ip_adapter"].pop(f"{index}.to_{role}_lora.{half}.weight") for half in ("up", "down")
+            )
+            wanted = 0.8 * (up.float() @ down.float())
+            assert (weight.float() - wanted).norm() < 2e-3 * wanted.norm(), layer
+            fused += 1
+        for role in ("k", "v"):
+            published = file["ip_adapter"].pop(f"{index}.to_{role}_ip.weight", None)
+            if published is not None:
+                assert torch.equal(state.pop(f"{layer}.processor.to_{role}_ip.0.weight"), published)
+                own += 1
+    assert not file["ip_adapter"]
+    assert not any(tensor.any() for tensor in state.values())
+    numbers = sum(tensor.numel() for tensor in file["image_proj"].values())
+    assert sum(tensor.numel() for tensor in projection.state_dict().values()) == numbers
+    assert {tensor.dtype for tensor in projection.state_dict().values()} == {HALF}
+    return {"fused": fused, "own": own}
+
+
+def single_file(folder: Path) -> dict[str, Any]:
+    """A whole checkpoint in the original layout, configured by a folder without weights."""
+    parts = part_layouts("base")
+    state = {
+        name.split("/")[0]: {
+            key: torch.empty(shape, dtype=dtype, device="meta")
+            for key, (shape, dtype) in found.tensors.items()
+        }
+        for name, found in parts.items()
+    }
+    names = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in original(**state).items()}
+    path = write(folder / "model.safetensors", Layout(names, PT))
+    for name, config in PUBLISHED.base_configs().items():
+        (folder / "config" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "config" / name).write_text(config_text(config))
+    for name, pad in PADS.items():
+        write_tokenizer(folder / "config" / name, 49408, pad)
+    pipe = loading.load_single_file(path, folder / "config", HALF)
+    vae = pipe.vae.dtype
+    return {
+        "bytes": safetensors_length(Layout(names)),
+        "parameters": check(pipe.unet, layout("base", "unet"), HALF),
+        "text_encoder": check(pipe.text_encoder, layout("base", "text_encoder/"), HALF),
+        "text_encoder_2": check(pipe.text_encoder_2, layout("base", "text_encoder_2"), HALF),
+        "vae": check(pipe.vae, layout("base", "vae"), vae),
+    }
+
+
+def whole(folder: Path) -> dict[str, Any]:
+    """Everything that `hyper` with four steps needs, built at once: all but the sampling loop."""
+    recipe = Recipe.model_validate(
+        {
+            "name": "test",
+            "model": {
+                **{
+                    role: role for role in ("base", "distillation", "vae", "adapter", "image_encoder", "face")
+                },
+                "scheduler": {"kind": "ddim", "spacing": "trailing"},
+            },
+        }
+    )
+    paths = write_stack(folder, parts=["base", "hyper", "vae", "adapter", "image_encoder"])
+    paths["distillation"] = paths.pop("hyper")
+    loaded = pipeline.Pipeline.load(recipe, paths, device="cpu", dtype="float16")
+    text, pooled = loaded.encode_prompt("an astronaut")
+    assert text.shape == (77, 2048)
+    assert pooled.shape == (1280,)
+    assert loaded.latent_scale == 8
+    models = (loaded.unet, loaded.vae, loaded.projection, loaded.parts.image_encoder)
+    assert {parameter.dtype for model in models for parameter in model.parameters()} == {HALF}
+    own = sum(".processor.to_" in name for name, _ in loaded.unet.named_parameters())
+    return {"own": own, "branches": [len(step.branches) for step in loaded.plan()]}
+
+
+CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "base_unet": base_unet,
+    "turbo": turbo,
+    "lightning": lightning,
+    "text_encoders": text_encoders,
+    "vaes": vaes,
+    "image_encoder": image_encoder,
+    "hyper": distillation("hyper"),
+    "lcm": distillation("lcm"),
+    "adapter": adapter,
+    "single_file": single_file,
+    "whole": whole,
+}
+
+
+if __name__ == "__main__":
+    found = CASES[sys.argv[1]](Path(sys.argv[2]))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(json.dumps({**found, "peak_gib": round(peak, 2)}))
