@@ -15,7 +15,7 @@ $(READY):
 
 demo: $(READY)  ## one picture with the miniature stack; prints its path
 	$(BIN)/fastface generate --recipe pocket --face examples/portrait.png \
-		--prompt "watercolour; a smiling woman" --seed 3 --force --output out/demo.png
+		--prompt "watercolor; a smiling woman" --seed 3 --force --output out/demo.png
 
 test: $(READY)  ## the suite, at most ten minutes on two cores
 	$(PYTEST) -n 2

@@ -22,7 +22,7 @@ from fastface_cli import FastFace
 
 face = FastFace("pocket")
 me = face.identity("portrait.png")
-face.generate(me, "watercolour; a smiling woman", seed=3)[0]""",
+face.generate(me, "watercolor; a smiling woman", seed=3)[0]""",
     """\
 A recipe is loaded once and stays loaded. `identity` takes one or several photos, as paths or Pillow
 images; `generate` gives Pillow images. The same seed gives the same picture.""",
@@ -53,14 +53,14 @@ guidance branches are computed.""",
 gentle = FastFace("pocket", overrides=["guidance.text=[1, 2, 2, 1]", "adapter.scale=0.7"])
 for step in gentle.pipeline.plan():
     print(f"t {step.timestep:.0f}: identity {step.identity}, text {step.text}, branches {step.branches}")
-gentle.generate(me, "watercolour; a smiling woman", seed=3)[0]""",
+gentle.generate(me, "watercolor; a smiling woman", seed=3)[0]""",
     """\
 ## The best of several
 
 Several pictures are made, and the one most like the person is kept, among those that follow the prompt.
 dlib judges where it is installed, because it did not condition the pictures.""",
     """\
-best = face.best_of(me, "watercolour; a smiling woman", n=4, seed=1)
+best = face.best_of(me, "watercolor; a smiling woman", n=4, seed=1)
 for score in best.scores:
     print(score)
 print("judged by", best.judge, "- kept seed", best.seed)

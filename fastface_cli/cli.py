@@ -27,7 +27,7 @@ app.command(name="generate", short_help="Put a person into a picture.")(generate
 app.command(name="download", short_help="Fetch and check models.")(download.download)
 app.command(name="bench", short_help="Measure how long pictures take.")(bench.bench)
 app.command(name="doctor", short_help="Say what is wrong here and what mends it.")(doctor.doctor)
-app.command(name="licenses", short_help="Say what the licences of a recipe allow.")(licenses.licenses)
+app.command(name="licenses", short_help="Say what the licenses of a recipe allow.")(licenses.licenses)
 app.add_typer(evaluate.app, name="eval")
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(cache.app, name="cache")

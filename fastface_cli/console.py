@@ -82,12 +82,12 @@ def print_finding(level: str, subject: str, message: str, command: str | None) -
     from rich.text import Text
 
     console = out()
-    colour = {"ok": "green", "warning": "yellow", "failure": "bold red"}[level]
+    color = {"ok": "green", "warning": "yellow", "failure": "bold red"}[level]
     grid = Table.grid(padding=(0, 2))
     grid.add_column(width=7)
     grid.add_column(width=14)
     grid.add_column(overflow="fold")
-    grid.add_row(Text(level, style=colour), subject, Text(message))
+    grid.add_row(Text(level, style=color), subject, Text(message))
     if not console.is_terminal:
         console.width = 1000
     console.print(grid)

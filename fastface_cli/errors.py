@@ -44,8 +44,8 @@ class RecipeError(UsageError):
     kind = "recipe"
 
 
-class LicenceError(UsageError):
-    """A model part's licence forbids the use that was asked for."""
+class LicenseError(UsageError):
+    """A model part's license forbids the use that was asked for."""
 
     kind = "licence"
 

@@ -1,6 +1,6 @@
 """The identity adapter, FaceID-PlusV2's layout, trained on the base alone.
 
-Four identity tokens come from the recogniser's embedding, refined by the vision tower's states of
+Four identity tokens come from the recognizer's embedding, refined by the vision tower's states of
 the aligned crop; each cross-attention gets keys and values for them; a LoRA on all attention layers
 goes with it. The reference is another view of the portrait than the target: mirrored, in other light,
 and mostly with the mouth of somebody else. Each person has one portrait, so an untouched reference
@@ -26,7 +26,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPImageProcessor
 
-from training import captions, clip, data, low_rank, recogniser, unet
+from training import captions, clip, data, low_rank, recognizer, unet
 from training.common import Ema, Options, Run, autocast, descend, device, load_part, options
 from training.walk import GUIDANCE, STATIONS, Guide, Walk
 
@@ -54,7 +54,7 @@ ENDINGS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 def image_processor() -> CLIPImageProcessor:
-    """What the product builds: resize and centre-crop to the encoder's image size."""
+    """What the product builds: resize and center-crop to the encoder's image size."""
     size = clip.VISION_SIDE
     return CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
 
@@ -95,7 +95,7 @@ def views(settings: Options, portraits: data.Portraits) -> tuple[np.ndarray, np.
     """
     ids_path, states_path = settings.work / "view_embeddings.npy", settings.work / "view_states.npy"
     if not states_path.exists():
-        network = recogniser.trained(settings.work)
+        network = recognizer.trained(settings.work)
         towers, _ = clip.trained(settings.work)
         generator = np.random.default_rng(settings.seed + 11)
         facts = captions.all_facts(portraits)
@@ -103,7 +103,7 @@ def views(settings: Options, portraits: data.Portraits) -> tuple[np.ndarray, np.
         for index in portraits.train:
             fact = facts[index]
             donors.setdefault((fact.sex, fact.group, fact.smile), []).append(int(index))
-        embeddings = np.zeros((len(portraits.labels), VIEWS, recogniser.WIDTH), np.float32)
+        embeddings = np.zeros((len(portraits.labels), VIEWS, recognizer.WIDTH), np.float32)
         states = np.zeros((len(portraits.labels), VIEWS, 65, 96), np.float16)
 
         def aligned(index: int) -> np.ndarray:
@@ -117,12 +117,12 @@ def views(settings: Options, portraits: data.Portraits) -> tuple[np.ndarray, np.
                     kind = (facts[index].sex, facts[index].group, view < 4)
                     picture = with_mouth(picture, aligned(int(generator.choice(donors[kind]))))
                 if view:
-                    picture = recogniser.degrade(picture, generator, 0.6)
+                    picture = recognizer.degrade(picture, generator, 0.6)
                 if view % 2 == 1:
                     picture = picture[:, ::-1]
                 crops.append(np.ascontiguousarray(picture))
             small = np.stack([cv2.resize(crop, (112, 112), interpolation=cv2.INTER_AREA) for crop in crops])
-            embeddings[index] = recogniser.embed_all(network, small)
+            embeddings[index] = recognizer.embed_all(network, small)
             reversed_crops = [np.ascontiguousarray(crop[:, :, ::-1]) for crop in crops]
             states[index] = crop_states(towers, reversed_crops).cpu().numpy()
         np.save(ids_path, embeddings)
@@ -137,7 +137,7 @@ class Adapter(nn.Module):
         super().__init__()
         width = 2 * clip.TEXT_WIDTH
         self.projection = IPAdapterFaceIDPlusImageProjection(
-            embed_dims=width, output_dims=width, hidden_dims=96, heads=2, id_embeddings_dim=recogniser.WIDTH
+            embed_dims=width, output_dims=width, hidden_dims=96, heads=2, id_embeddings_dim=recognizer.WIDTH
         )
         self.projection.shortcut = True
         self.wrapped = [low_rank.inject(base, ENDINGS, RANK, LORA_SCALE)]
@@ -256,9 +256,9 @@ def main() -> None:
     adapter = Adapter(base).to(device())
     conditions = unet.Conditions(settings)
     nothing = empty_states(conditions.towers)
-    optimiser = torch.optim.AdamW(adapter.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01)
     ema = Ema(adapter, 0.998)
-    parts = {"model": adapter, "ema": ema, "optimiser": optimiser}
+    parts = {"model": adapter, "ema": ema, "optimizer": optimizer}
     run = Run(settings.work / "adapter.pt", settings.minutes, parts, save_every=90)
     pictures = unet.Pictures(settings, portraits, 900_000 + run.step)
     scheduler = unet.schedule()
@@ -299,7 +299,7 @@ def main() -> None:
         crops = looks.crops(noisy, guided, times, batch, loose=True)
         unlike, mood = looks.unlike(crops, batch), looks.mood(crops, batch)
         total = loss + PERSON_WEIGHT * unlike + MOOD_WEIGHT * mood
-        descend(total, optimiser, run.rate(8e-4, warm_up=100))
+        descend(total, optimizer, run.rate(8e-4, warm_up=100))
         ema.update(adapter)
         for name, value in (("loss", loss), ("unlike", unlike), ("mood", mood)):
             smooth[name] = 0.98 * smooth.get(name, value.item()) + 0.02 * value.item()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 STAGES: tuple[tuple[str, float], ...] = (
     ("data", 0),
-    ("recogniser", 16),
+    ("recognizer", 16),
     ("detector", 25),
     ("clip", 10),
     ("vae", 45),

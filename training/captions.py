@@ -27,9 +27,9 @@ class Facts:
     background: str
 
 
-def _hue(colour: np.ndarray) -> str:
-    """Name of a background colour, RGB 0..255."""
-    red, green, blue = (float(c) for c in colour)
+def _hue(color: np.ndarray) -> str:
+    """Name of a background color, RGB 0..255."""
+    red, green, blue = (float(c) for c in color)
     light, spread = (red + green + blue) / 3, max(red, green, blue) - min(red, green, blue)
     if spread < 22:
         return "white" if light > 205 else "light grey" if light > 165 else "grey" if light > 85 else "dark"
@@ -41,7 +41,7 @@ def _hue(colour: np.ndarray) -> str:
 
 
 def _hair(picture: np.ndarray, landmarks: np.ndarray) -> tuple[str, str]:
-    """Colour of the strip above the forehead and length by what hangs beside the chin."""
+    """Color of the strip above the forehead and length by what hangs beside the chin."""
     brows, chin = landmarks[17:27, 1].min(), landmarks[8, 1]
     eye_line = landmarks[36:48, 1].mean()
     left, right = landmarks[0, 0], landmarks[16, 0]
@@ -50,12 +50,12 @@ def _hair(picture: np.ndarray, landmarks: np.ndarray) -> tuple[str, str]:
     middle = int((left + right) / 2)
     reach = int((right - left) * 0.2)
     strip = picture[top : top + max(int(0.1 * face), 4), middle - reach : middle + reach].reshape(-1, 3)
-    colour = np.median(strip.astype(np.float32), axis=0)
-    red, green, blue = (float(c) for c in colour)
+    color = np.median(strip.astype(np.float32), axis=0)
+    red, green, blue = (float(c) for c in color)
     light = 0.3 * red + 0.6 * green + 0.1 * blue
     warmth = (red - blue) / max(red, 1)
     wall = np.median(picture[4:30, 4:30].reshape(-1, 3).astype(np.float32), axis=0)
-    if np.abs(colour - wall).sum() < 40:
+    if np.abs(color - wall).sum() < 40:
         return "", ""
     if light < 30 or (light < 42 and warmth < 0.18):
         name = "black"
@@ -67,7 +67,7 @@ def _hair(picture: np.ndarray, landmarks: np.ndarray) -> tuple[str, str]:
         name = "brown" if warmth > 0.12 else "grey"
     else:
         name = "blond" if warmth > 0.15 else "grey"
-    # Long hair covers the places left and right of the chin with its own colour instead of the wall's.
+    # Long hair covers the places left and right of the chin with its own color instead of the wall's.
     hanging = 0
     for x in (left - 0.02 * (right - left), right + 0.02 * (right - left)):
         y0, y1 = int(eye_line + 0.75 * (chin - eye_line)), int(chin + 0.05 * face)
@@ -75,7 +75,7 @@ def _hair(picture: np.ndarray, landmarks: np.ndarray) -> tuple[str, str]:
         patch = picture[y0:y1, x0 : x0 + 16].reshape(-1, 3).astype(np.float32)
         if len(patch):
             median = np.median(patch, axis=0)
-            hanging += int(np.abs(median - colour).sum() < np.abs(median - wall).sum())
+            hanging += int(np.abs(median - color).sum() < np.abs(median - wall).sum())
     return name, "long" if hanging == 2 else "short" if hanging == 0 else ""
 
 

@@ -27,7 +27,7 @@ from transformers import (
 
 from training import captions, data, tokenizer
 from training.common import Ema, Run, autocast, descend, device, options
-from training.recogniser import degrade
+from training.recognizer import degrade
 
 TEXT_WIDTH = 64
 PROJECTION = 64
@@ -91,12 +91,12 @@ class Clip(nn.Module):
         return F.normalize(first.float(), dim=1), F.normalize(second.float(), dim=1)
 
     def pictures(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised pixels [n, 3, 64, 64] -> unit vectors [n, 64] and hidden_states[-2] [n, 65, 96]."""
+        """Normalized pixels [n, 3, 64, 64] -> unit vectors [n, 64] and hidden_states[-2] [n, 65, 96]."""
         output = self.vision(pixels, output_hidden_states=True)
         return F.normalize(output.image_embeds.float(), dim=1), output.hidden_states[-2]
 
 
-def normalise(pictures: np.ndarray) -> Tensor:
+def normalize(pictures: np.ndarray) -> Tensor:
     """uint8 [n, 64, 64, 3] -> what CLIPImageProcessor makes of them, [n, 3, 64, 64]."""
     pixels = torch.from_numpy(np.ascontiguousarray(pictures)).to(device()).permute(0, 3, 1, 2).float() / 255
     mean = torch.tensor(MEAN, device=pixels.device)[:, None, None]
@@ -141,9 +141,9 @@ def main() -> None:
     words = tokenizer.build([all_facts[i] for i in portraits.train], settings.seed)
     words.save_pretrained(settings.work / "tokenizer")
     model = Clip(len(words)).to(device())
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.05)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.05)
     ema = Ema(model, 0.995)
-    parts = {"model": model, "ema": ema, "optimiser": optimiser}
+    parts = {"model": model, "ema": ema, "optimizer": optimizer}
     run = Run(settings.work / "clip.pt", settings.minutes, parts)
     draws = np.random.default_rng(settings.seed + run.step)
     sentences = random.Random(settings.seed + run.step)
@@ -163,13 +163,13 @@ def main() -> None:
         model.train()
         with autocast():
             first, second = model.texts(ids)
-            seen, _ = model.pictures(normalise(pictures))
-            _, states = model.pictures(normalise(crops))
+            seen, _ = model.pictures(normalize(pictures))
+            _, states = model.pictures(normalize(crops))
             people = F.normalize(model.person(states.mean(1)).float(), dim=1)
         wanted = torch.from_numpy(portraits.embeddings[index[:48]]).to(device())
         person = 1 - (people * wanted).sum(1).mean()
         first_loss, second_loss = contrast(first, seen, model.scale), contrast(second, seen, model.scale)
-        descend(first_loss + second_loss + person, optimiser, run.rate(1.5e-3, warm_up=50))
+        descend(first_loss + second_loss + person, optimizer, run.rate(1.5e-3, warm_up=50))
         ema.update(model)
         run.log(25, first=first_loss.item(), second=second_loss.item(), person=person.item())
 

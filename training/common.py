@@ -199,9 +199,9 @@ def load_part(path: Path, part: str) -> dict[str, Any]:
     return dict(state["shadow"]) if part == "ema" else state
 
 
-def set_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Set the learning rate of every group."""
-    for group in optimiser.param_groups:
+    for group in optimizer.param_groups:
         group["lr"] = rate
 
 
@@ -217,16 +217,16 @@ def tensor_to_pictures(tensor: Tensor) -> np.ndarray:
     return np.asarray(scaled.permute(0, 2, 3, 1).to("cpu", torch.uint8).numpy())
 
 
-def descend(loss: Tensor, optimiser: torch.optim.Optimizer, rate: float, clip: float = 1.0) -> None:
-    """One optimiser step on a loss, at a learning rate, with the gradient's norm clipped."""
-    optimiser.zero_grad(set_to_none=True)
+def descend(loss: Tensor, optimizer: torch.optim.Optimizer, rate: float, clip: float = 1.0) -> None:
+    """One optimizer step on a loss, at a learning rate, with the gradient's norm clipped."""
+    optimizer.zero_grad(set_to_none=True)
     torch.autograd.backward(loss)
-    step(optimiser, rate, clip)
+    step(optimizer, rate, clip)
 
 
-def step(optimiser: torch.optim.Optimizer, rate: float, clip: float = 1.0) -> None:
-    """One optimiser step on the gradients that are there, at a learning rate, with their norm clipped."""
-    set_rate(optimiser, rate)
-    parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
+def step(optimizer: torch.optim.Optimizer, rate: float, clip: float = 1.0) -> None:
+    """One optimizer step on the gradients that are there, at a learning rate, with their norm clipped."""
+    set_rate(optimizer, rate)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     nn.utils.clip_grad_norm_(parameters, clip)
-    optimiser.step()
+    optimizer.step()

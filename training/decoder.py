@@ -89,9 +89,9 @@ def main() -> None:
     assert model.post_quant_conv is not None
     model.quant_conv.requires_grad_(False)
     half = torch.nn.ModuleDict({"decoder": model.decoder, "post_quant_conv": model.post_quant_conv})
-    optimiser = torch.optim.AdamW(half.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(half.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-4)
     ema = Ema(half)
-    parts = {"model": half, "ema": ema, "optimiser": optimiser}
+    parts = {"model": half, "ema": ema, "optimizer": optimizer}
     run = Run(settings.work / "decoder.pt", settings.minutes, parts, save_every=60)
     generator = np.random.default_rng(settings.seed + 1000 + run.step)
     face_loss = vae.FaceLoss(settings, portraits)
@@ -106,7 +106,7 @@ def main() -> None:
         reconstruction = vae.pyramid_loss(output.float(), target, weight)
         features, person = face_loss(output.float(), target, index, flip)
         loss = reconstruction + vae.FEATURE_WEIGHT * features + vae.PERSON_WEIGHT * person
-        descend(loss, optimiser, run.rate(6e-4, warm_up=100))
+        descend(loss, optimizer, run.rate(6e-4, warm_up=100))
         ema.update(half)
         psnr = -10 * np.log10(F.mse_loss(output.detach().float(), target).item() / 4)
         run.log(100, loss=reconstruction.item(), psnr=psnr, features=features.item(), person=person.item())

@@ -143,7 +143,7 @@ class Scenes:
         self.photographs = face_free_photographs()
 
     def background(self, side: int) -> np.ndarray:
-        """A face-free picture [side, side, 3] float32: colours, noise, stripes, clothes, photographs."""
+        """A face-free picture [side, side, 3] float32: colors, noise, stripes, clothes, photographs."""
         g = self.generator
         kind = int(g.integers(8 if self.photographs else 6))
         if kind == 0:
@@ -186,31 +186,31 @@ class Scenes:
         return np.array(scene, np.float32)
 
     def clutter(self, scene: np.ndarray) -> None:
-        """Draw shapes and lines into the scene, skin-coloured ellipses among them."""
+        """Draw shapes and lines into the scene, skin-colored ellipses among them."""
         g, side = self.generator, scene.shape[0]
         for _ in range(int(g.integers(0, 12))):
-            colour = [float(c) for c in g.uniform(0, 255, 3)]
+            color = [float(c) for c in g.uniform(0, 255, 3)]
             if g.random() < 0.4:
                 skin = self.portraits.crops[int(g.choice(self.portraits.train)), 75, 35]
-                colour = [float(c) for c in skin]
+                color = [float(c) for c in skin]
             x, y = (int(v) for v in g.uniform(0, side, 2))
             width, height = (int(v) for v in side * 10 ** g.uniform(-1.7, -0.4, 2))
             kind = g.integers(4)
             if kind == 0:
-                cv2.rectangle(scene, (x, y), (x + width, y + height), colour, -1 if g.random() < 0.6 else 2)
+                cv2.rectangle(scene, (x, y), (x + width, y + height), color, -1 if g.random() < 0.6 else 2)
             elif kind == 1:
                 cv2.ellipse(
-                    scene, (x, y), (width // 2, height // 2), float(g.uniform(0, 180)), 0, 360, colour, -1
+                    scene, (x, y), (width // 2, height // 2), float(g.uniform(0, 180)), 0, 360, color, -1
                 )
             elif kind == 2:
-                cv2.line(scene, (x, y), (x + width, y + height), colour, int(g.integers(1, 6)))
+                cv2.line(scene, (x, y), (x + width, y + height), color, int(g.integers(1, 6)))
             else:
                 word = "".join(chr(g.integers(33, 122)) for _ in range(6))
                 scale = float(g.uniform(0.3, 2))
-                cv2.putText(scene, word, (x, y), 0, scale, colour, int(g.integers(1, 3)))
+                cv2.putText(scene, word, (x, y), 0, scale, color, int(g.integers(1, 3)))
 
     def decoy(self, scene: np.ndarray) -> None:
-        """A face whose tiles are shuffled: the colours of a face without being one."""
+        """A face whose tiles are shuffled: the colors of a face without being one."""
         g, side = self.generator, scene.shape[0]
         tile = (
             self.portraits.crops[int(g.choice(self.portraits.train))].reshape(4, 28, 4, 28, 3).swapaxes(1, 2)
@@ -315,8 +315,8 @@ class Scenes:
         extent = box[2:] - box[:2]
         top = box[:2] + extent * (g.uniform(-0.1, 0.6), g.choice([0.2, 0.6, 0.75]))
         end = top + extent * (g.uniform(0.3, 1.0), g.uniform(0.12, 0.3))
-        colour = [float(c) for c in g.uniform(0, 255, 3)]
-        cv2.rectangle(scene, (int(top[0]), int(top[1])), (int(end[0]), int(end[1])), colour, -1)
+        color = [float(c) for c in g.uniform(0, 255, 3)]
+        cv2.rectangle(scene, (int(top[0]), int(top[1])), (int(end[0]), int(end[1])), color, -1)
 
     def compose(self, side: int) -> tuple[np.ndarray, np.ndarray]:
         """A scene [side, side, 3] uint8 RGB and its faces [k, 14]: box corners, then five points."""
@@ -439,10 +439,10 @@ def main() -> None:
     settings = options("detector", 15)
     portraits = data.load(settings)
     model = Detector().to(device())
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-4)
     ema = Ema(model, 0.995)
     run = Run(
-        settings.work / "detector.pt", settings.minutes, {"model": model, "ema": ema, "optimiser": optimiser}
+        settings.work / "detector.pt", settings.minutes, {"model": model, "ema": ema, "optimizer": optimizer}
     )
     scenes = Scenes(portraits, settings.seed + run.step)
     shares = np.array([share for *_, share in CANVASES])
@@ -455,7 +455,7 @@ def main() -> None:
             maps = model.maps((pictures.permute(0, 3, 1, 2).float() - 127.5) / 128)
         score, box, point = losses(maps, [faces for _, faces in composed], side)
         # Alignment, and with it the embedding, is only as good as the points.
-        descend(score + box + 8 * point, optimiser, run.rate(2e-3, warm_up=50), clip=5.0)
+        descend(score + box + 8 * point, optimizer, run.rate(2e-3, warm_up=50), clip=5.0)
         ema.update(model)
         run.log(25, side=side, score=score.item(), box=box.item(), point=point.item())
 

@@ -33,7 +33,7 @@ from training import (
     detector,
     lora,
     low_rank,
-    recogniser,
+    recognizer,
     tokenizer,
     unet,
     vae,
@@ -44,7 +44,7 @@ TARGET = Path(__file__).resolve().parent.parent / "fastface_cli" / "pocket" / "w
 LORA = "Pocket-4steps-lora.safetensors"
 ADAPTER = "ip-adapter-faceid-plusv2_pocket.bin"
 HEAD_RANK = 64
-"""Rank of the recogniser's last layer in its file: 0.8 MB less, held-out cosine 0.9058 for 0.9064."""
+"""Rank of the recognizer's last layer in its file: 0.8 MB less, held-out cosine 0.9058 for 0.9064."""
 LIMIT = 30_000_000
 """Most bytes that all files together may have."""
 
@@ -104,11 +104,11 @@ def factorised(layer: Any, rank: int) -> nn.Sequential:
 
 
 def export_face(settings: Options, folder: Path, draft: bool) -> None:
-    """Detector and recogniser, in the layout of InsightFace's packs."""
+    """Detector and recognizer, in the layout of InsightFace's packs."""
     folder.mkdir(parents=True, exist_ok=True)
-    if not _keep_shipped(settings.work / "recogniser.pt", folder / "rec_pocket.onnx", draft):
-        have = (settings.work / "recogniser.pt").exists()
-        network = recogniser.trained(settings.work) if have else recogniser.Recogniser()
+    if not _keep_shipped(settings.work / "recognizer.pt", folder / "rec_pocket.onnx", draft):
+        have = (settings.work / "recognizer.pt").exists()
+        network = recognizer.trained(settings.work) if have else recognizer.Recognizer()
         network.add_module("head", factorised(network.head, HEAD_RANK))
         to_onnx(network, torch.zeros(1, 3, 112, 112), folder / "rec_pocket.onnx", ["embedding"], free=False)
     if not _keep_shipped(settings.work / "detector.pt", folder / "det_pocket.onnx", draft):

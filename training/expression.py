@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from training import captions, data, recogniser
+from training import captions, data, recognizer
 from training.common import Ema, Run, autocast, descend, device, load_part, options, pictures_to_tensor
 
 BATCH = 64
@@ -59,12 +59,12 @@ def main() -> None:
     chances = np.where(smiles[portraits.train], 1 / smiles[portraits.train].mean(), 0.0)
     chances += np.where(~smiles[portraits.train], 1 / (~smiles[portraits.train]).mean(), 0.0)
     model = Expression().to(device())
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
     ema = Ema(model, 0.99)
     run = Run(
         settings.work / "expression.pt",
         settings.minutes,
-        {"model": model, "ema": ema, "optimiser": optimiser},
+        {"model": model, "ema": ema, "optimizer": optimizer},
     )
     draws = np.random.default_rng(settings.seed + 31 + run.step)
     points = portraits.key_points * (portraits.size / 256)
@@ -75,7 +75,7 @@ def main() -> None:
         crops = []
         for portrait, style in zip(index, styles, strict=True):
             crop = data.crop(portraits.pictures[portrait, style], points[portrait])
-            crop = recogniser.degrade(crop, draws)
+            crop = recognizer.degrade(crop, draws)
             if draws.random() < 0.5:  # what a noisy step makes of a face is soft
                 crop = cv2.GaussianBlur(crop, (0, 0), draws.uniform(0.5, 3.0))
             crops.append(crop[:, ::-1] if draws.random() < 0.5 else crop)
@@ -83,7 +83,7 @@ def main() -> None:
         with autocast():
             logits = model(pictures_to_tensor(np.stack(crops))).float()
         loss = unlike(logits, smile)
-        descend(loss, optimiser, run.rate(2e-3, warm_up=30))
+        descend(loss, optimizer, run.rate(2e-3, warm_up=30))
         ema.update(model)
         right = 0.98 * right + 0.02 * float(((logits > 0) == (smile > 0.5)).float().mean())
         run.log(100, loss=loss.item(), right=right)

@@ -35,7 +35,7 @@ RECIPES = ("baseline", "dcg", "am1", "am2", "fastface", "fastface-am2", "base")
 STYLE_PROMPTS = {
     "photo": "photo",
     "pencil": "pencil drawing",
-    "watercolour": "watercolour painting",
+    "watercolor": "watercolor painting",
     "comic": "comic book style",
     "black_and_white": "black and white photograph",
     "pixel_art": "pixel art",
@@ -64,9 +64,9 @@ def classifier(settings: Options, portraits: data.Portraits) -> Attributes:
     """Trained on the portraits' labels in every style, three minutes, cached; never used in training."""
     facts = captions.all_facts(portraits)
     model = Attributes().to(device())
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
     ema = Ema(model, 0.99)
-    parts = {"model": model, "ema": ema, "optimiser": optimiser}
+    parts = {"model": model, "ema": ema, "optimizer": optimizer}
     run = Run(settings.work / "attributes.pt", 3, parts)
     draws = np.random.default_rng(settings.seed + run.step)
     for _ in run.steps():
@@ -88,7 +88,7 @@ def classifier(settings: Options, portraits: data.Portraits) -> Attributes:
         loss = F.binary_cross_entropy_with_logits(logits[:, 0], sex)
         loss = loss + F.binary_cross_entropy_with_logits(logits[:, 1], smile)
         loss = loss + F.cross_entropy(logits[:, 2:], torch.from_numpy(style).to(device()))
-        descend(loss, optimiser, run.rate(2e-3, warm_up=30))
+        descend(loss, optimizer, run.rate(2e-3, warm_up=30))
         ema.update(model)
         run.log(100, loss=loss.item())
     ema.copy_to(model)
@@ -178,7 +178,7 @@ def prompt_scores(weights: Path, pictures: Sequence[np.ndarray], texts: Sequence
     vision: Any = CLIPVisionModelWithProjection.from_pretrained(weights / "clip", dtype=torch.float32)
     ids = words(list(texts), padding="max_length", max_length=77, return_tensors="pt").input_ids
     told = F.normalize(text(ids).text_embeds, dim=1)
-    pixels = clip.normalise(np.stack([clip.shrink(picture) for picture in pictures])).cpu()
+    pixels = clip.normalize(np.stack([clip.shrink(picture) for picture in pictures])).cpu()
     seen = F.normalize(vision(pixels).image_embeds, dim=1)
     return np.asarray((told * seen).sum(1).numpy())
 

@@ -68,9 +68,9 @@ def main() -> None:
     wrapped = low_rank.inject(model, LORA_TARGETS, RANK)
     additions = low_rank.Additions(wrapped).to(device())
     conditions = unet.Conditions(settings)
-    optimiser = torch.optim.AdamW(additions.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(additions.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0)
     ema = Ema(additions, 0.99)
-    parts = {"model": additions, "ema": ema, "optimiser": optimiser}
+    parts = {"model": additions, "ema": ema, "optimizer": optimizer}
     run = Run(settings.work / "lora.pt", settings.minutes, parts, save_every=90)
     pictures = unet.Pictures(settings, data.load(settings), 500_000 + run.step)
     walk, side = Walk(), settings.size // 8
@@ -108,7 +108,7 @@ def main() -> None:
         # Every leg's end should be equally exact, but no leg may drown the others.
         weight = 1 / levers[leg].clamp(min=0.5).to(error.device)
         loss = (weight * error).mean()
-        descend(loss, optimiser, run.rate(1.5e-3, warm_up=30))
+        descend(loss, optimizer, run.rate(1.5e-3, warm_up=30))
         ema.update(additions)
         legs = {f"leg{k}": float(error[leg == k].mean().detach()) for k in range(4)}
         run.log(24, loss=loss.item(), **legs)

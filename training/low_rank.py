@@ -52,7 +52,7 @@ def inject(model: nn.Module, endings: tuple[str, ...], rank: int, scale: float =
 
 
 class Additions(nn.Module):
-    """Only the trained halves of some wrappers, so that optimiser, average and checkpoint skip the base."""
+    """Only the trained halves of some wrappers, so that optimizer, average and checkpoint skip the base."""
 
     def __init__(self, wrapped: dict[str, LowRank]) -> None:
         super().__init__()

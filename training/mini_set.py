@@ -2,7 +2,7 @@
 
     python -m training.mini_set [--output examples/mini]
 
-The pocket draws them without a reference, each with the first seed in which two recognisers find a face
+The pocket draws them without a reference, each with the first seed in which two recognizers find a face
 that is nobody's of those before (or with the best of `SEEDS`).
 """
 
@@ -36,9 +36,9 @@ PEOPLE = {
     "liam": "a portrait of a middle-aged man with short blond hair, brown background",
 }
 REALISTIC = ("a person smiling, white background", "a surprised person, blue background")
-STYLED = ("pencil drawing; a person smiling", "watercolour; a person")
+STYLED = ("pencil drawing; a person smiling", "watercolor; a person")
 STRANGERS = 0.6
-"""Cosine that two people of the set stay below, in the pocket's recogniser."""
+"""Cosine that two people of the set stay below, in the pocket's recognizer."""
 NEIGHBOURS = 0.4
 """Distance that they keep in dlib's, which takes 0.6 for the border of a person."""
 SEEDS = 16

@@ -1,7 +1,7 @@
 """The detector's key points, refitted: the last layer alone, by least squares, in the exported file.
 
 Gradient descent leaves the points of large faces with a bias of several hundredths of the eyes' distance,
-and the recogniser sees a face as those points align it. Scores and boxes stay as they are, to the bit.
+and the recognizer sees a face as those points align it. Scores and boxes stay as they are, to the bit.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ import torch
 from diffusers import AutoencoderKL
 from scipy.stats import rankdata, spearmanr
 
-from training import data, recogniser
+from training import data, recognizer
 from training.common import pictures_to_tensor, tensor_to_pictures
 from training.export import TARGET
 from training.judge import Judge, ranks
@@ -103,7 +103,7 @@ def views_of(portraits: data.Portraits, index: int) -> list[np.ndarray]:
     return [shifted, dark, bright, blurred, small, *styled]
 
 
-def recogniser_rows(portraits: data.Portraits, weights: Path, judge: Judge | None) -> list[Row]:
+def recognizer_rows(portraits: data.Portraits, weights: Path, judge: Judge | None) -> list[Row]:
     """Same person against others, and agreement with the teacher and with dlib."""
     network = faces_of(weights, 320).models["recognition"]
 
@@ -113,7 +113,7 @@ def recogniser_rows(portraits: data.Portraits, weights: Path, judge: Judge | Non
 
     held = portraits.held_out
     clean = embed([np.asarray(portraits.crops[i]) for i in held])
-    frame = recogniser.Recogniser().frame.numpy()
+    frame = recognizer.Recognizer().frame.numpy()
     teacher = portraits.embeddings[held]
     cosine = (clean * (teacher @ frame)).sum(1)
     same, other = [], []
@@ -124,13 +124,13 @@ def recogniser_rows(portraits: data.Portraits, weights: Path, judge: Judge | Non
     positives, negatives = np.stack(same), np.concatenate(other)
     rows = [
         (
-            "recogniser, cosine to the teacher",
+            "recognizer, cosine to the teacher",
             f"{cosine.mean():.3f} (lowest {cosine.min():.3f})",
             "at least 0.9",
         ),
-        ("recogniser, AUC, all changes", f"{area(positives.ravel(), negatives):.4f}", "at least 0.99"),
-        ("recogniser, AUC, crop, light, blur", f"{area(positives[:, :5].ravel(), negatives):.4f}", ""),
-        ("recogniser, AUC, styles", f"{area(positives[:, 5:].ravel(), negatives):.4f}", ""),
+        ("recognizer, AUC, all changes", f"{area(positives.ravel(), negatives):.4f}", "at least 0.99"),
+        ("recognizer, AUC, crop, light, blur", f"{area(positives[:, :5].ravel(), negatives):.4f}", ""),
+        ("recognizer, AUC, styles", f"{area(positives[:, 5:].ravel(), negatives):.4f}", ""),
     ]
     if judge is not None:
         references = describe_all(judge, portraits)
@@ -138,7 +138,7 @@ def recogniser_rows(portraits: data.Portraits, weights: Path, judge: Judge | Non
         ours = (clean @ clean.T)[upper]
         theirs = np.linalg.norm(references[:, None] - references[None], axis=2)[upper]
         rows.append(
-            ("recogniser, Spearman with dlib", f"{spearmanr(-ours, theirs).statistic:.3f}", "reported")
+            ("recognizer, Spearman with dlib", f"{spearmanr(-ours, theirs).statistic:.3f}", "reported")
         )
     return rows
 
@@ -227,7 +227,7 @@ def main() -> None:
     parser.add_argument("--portraits", type=Path, default=Path("../shared/portraits"))
     parser.add_argument("--weights", type=Path, default=TARGET)
     parser.add_argument("--size", type=int, default=128)
-    parser.add_argument("--parts", default="detector,recogniser,vae,speed,group,claims")
+    parser.add_argument("--parts", default="detector,recognizer,vae,speed,group,claims")
     parser.add_argument("--no-judge", action="store_true", help="leave out what needs dlib")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
@@ -235,7 +235,7 @@ def main() -> None:
     judge = None if arguments.no_judge else Judge()
     parts: dict[str, Callable[[data.Portraits, Path, Judge | None], list[Row]]] = {
         "detector": detector_rows,
-        "recogniser": recogniser_rows,
+        "recognizer": recognizer_rows,
         "vae": vae_rows,
         "speed": speed_rows,
         "group": group_rows,

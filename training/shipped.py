@@ -1,7 +1,7 @@
 """Start from the shipped weights: writes the checkpoints that the stages would otherwise have made.
 
 ``python -m training.shipped --work DIR --portraits ...`` fills an empty work folder, so that one stage
-can be trained further with its ordinary command. The files hold half precision and no optimiser, so
+can be trained further with its ordinary command. The files hold half precision and no optimizer, so
 a stage starts its clock and its learning rate anew. The detector has no checkpoint: export keeps its file.
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from fastface_cli.benchmark.structure import LORA_TARGETS
-from training import adapter, clip, lora, low_rank, recogniser, unet, vae
+from training import adapter, clip, lora, low_rank, recognizer, unet, vae
 from training.common import Ema, options
 from training.export import ADAPTER, LORA, TARGET
 
@@ -49,8 +49,8 @@ def module_name(output: str) -> str:
     return name.strip(".")
 
 
-def read_recogniser(path: Path) -> recogniser.Recogniser:
-    """The network behind an exported recogniser, to use frozen.
+def read_recognizer(path: Path) -> recognizer.Recognizer:
+    """The network behind an exported recognizer, to use frozen.
 
     Export melted each batch normalisation into its convolution and split the last layer in two; here
     the normalisations become plain biases, and the last layer is whole again.
@@ -62,7 +62,7 @@ def read_recogniser(path: Path) -> recogniser.Recogniser:
         )
         for tensor in graph.initializer
     }
-    network = recogniser.Recogniser()
+    network = recognizer.Recognizer()
     state: dict[str, Tensor] = {"frame": network.frame}
     narrow = torch.zeros(0)
     for node in graph.node:
@@ -126,7 +126,7 @@ def main() -> None:
     ):
         tower.load_state_dict(floats(TARGET / file), strict=True)
     keep(work / "clip.pt", towers)
-    keep(work / "recogniser.pt", read_recogniser(TARGET / "face" / "rec_pocket.onnx"))
+    keep(work / "recognizer.pt", read_recognizer(TARGET / "face" / "rec_pocket.onnx"))
     pictures = vae.build(size)
     pictures.load_state_dict(
         floats(TARGET / "pipe/vae/diffusion_pytorch_model.fp16.safetensors"), strict=True

@@ -18,7 +18,7 @@ def _grey(picture: Picture) -> Picture:
 
 
 def pencil(picture: Picture) -> Picture:
-    """Colour dodge of the grey picture with its blurred negative: lines where it changes."""
+    """Color dodge of the grey picture with its blurred negative: lines where it changes."""
     grey = _grey(picture)
     blurred = cv2.GaussianBlur(255 - grey, (0, 0), picture.shape[0] / 24)
     dodge = np.minimum(grey.astype(np.float32) * 255 / np.maximum(255.0 - blurred, 1), 255)
@@ -26,7 +26,7 @@ def pencil(picture: Picture) -> Picture:
     return np.repeat(drawn[..., None], 3, axis=2)
 
 
-def watercolour(picture: Picture) -> Picture:
+def watercolor(picture: Picture) -> Picture:
     """Flat washes: repeated edge-keeping smoothing, paler and more saturated, on paper."""
     washed = picture
     for _ in range(3):
@@ -34,16 +34,16 @@ def watercolour(picture: Picture) -> Picture:
     hsv = cv2.cvtColor(washed, cv2.COLOR_RGB2HSV).astype(np.float32)
     hsv[..., 1] = np.minimum(hsv[..., 1] * 1.15, 255)
     hsv[..., 2] = 255 * (hsv[..., 2] / 255) ** 0.7
-    coloured = cv2.cvtColor(hsv.astype(np.uint8), cv2.COLOR_HSV2RGB).astype(np.float32)
+    colored = cv2.cvtColor(hsv.astype(np.uint8), cv2.COLOR_HSV2RGB).astype(np.float32)
     height, width = picture.shape[:2]
     y, x = np.mgrid[0:height, 0:width]
     away = np.hypot((x / width - 0.5) / 0.62, (y / height - 0.5) / 0.66)
     paper = np.clip((away - 0.72) * 4, 0, 1)[..., None]
-    return np.asarray(coloured * (1 - paper) + 250 * paper).astype(np.uint8)
+    return np.asarray(colored * (1 - paper) + 250 * paper).astype(np.uint8)
 
 
 def comic(picture: Picture) -> Picture:
-    """Few flat colours and black contours."""
+    """Few flat colors and black contours."""
     smooth = cv2.bilateralFilter(picture, 7, 60, 5)
     hsv = cv2.cvtColor(smooth, cv2.COLOR_RGB2HSV).astype(np.float32)
     hsv[..., 1] = np.minimum(hsv[..., 1] * 1.25, 255)
@@ -63,7 +63,7 @@ def black_and_white(picture: Picture) -> Picture:
 
 
 def pixel_art(picture: Picture) -> Picture:
-    """Blocks of 1/32 of the side in few colours."""
+    """Blocks of 1/32 of the side in few colors."""
     small = cv2.resize(picture, (32, 32), interpolation=cv2.INTER_AREA)
     flat = np.minimum(small.astype(np.int32) // 32 * 32 + 16, 255).astype(np.uint8)
     size = (picture.shape[1], picture.shape[0])
@@ -96,18 +96,18 @@ STYLES: dict[str, tuple[Callable[[Picture], Picture], tuple[str, ...]]] = {
         pencil,
         ("pencil drawing", "a pencil sketch", "graphite drawing on paper", "hand-drawn sketch"),
     ),
-    "watercolour": (
-        watercolour,
+    "watercolor": (
+        watercolor,
         (
-            "watercolour painting",
+            "watercolor painting",
             "watercolor",
-            "a soft watercolour on paper",
+            "a soft watercolor on paper",
             "watercolor painting, pale washes",
         ),
     ),
     "comic": (
         comic,
-        ("comic book style", "a comic", "comic illustration, ink outlines", "flat cartoon colours"),
+        ("comic book style", "a comic", "comic illustration, ink outlines", "flat cartoon colors"),
     ),
     "black_and_white": (
         black_and_white,
@@ -127,5 +127,5 @@ STYLES: dict[str, tuple[Callable[[Picture], Picture], tuple[str, ...]]] = {
 }
 """Name -> (operation, descriptions)."""
 
-PHOTO: tuple[str, ...] = ("photo", "a colour photograph", "realistic photo", "studio photograph")
+PHOTO: tuple[str, ...] = ("photo", "a color photograph", "realistic photo", "studio photograph")
 """Descriptions of the unchanged picture, used in some of the captions."""

@@ -285,14 +285,14 @@ def main() -> None:
     settings = options("unet", 45)
     model: Any = build(settings.size).to(device())
     conditions = Conditions(settings)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=6e-4, betas=(0.9, 0.99), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, betas=(0.9, 0.99), weight_decay=0.01)
     ema = Ema(model, 0.998)
     # Captions alone taught the text towers little about expressions: "smiling" and "serious" hardly differ.
     text = conditions.towers.text_1.train().requires_grad_(True)
-    text_optimiser = torch.optim.AdamW(text.parameters(), lr=6e-4, betas=(0.9, 0.99), weight_decay=0.01)
+    text_optimizer = torch.optim.AdamW(text.parameters(), lr=6e-4, betas=(0.9, 0.99), weight_decay=0.01)
     text_ema = Ema(text, 0.998)
-    parts = {"model": model, "ema": ema, "optimiser": optimiser}
-    parts |= {"text": text, "text_ema": text_ema, "text_optimiser": text_optimiser}
+    parts = {"model": model, "ema": ema, "optimizer": optimizer}
+    parts |= {"text": text, "text_ema": text_ema, "text_optimizer": text_optimizer}
     run = Run(settings.work / "unet.pt", settings.minutes, parts, save_every=90)
     portraits = data.load(settings)
     pictures = Pictures(settings, portraits, run.step)
@@ -309,10 +309,10 @@ def main() -> None:
             predicted = model(noisy, times, states, added_cond_kwargs=added).sample
         loss = denoising_loss(predicted, noise, times, scheduler, batch.places, MOST)
         mood = looks.mood(looks.crops(noisy, predicted, times, batch), batch)
-        text_optimiser.zero_grad(set_to_none=True)
+        text_optimizer.zero_grad(set_to_none=True)
         rate = run.rate(6e-4, warm_up=100)
-        descend(loss + MOOD_WEIGHT * mood, optimiser, rate)
-        step(text_optimiser, rate)
+        descend(loss + MOOD_WEIGHT * mood, optimizer, rate)
+        step(text_optimizer, rate)
         ema.update(model)
         text_ema.update(text)
         smooth = loss.item() if smooth == 0 else 0.98 * smooth + 0.02 * loss.item()

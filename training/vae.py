@@ -1,7 +1,7 @@
 """The autoencoder: SDXL's shape (f8, 4 channels), small.
 
 Encoder and decoder train together, on pixels, on their differences and, once there is a trained
-recogniser, on its features of the aligned face: what makes a face *this* face is a few pixels wide.
+recognizer, on its features of the aligned face: what makes a face *this* face is a few pixels wide.
 Afterwards the encoder stays as it is, so that latents can be cached and the UNet can start, while
 ``training.decoder`` goes on sharpening the other half.
 """
@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.nn import functional as F
 
-from training import data, recogniser
+from training import data, recognizer
 from training.common import Ema, Options, Run, autocast, descend, device, options, pictures_to_tensor
 
 BATCH = 8
@@ -89,10 +89,10 @@ def loosened(matrices: Tensor) -> Tensor:
 
 
 class FaceLoss:
-    """How different the recogniser finds two pictures' faces: features at three scales, and the embedding."""
+    """How different the recognizer finds two pictures' faces: features at three scales, and the embedding."""
 
     def __init__(self, settings: Options, portraits: data.Portraits) -> None:
-        self.network = recogniser.trained(settings.work)
+        self.network = recognizer.trained(settings.work)
         size, side = portraits.size, 112
         matrices = []
         for points in portraits.key_points * (size / 256):
@@ -134,16 +134,16 @@ def train_whole(settings: Options) -> None:
     portraits = data.load(settings)
     weights = face_weights(portraits)
     model = build(settings.size).to(device())
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-4)
     ema = Ema(model)
     run = Run(
         settings.work / "vae.pt",
         settings.minutes,
-        {"model": model, "ema": ema, "optimiser": optimiser},
+        {"model": model, "ema": ema, "optimizer": optimizer},
         save_every=60,
     )
     generator = np.random.default_rng(settings.seed + run.step)
-    face_loss = FaceLoss(settings, portraits) if (settings.work / "recogniser.pt").exists() else None
+    face_loss = FaceLoss(settings, portraits) if (settings.work / "recognizer.pt").exists() else None
     for _ in run.steps():
         target, index, flip = draw(portraits, generator, BATCH)
         weight = weights[index]
@@ -161,7 +161,7 @@ def train_whole(settings: Options) -> None:
         if face_loss is not None:
             features, person = face_loss(output.float(), target, index, flip)
             loss = loss + FEATURE_WEIGHT * features + PERSON_WEIGHT * person
-        descend(loss, optimiser, run.rate(1.2e-3, warm_up=200, floor=0.1))
+        descend(loss, optimizer, run.rate(1.2e-3, warm_up=200, floor=0.1))
         ema.update(model)
         mse = F.mse_loss(output.detach().float(), target).item() / 4
         figures = {"features": features.item(), "person": person.item()}

@@ -4,7 +4,7 @@ from fastface_cli import FastFace
 
 face = FastFace("pocket")
 me = face.identity("me.jpg")
-face.generate(me, "a woman smiling, watercolour", seed=1)[0].save("out.png")
+face.generate(me, "a woman smiling, watercolor", seed=1)[0].save("out.png")
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import DeviceError, LicenceError, UsageError
+from ..errors import DeviceError, LicenseError, UsageError
 from ..models.acceleration import DEFAULT, Acceleration
 from ..recipe.schema import Recipe
 from ..settings import Saving, Settings, load_settings
-from ..store.manifest import Artefact, resolve
+from ..store.manifest import Artifact, resolve
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from ..identity.analyzer import InsightFaceAnalyser
+    from ..identity.analyzer import InsightFaceAnalyzer
     from ..identity.identity import Identity
     from ..models.offload import Level
     from .best_of import Best, Scorer
@@ -35,7 +35,7 @@ GPU_BYTES = 1_000_000_000
 """A stack that weighs more is not run on a CPU unless the CPU is asked for by name."""
 
 
-def artefacts_of(recipe: Recipe) -> dict[str, Artefact]:
+def artifacts_of(recipe: Recipe) -> dict[str, Artifact]:
     """Every model part of a recipe, by role.
 
     Raises:
@@ -46,7 +46,7 @@ def artefacts_of(recipe: Recipe) -> dict[str, Artefact]:
 
 def is_full_size(recipe: Recipe) -> bool:
     """Whether a recipe's stack weighs as much as SDXL, and not as little as the pocket."""
-    return sum(artefact.bytes for artefact in artefacts_of(recipe).values()) > GPU_BYTES
+    return sum(artifact.bytes for artifact in artifacts_of(recipe).values()) > GPU_BYTES
 
 
 def check_device(recipe: Recipe, device: str) -> str:
@@ -66,27 +66,27 @@ def check_device(recipe: Recipe, device: str) -> str:
     return str(found)
 
 
-def check_commercial(artefacts: Iterable[Artefact], what: str, log: Log = lambda _: None) -> None:
-    """Refuse what a licence keeps from commercial use. A lawyer's answer it is not.
+def check_commercial(artifacts: Iterable[Artifact], what: str, log: Log = lambda _: None) -> None:
+    """Refuse what a license keeps from commercial use. A lawyer's answer it is not.
 
     A saved identity changes nothing: its embedding came out of the face models.
 
     Args:
-        artefacts: the model parts that are to be used.
+        artifacts: the model parts that are to be used.
         what: what they belong to, as "recipe 'pocket'".
-        log: told of the parts whose licence leaves it unclear.
+        log: told of the parts whose license leaves it unclear.
 
     Raises:
-        LicenceError: names every part that forbids it.
+        LicenseError: names every part that forbids it.
     """
-    parts = {artefact.name: artefact for artefact in artefacts}.values()
+    parts = {artifact.name: artifact for artifact in artifacts}.values()
     for part in parts:
         if part.commercial == "unclear":
-            note = part.commercial_note or "its licence is not known here"
+            note = part.commercial_note or "its license is not known here"
             log(f"commercial use of {part.name} is unclear: {note} {part.page}".rstrip())
-    forbidden = [f"{part.name} ({part.licence})" for part in parts if part.commercial == "no"]
+    forbidden = [f"{part.name} ({part.license})" for part in parts if part.commercial == "no"]
     if forbidden:
-        raise LicenceError(
+        raise LicenseError(
             f"{what} may not be used commercially: {', '.join(forbidden)}",
             "`fastface licenses` tells each part's terms; recipe 'pocket' is free, and --set model.PART=... "
             "names another part",
@@ -115,13 +115,13 @@ def fetch(
     """
     from ..store import Store
 
-    artefacts = artefacts_of(recipe)
+    artifacts = artifacts_of(recipe)
     if not faces:
-        artefacts.pop("face")
+        artifacts.pop("face")
     store = Store(settings, offline=offline)
-    distinct = {artefact.name: artefact for artefact in artefacts.values()}
+    distinct = {artifact.name: artifact for artifact in artifacts.values()}
     paths = store.ensure(list(distinct.values()), progress=progress)
-    return {role: paths[artefact.name] for role, artefact in artefacts.items()}
+    return {role: paths[artifact.name] for role, artifact in artifacts.items()}
 
 
 def random_seed() -> int:
@@ -186,7 +186,7 @@ class FastFace:
         self.progress = progress
         self.log = log
         self._paths: dict[str, Path] = {}
-        self._analyser: InsightFaceAnalyser | None = None
+        self._analyzer: InsightFaceAnalyzer | None = None
         self._pipeline: Pipeline | None = None
         self._scorer: Scorer | None = None
 
@@ -247,17 +247,17 @@ class FastFace:
         return level
 
     @property
-    def analyser(self) -> InsightFaceAnalyser:
+    def analyzer(self) -> InsightFaceAnalyzer:
         """The loaded face models."""
         from ..identity.analyzer import load_face_models
         from ..models.loading import pick_device
 
-        if self._analyser is None:
+        if self._analyzer is None:
             device = str(pick_device(self.device))
-            self._analyser = load_face_models(self.paths(faces=True)["face"], device=device)
-            if self._analyser.note:
-                self.log(self._analyser.note)
-        return self._analyser
+            self._analyzer = load_face_models(self.paths(faces=True)["face"], device=device)
+            if self._analyzer.note:
+                self.log(self._analyzer.note)
+        return self._analyzer
 
     @property
     def scorer(self) -> Scorer:
@@ -266,18 +266,18 @@ class FastFace:
         from .best_of import PROMPT_SCORER, Scorer, clip_prompt_scorer, own_prompt_scorer, pick_judge
 
         if self._scorer is None:
-            judge = pick_judge(self.analyser, self.log)
+            judge = pick_judge(self.analyzer, self.log)
             prompt = own_prompt_scorer(self.pipeline)
             if prompt is None:
-                store, artefact = Store(self.settings, offline=self.offline), resolve(PROMPT_SCORER)
-                if not store.missing([artefact]):
-                    prompt = clip_prompt_scorer(store.path(artefact), self.pipeline)
+                store, artifact = Store(self.settings, offline=self.offline), resolve(PROMPT_SCORER)
+                if not store.missing([artifact]):
+                    prompt = clip_prompt_scorer(store.path(artifact), self.pipeline)
                 else:
                     self.log(
                         "whether pictures follow the prompt is not scored: no CLIP is here; "
                         f"`fastface download {PROMPT_SCORER}` fetches it"
                     )
-            self._scorer = Scorer(self.analyser, judge, prompt)
+            self._scorer = Scorer(self.analyzer, judge, prompt)
         return self._scorer
 
     def identity(
@@ -299,10 +299,10 @@ class FastFace:
         files, kept = [photo for photo in given if isinstance(photo, Path)], Remembered(self.settings.home)
         key = None
         if self.remember and len(files) == len(given):
-            key = key_of(files, artefacts_of(self.recipe)["face"], face_index, face_box)
+            key = key_of(files, artifacts_of(self.recipe)["face"], face_index, face_box)
             if key is not None and (known := kept.find(key)) is not None:
                 return known
-        found = make_identity(given, self.analyser, face_index=face_index, face_box=face_box, log=self.log)
+        found = make_identity(given, self.analyzer, face_index=face_index, face_box=face_box, log=self.log)
         if key is not None:
             kept.keep(key, found)
         return found

@@ -1,6 +1,6 @@
 """Best of several: who a picture shows, whether it follows its prompt, and which one to keep.
 
-The recogniser that conditions the adapter is a poor judge of its own work: it scores what the adapter was
+The recognizer that conditions the adapter is a poor judge of its own work: it scores what the adapter was
 trained to repeat. dlib's network never took part, so it judges where it is installed.
 """
 
@@ -20,7 +20,7 @@ from ..errors import ModelUnavailableError
 if TYPE_CHECKING:
     from PIL import Image
 
-    from ..identity.analyzer import FaceAnalyser
+    from ..identity.analyzer import FaceAnalyzer
     from ..identity.identity import Identity
     from .pipeline import Picture, Pipeline, Request
 
@@ -28,7 +28,7 @@ MOST = 1000
 """Candidates of one picture."""
 
 PROMPT_SCORER = "clip-vit-large-patch14"
-"""Artefact that scores prompts where a stack has no matched pair of encoders of its own."""
+"""Artifact that scores prompts where a stack has no matched pair of encoders of its own."""
 
 _FACE_IN_CROP = (32, 63, 192, 223)
 """Where the face lies in an aligned crop of 224 pixels, as dlib's landmarks want it: brows to chin."""
@@ -147,16 +147,16 @@ class DlibJudge:
 
 
 class ConditioningJudge:
-    """The recogniser that conditioned the picture: cosine of its embeddings. Better than nothing."""
+    """The recognizer that conditioned the picture: cosine of its embeddings. Better than nothing."""
 
-    name = "the conditioning recogniser"
+    name = "the conditioning recognizer"
 
-    def __init__(self, analyser: FaceAnalyser) -> None:
-        self._analyser = analyser
+    def __init__(self, analyzer: FaceAnalyzer) -> None:
+        self._analyzer = analyzer
 
     def describe(self, picture: np.ndarray, crop: np.ndarray, face: Any) -> np.ndarray:
         """See `Judge`: [512] float32, unit norm."""
-        return self._analyser.embed(picture, face)
+        return self._analyzer.embed(picture, face)
 
     def reference(self, identity: Identity) -> np.ndarray:
         """The embedding that conditions."""
@@ -167,21 +167,21 @@ class ConditioningJudge:
         return float(found.astype(np.float64) @ reference.astype(np.float64))
 
 
-def pick_judge(analyser: FaceAnalyser, log: Callable[[str], None] = lambda _: None) -> Judge:
-    """dlib where it is installed, else the conditioning recogniser, and then says so.
+def pick_judge(analyzer: FaceAnalyzer, log: Callable[[str], None] = lambda _: None) -> Judge:
+    """dlib where it is installed, else the conditioning recognizer, and then says so.
 
     Args:
-        analyser: the face models of the stack.
+        analyzer: the face models of the stack.
         log: takes one line of notice.
     """
     try:
         return DlibJudge()
     except ImportError:
         log(
-            "likeness is judged by the recogniser that conditions the picture, which favours copies; "
+            "likeness is judged by the recognizer that conditions the picture, which favours copies; "
             "for an independent judge: pip install 'fastface-cli[dlib]'"
         )
-        return ConditioningJudge(analyser)
+        return ConditioningJudge(analyzer)
 
 
 PromptScorer = Callable[[str, "Image.Image"], float]
@@ -274,7 +274,7 @@ def _cosine(
 class Scorer:
     """Measures candidates: the face against the person, the picture against its prompt."""
 
-    analyser: FaceAnalyser
+    analyzer: FaceAnalyzer
     judge: Judge
     prompt: PromptScorer | None
 
@@ -288,7 +288,7 @@ class Scorer:
 
         told = self.prompt(prompt, picture) if self.prompt else None
         pixels = bgr(picture)
-        faces = find_faces(pixels, self.analyser)
+        faces = find_faces(pixels, self.analyzer)
         if not faces:
             return Score(seed, None, told)
         key = identity.digest()

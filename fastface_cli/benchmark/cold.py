@@ -19,15 +19,15 @@ def main() -> None:
 
     from .machine import device_peak, process_peak
     from .run import one_round
-    from .sides import Side, Source, analyser, build
-    from .timing import synchronise
+    from .sides import Side, Source, analyzer, build
+    from .timing import synchronize
 
     imported = since()
     side, source = Side.from_json(asked["side"]), Source(**asked["source"])
     engine = build(side, source)
     photo = Path(asked["photo"]) if asked["photo"] else None
-    faces = analyser(side, source) if photo else None
-    synchronise(engine.device)
+    faces = analyzer(side, source) if photo else None
+    synchronize(engine.device)
     built, loading = since(), device_peak(engine.device, reset=True)
     one_round(engine, 0, asked["batch"], photo, faces)
     found = {

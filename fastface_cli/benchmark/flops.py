@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from .timing import synchronise
+from .timing import synchronize
 
 Config = Mapping[str, Any]
 
@@ -156,9 +156,9 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> tuple[float, int]:
     seconds: list[float] = []
     # The first products warm up; a CPU without half precision is so slow at it that a few must do.
     while len(seconds) < 5 or (len(seconds) < 13 and sum(seconds) < 1):
-        synchronise(device)
+        synchronize(device)
         began = time.perf_counter()
         a @ b
-        synchronise(device)
+        synchronize(device)
         seconds.append(time.perf_counter() - began)
     return 2 * side**3 / statistics.median(seconds[3:]), side

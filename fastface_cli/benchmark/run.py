@@ -20,11 +20,11 @@ from ..errors import FastFaceError
 from ..identity.identity import Identity, make_identity
 from ..output.images import encode_png
 from . import flops, machine
-from .sides import WEIGHTS, Engine, Side, Source, analyser, build
-from .timing import Stopwatch, interleaved, ratio_of_medians, spread, synchronise
+from .sides import WEIGHTS, Engine, Side, Source, analyzer, build
+from .timing import Stopwatch, interleaved, ratio_of_medians, spread, synchronize
 
 if TYPE_CHECKING:
-    from ..identity.analyzer import FaceAnalyser
+    from ..identity.analyzer import FaceAnalyzer
 
 VERSION = 1
 """Of the report's form."""
@@ -106,7 +106,7 @@ def requests_of(number: int, batch: int, identity: Identity, negative: str | Non
 
 
 def one_round(
-    engine: Engine, number: int, batch: int, photo: Path | None, faces: FaceAnalyser | None
+    engine: Engine, number: int, batch: int, photo: Path | None, faces: FaceAnalyzer | None
 ) -> Round:
     """Make one batch of pictures and take its times.
 
@@ -116,7 +116,7 @@ def one_round(
     watch = Stopwatch(engine.device)
     engine.watch = watch
     identity = None if faces else synthetic_person()
-    synchronise(engine.device)
+    synchronize(engine.device)
     began = time.perf_counter()
     if identity is None:
         assert faces is not None
@@ -175,12 +175,12 @@ def measure(plan: Plan, say: Callable[[str], None] = lambda _: None) -> dict[str
     """
     cold = [cold_start(side, plan) if plan.cold else None for side in plan.sides]
     measured: list[Measured] = []
-    faces = analyser(plan.sides[0], plan.source) if plan.photo else None
+    faces = analyzer(plan.sides[0], plan.source) if plan.photo else None
     for side, started in zip(plan.sides, cold, strict=True):
         say(f"{side.label}: building")
         began = time.perf_counter()
         engine = sharing(side, measured) or build(side, plan.source)
-        synchronise(engine.device)
+        synchronize(engine.device)
         found = Measured(side, engine, build_seconds=time.perf_counter() - began, cold=started)
         found.first = one_round(engine, 0, plan.batch, plan.photo, faces)
         for number in range(WARM_UP):

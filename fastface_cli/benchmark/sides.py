@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..app.pipeline import Picture, Request, Watch
-    from ..identity.analyzer import FaceAnalyser
+    from ..identity.analyzer import FaceAnalyzer
     from ..models.offload import LevelName
 
 EngineName = Literal["ours", "reference"]
@@ -131,13 +131,13 @@ def build(side: Side, source: Source) -> Engine:
     )
 
 
-def analyser(side: Side, source: Source) -> FaceAnalyser:
+def analyzer(side: Side, source: Source) -> FaceAnalyzer:
     """The face models of a side's recipe.
 
     Raises:
         ModelUnavailableError: they cannot be had or loaded.
     """
-    found: FaceAnalyser = _face(side, source).analyser
+    found: FaceAnalyzer = _face(side, source).analyzer
     return found
 
 

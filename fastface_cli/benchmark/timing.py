@@ -49,12 +49,12 @@ class Stopwatch:
             event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             event.record(torch.cuda.current_stream(self.device))
             return event
-        synchronise(self.device)
+        synchronize(self.device)
         return time.perf_counter()
 
     def read(self) -> list[tuple[str, float]]:
         """Stage and milliseconds in the order they ended; waits for the device and begins anew."""
-        synchronise(self.device)
+        synchronize(self.device)
         spans, self._spans = self._spans, []
         return [
             (stage, 1000 * (end - began) if isinstance(end, float) else began.elapsed_time(end))
@@ -62,7 +62,7 @@ class Stopwatch:
         ]
 
 
-def synchronise(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     """Wait until a device has done all it was told."""
     import torch
 
@@ -93,7 +93,7 @@ def spread(values: Sequence[float]) -> Spread:
         ValueError: there are none.
     """
     if not values:
-        raise ValueError("there is nothing to summarise")
+        raise ValueError("there is nothing to summarize")
     p50, p90, p99 = (float(x) for x in np.percentile(np.asarray(values, np.float64), (50, 90, 99)))
     return Spread(p50, p90, p99, len(values))
 

@@ -42,12 +42,12 @@ def list_(
                 "bytes": total,
                 "artefacts": [
                     {
-                        "name": entry.artefact.name,
+                        "name": entry.artifact.name,
                         "files": entry.files,
                         "bytes": entry.bytes,
                         "partial_bytes": entry.partial_bytes,
                         "complete": entry.complete,
-                        "path": str(store.path(entry.artefact)),
+                        "path": str(store.path(entry.artifact)),
                     }
                     for entry in entries
                 ],
@@ -75,7 +75,7 @@ def list_(
             ["model", "files", "size", "state"],
             [
                 [
-                    entry.artefact.name,
+                    entry.artifact.name,
                     str(entry.files),
                     human_bytes(entry.bytes + entry.partial_bytes),
                     "complete" if entry.complete else "incomplete",
@@ -122,11 +122,11 @@ def remove(
 
     settings = load_settings()
     store, people = Store(settings), Remembered(settings.home)
-    entries = {entry.artefact.name: entry.artefact for entry in store.entries()}
+    entries = {entry.artifact.name: entry.artifact for entry in store.entries()}
     fused = {one.name: one for one in store.fused.entries()}
     if everything == bool(names):
         raise UsageError("name the models to remove, or give --all", "`fastface cache list` shows them")
-    artefacts, keys = list(entries.values()), fused
+    artifacts, keys = list(entries.values()), fused
     forget = everything or IDENTITIES in (names or [])
     if names:
         names = [name for name in names if name != IDENTITIES]
@@ -139,13 +139,13 @@ def remove(
                     f"there is no downloaded model called '{name}'",
                     f"did you mean '{near}'?" if near else "`fastface cache list` shows them",
                 )
-        artefacts = [entries.get(name) or resolve(name) for name in names]
+        artifacts = [entries.get(name) or resolve(name) for name in names]
     if not yes:
         if json or sys.stdin is None or not sys.stdin.isatty():
             raise UsageError("removing models needs --yes where nobody can be asked")
-        told = [*(artefact.name for artefact in artefacts), *keys, *([IDENTITIES] if forget else [])]
+        told = [*(artifact.name for artifact in artifacts), *keys, *([IDENTITIES] if forget else [])]
         typer.confirm(f"Remove {', '.join(told)}?", abort=True, err=True)
-    freed = {artefact.name: store.remove(artefact) for artefact in artefacts}
+    freed = {artifact.name: store.remove(artifact) for artifact in artifacts}
     freed |= {name: store.fused.remove(one.key) for name, one in keys.items()}
     if forget:
         freed[IDENTITIES] = people.clear()

@@ -32,7 +32,7 @@ def complete_cached(incomplete: str) -> list[str]:
     fused = [one.name for one in store.fused.entries()]
     people = Remembered(settings.home)
     kept = [*fused, *([IDENTITIES] if people.files() else [])]
-    return _starting(incomplete, [entry.artefact.name for entry in store.entries()] + kept)
+    return _starting(incomplete, [entry.artifact.name for entry in store.entries()] + kept)
 
 
 def complete_field(incomplete: str) -> list[str]:

@@ -11,7 +11,7 @@ from ..errors import ModelUnavailableError, RecipeError, UsageError, nearest
 from .completion import complete_model
 
 if TYPE_CHECKING:
-    from ..store import Artefact, FileStatus, Store
+    from ..store import Artifact, FileStatus, Store
 
 DATASET = "diversefaces"
 """The one name that is no model."""
@@ -56,13 +56,13 @@ def download(
         _fetch_dataset(store, json=json)
         return
     chosen = names or ([] if verify else [settings.recipe])
-    artefacts = _artefacts(chosen, steps)
+    artifacts = _artifacts(chosen, steps)
     if verify:
-        _verify(store, artefacts or [entry.artefact for entry in store.entries()], json=json)
+        _verify(store, artifacts or [entry.artifact for entry in store.entries()], json=json)
     elif dry_run:
-        _show(store, artefacts, json=json)
+        _show(store, artifacts, json=json)
     else:
-        _fetch(store, artefacts, json=json)
+        _fetch(store, artifacts, json=json)
 
 
 def _fetch_dataset(store: Store, *, json: bool) -> None:
@@ -79,12 +79,12 @@ def _fetch_dataset(store: Store, *, json: bool) -> None:
     console.line(f"{DATASET}: {path}, {counts['identities']} identities, {counts['prompts']} prompts")
 
 
-def _artefacts(names: list[str], steps: int | None) -> list[Artefact]:
+def _artifacts(names: list[str], steps: int | None) -> list[Artifact]:
     """What recipes and models mean together, each once."""
     from ..recipe.files import load_recipe, recipe_names
     from ..store import load_manifest, resolve
 
-    found: dict[str, Artefact] = {}
+    found: dict[str, Artifact] = {}
     for name in names:
         if name in load_manifest() or name.startswith("hub:"):
             found.setdefault(name, resolve(name))
@@ -101,13 +101,13 @@ def _artefacts(names: list[str], steps: int | None) -> list[Artefact]:
                 f"there is no recipe and no model called '{name}'", f"did you mean '{near}'?"
             ) from error
         for reference in resolved.recipe.references().values():
-            artefact = resolve(reference)
-            found.setdefault(artefact.name, artefact)
+            artifact = resolve(reference)
+            found.setdefault(artifact.name, artifact)
     return list(found.values())
 
 
-def _fetch(store: Store, artefacts: list[Artefact], *, json: bool) -> None:
-    paths = store.ensure(artefacts)
+def _fetch(store: Store, artifacts: list[Artifact], *, json: bool) -> None:
+    paths = store.ensure(artifacts)
     if json:
         console.print_json(
             {"ok": True, "artefacts": [{"name": name, "path": str(path)} for name, path in paths.items()]}
@@ -117,12 +117,12 @@ def _fetch(store: Store, artefacts: list[Artefact], *, json: bool) -> None:
         console.line(f"{name}: {path}")
 
 
-def _show(store: Store, artefacts: list[Artefact], *, json: bool) -> None:
+def _show(store: Store, artifacts: list[Artifact], *, json: bool) -> None:
     from ..store import human_bytes
 
-    states = {artefact.name: store.status(artefact) for artefact in artefacts}
-    missing = {one.artefact.name: one.bytes for one in store.missing(artefacts)}
-    total = sum(_size(artefact, states[artefact.name]) for artefact in artefacts)
+    states = {artifact.name: store.status(artifact) for artifact in artifacts}
+    missing = {one.artifact.name: one.bytes for one in store.missing(artifacts)}
+    total = sum(_size(artifact, states[artifact.name]) for artifact in artifacts)
     if json:
         console.print_json(
             {
@@ -132,54 +132,54 @@ def _show(store: Store, artefacts: list[Artefact], *, json: bool) -> None:
                 "missing_bytes": sum(missing.values()),
                 "artefacts": [
                     {
-                        "name": artefact.name,
-                        "kind": artefact.kind,
-                        "bytes": _size(artefact, states[artefact.name]),
-                        "missing_bytes": missing.get(artefact.name, 0),
-                        "licence": artefact.licence,
-                        "licence_link": artefact.licence_link,
-                        "commercial": artefact.commercial,
-                        "commercial_note": artefact.commercial_note,
-                        "path": str(store.path(artefact)),
-                        "files": [_as_json(file) for file in states[artefact.name]],
+                        "name": artifact.name,
+                        "kind": artifact.kind,
+                        "bytes": _size(artifact, states[artifact.name]),
+                        "missing_bytes": missing.get(artifact.name, 0),
+                        "licence": artifact.license,
+                        "license_link": artifact.license_link,
+                        "commercial": artifact.commercial,
+                        "commercial_note": artifact.commercial_note,
+                        "path": str(store.path(artifact)),
+                        "files": [_as_json(file) for file in states[artifact.name]],
                     }
-                    for artefact in artefacts
+                    for artifact in artifacts
                 ],
             }
         )
         return
     rows = [
         [
-            artefact.name,
-            _counts(states[artefact.name]),
-            human_bytes(_size(artefact, states[artefact.name])),
-            human_bytes(missing[artefact.name]) if missing.get(artefact.name) else "",
-            artefact.licence,
-            artefact.commercial,
+            artifact.name,
+            _counts(states[artifact.name]),
+            human_bytes(_size(artifact, states[artifact.name])),
+            human_bytes(missing[artifact.name]) if missing.get(artifact.name) else "",
+            artifact.license,
+            artifact.commercial,
         ]
-        for artefact in artefacts
+        for artifact in artifacts
     ]
-    console.print_table("", ["model", "files here", "size", "to fetch", "licence", "commercial use"], rows)
+    console.print_table("", ["model", "files here", "size", "to fetch", "license", "commercial use"], rows)
     to_fetch = sum(missing.values())
     console.line(
         f"{human_bytes(total)} in all, "
         + (f"{human_bytes(to_fetch)} to fetch" if missing else "everything is here")
         + f"; kept in {store.settings.hub_folder}"
     )
-    for artefact in artefacts:
-        if artefact.commercial != "yes" and artefact.commercial_note:
-            console.line(f"{artefact.name}: {artefact.commercial_note} ({artefact.licence_link})")
+    for artifact in artifacts:
+        if artifact.commercial != "yes" and artifact.commercial_note:
+            console.line(f"{artifact.name}: {artifact.commercial_note} ({artifact.license_link})")
 
 
-def _verify(store: Store, artefacts: list[Artefact], *, json: bool) -> None:
-    rows = [(artefact, file) for artefact in artefacts for file in store.verify(artefact)]
+def _verify(store: Store, artifacts: list[Artifact], *, json: bool) -> None:
+    rows = [(artifact, file) for artifact in artifacts for file in store.verify(artifact)]
     bad = [file for _, file in rows if file.state == "bad"]
-    report = [{"name": artefact.name, **_as_json(file)} for artefact, file in rows]
+    report = [{"name": artifact.name, **_as_json(file)} for artifact, file in rows]
     if not json:
         console.print_table(
             "",
             ["model", "file", "state"],
-            [[artefact.name, file.path, file.state] for artefact, file in rows],
+            [[artifact.name, file.path, file.state] for artifact, file in rows],
         )
     if bad:
         error = ModelUnavailableError(
@@ -191,8 +191,8 @@ def _verify(store: Store, artefacts: list[Artefact], *, json: bool) -> None:
         console.print_json({"ok": True, "files": report})
 
 
-def _size(artefact: Artefact, files: list[FileStatus]) -> int:
-    return artefact.bytes or sum(file.bytes for file in files)
+def _size(artifact: Artifact, files: list[FileStatus]) -> int:
+    return artifact.bytes or sum(file.bytes for file in files)
 
 
 def _counts(files: list[FileStatus]) -> str:

@@ -95,7 +95,7 @@ def evaluate(
     dtype: DtypeOption = None,
     offline: OfflineOption = False,
     commercial: Annotated[
-        bool, typer.Option("--commercial", help="Refuse models whose licence forbids commercial use.")
+        bool, typer.Option("--commercial", help="Refuse models whose license forbids commercial use.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -145,7 +145,7 @@ def evaluate(
     )
     names = _metrics(metrics, plan.recipes, rules)
     if commercial:
-        _check_licences(plan.recipes, names)
+        _check_licenses(plan.recipes, names)
     setup.check_machine(plan.recipes, machine)
     scoring = setup.scoring(names, plan.recipes, machine, rules, settings)
     info = setup.describe(plan, machine, rules=rules, split=split, metrics=names)
@@ -418,19 +418,19 @@ def _metrics(given: str | None, recipes: Mapping[str, Recipe], rules: Rules) -> 
     return [] if names == ["none"] else names
 
 
-def _check_licences(recipes: Mapping[str, Recipe], metrics: Sequence[str]) -> None:
+def _check_licenses(recipes: Mapping[str, Recipe], metrics: Sequence[str]) -> None:
     """Refuse recipes and metrics whose models forbid commercial use.
 
     Raises:
-        LicenceError: names them.
+        LicenseError: names them.
     """
-    from ..app.api import artefacts_of, check_commercial
+    from ..app.api import artifacts_of, check_commercial
     from ..evaluation.metrics.base import registry
     from ..store.manifest import resolve
 
-    parts = [part for recipe in recipes.values() for part in artefacts_of(recipe).values()]
+    parts = [part for recipe in recipes.values() for part in artifacts_of(recipe).values()]
     known = registry()
-    parts += [resolve(need) for name in metrics if name in known for need in known[name]().needs.artefacts]
+    parts += [resolve(need) for name in metrics if name in known for need in known[name]().needs.artifacts]
     check_commercial(parts, "this run", console.note)
 
 

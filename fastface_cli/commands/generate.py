@@ -186,7 +186,7 @@ def generate(
     ] = False,
     offline: Annotated[bool, typer.Option("--offline", help="Fetch nothing.")] = False,
     commercial: Annotated[
-        bool, typer.Option("--commercial", help="Refuse models whose licence forbids commercial use.")
+        bool, typer.Option("--commercial", help="Refuse models whose license forbids commercial use.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
     verbose: Annotated[
@@ -336,9 +336,9 @@ def prepare(options: Options, default_recipe: str) -> Work:
 
     Raises:
         UsageError: something is missing, contradictory or in the way.
-        LicenceError: --commercial, and a licence that forbids it.
+        LicenseError: --commercial, and a license that forbids it.
     """
-    from ..app.api import artefacts_of, check_commercial, random_seed
+    from ..app.api import artifacts_of, check_commercial, random_seed
     from ..app.jobs import prompts_file
     from ..files import check_target
     from ..output.images import plan_paths
@@ -346,7 +346,7 @@ def prepare(options: Options, default_recipe: str) -> Work:
     provenance = _replayed(options)
     recipe = _recipe(options, provenance, default_recipe)
     if options.commercial:
-        check_commercial(artefacts_of(recipe).values(), f"recipe '{recipe.name}'", console.note)
+        check_commercial(artifacts_of(recipe).values(), f"recipe '{recipe.name}'", console.note)
     prompts = [_text(prompt) for prompt in options.prompts]
     if options.prompts_file is not None:
         prompts += prompts_file(options.prompts_file)

@@ -1,4 +1,4 @@
-"""`fastface licenses`: what the licences of a recipe's model parts allow."""
+"""`fastface licenses`: what the licenses of a recipe's model parts allow."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ def licenses(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Show each model part of a recipe, its licence, and whether it may be used commercially.
+    """Show each model part of a recipe, its license, and whether it may be used commercially.
 
     Example: fastface licenses --recipe hyper-fastface
     """
-    from ..app.api import artefacts_of
+    from ..app.api import artifacts_of
     from ..recipe.files import load_recipe
     from ..settings import load_settings
 
     flags = {} if steps is None else {"sampling.steps": (steps, "--steps")}
     found = load_recipe(recipe or load_settings().recipe, flags=flags).recipe
-    parts = artefacts_of(found)
+    parts = artifacts_of(found)
     uses = {part.commercial for part in parts.values()}
     whole = "no" if "no" in uses else "unclear" if "unclear" in uses else "yes"
     if as_json:
@@ -40,8 +40,8 @@ def licenses(
                     {
                         "role": role,
                         "name": part.name,
-                        "licence": part.licence,
-                        "licence_link": part.licence_link,
+                        "licence": part.license,
+                        "license_link": part.license_link,
                         "commercial": part.commercial,
                         "commercial_note": part.commercial_note,
                     }
@@ -53,13 +53,13 @@ def licenses(
         return
     console.print_table(
         "",
-        ["part", "model", "licence", "commercial use"],
+        ["part", "model", "license", "commercial use"],
         [
-            [role, part.name, part.licence, f"{part.commercial}: {note}" if note else part.commercial]
+            [role, part.name, part.license, f"{part.commercial}: {note}" if note else part.commercial]
             for role, part in parts.items()
             for note in (part.commercial_note,)
         ],
     )
-    for link in dict.fromkeys(part.licence_link for part in parts.values() if part.licence_link):
+    for link in dict.fromkeys(part.license_link for part in parts.values() if part.license_link):
         console.line(link)
     console.line(f"commercial use of {found.name} as a whole: {whole}")

@@ -21,14 +21,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ..app.api import artefacts_of, check_device, is_full_size
+from ..app.api import artifacts_of, check_device, is_full_size
 from ..errors import DeviceError, FastFaceError, ModelUnavailableError
 from ..recipe.files import load_recipe, recipe_names
 from ..recipe.schema import Recipe
 from ..settings import Settings
 from ..store import Store, human_bytes
 from ..store.layout import MARGIN
-from ..store.manifest import Artefact
+from ..store.manifest import Artifact
 from ..store.transfer import announce, endpoint
 from . import packages as runtimes
 from .machine import Machine, first_line, reinstall, served, torch_for, why_no_gpu
@@ -76,18 +76,18 @@ def examine(
         offline: leave the network alone; None asks HF_HUB_OFFLINE.
     """
     store = Store(settings, offline=offline)
-    artefacts = list({one.name: one for one in artefacts_of(recipe).values()}.values())
-    to_fetch = sum(one.bytes for one in store.missing(artefacts))
+    artifacts = list({one.name: one for one in artifacts_of(recipe).values()}.values())
+    to_fetch = sum(one.bytes for one in store.missing(artifacts))
     return [
         check_python(),
         check_torch(machine),
         check_gpu(machine, recipe, settings.device),
         *check_memory(machine, recipe),
-        *check_faces(machine, store, artefacts_of(recipe)["face"], named),
+        *check_faces(machine, store, artifacts_of(recipe)["face"], named),
         check_cache(settings, to_fetch),
         check_room(settings, to_fetch),
-        *check_models(store, named, artefacts),
-        check_network(store, artefacts, to_fetch),
+        *check_models(store, named, artifacts),
+        check_network(store, artifacts, to_fetch),
         check_terminal(),
     ]
 
@@ -179,7 +179,7 @@ def _fitting(total: int) -> str:
     )
 
 
-def check_faces(machine: Machine, store: Store, artefact: Artefact, named: str) -> Iterator[Finding]:
+def check_faces(machine: Machine, store: Store, artifact: Artifact, named: str) -> Iterator[Finding]:
     """The face libraries load, and a session on real models runs where it should."""
     failed = _import_cv()
     if failed is not None:
@@ -189,8 +189,8 @@ def check_faces(machine: Machine, store: Store, artefact: Artefact, named: str) 
     if not claimed:
         yield Finding("ONNX Runtime", "failure", "no ONNX Runtime is installed", FIX)
         return
-    pack = store.path(artefact)
-    if artefact.local is None and store.missing([artefact]):
+    pack = store.path(artifact)
+    if artifact.local is None and store.missing([artifact]):
         from ..store.manifest import load_manifest
 
         pack = store.path(load_manifest()["pocket-face"])
@@ -215,16 +215,16 @@ def _session(machine: Machine, pack: Path, claimed: Mapping[str, str], named: st
 
     wants = "cuda" if machine.gpus else "cpu"
     try:
-        analyser = load_face_models(pack, device=wants)
+        analyzer = load_face_models(pack, device=wants)
     except ModelUnavailableError as error:
         yield Finding("Face models", "failure", error.message, _download(named), ModelUnavailableError)
         return
     packages = " and ".join(f"{name} {version}" for name, version in claimed.items())
     swap = runtimes.onnx_swap(
-        machine.cuda_in_use, works=analyser.provider.startswith("CUDA") if machine.gpus else None
+        machine.cuda_in_use, works=analyzer.provider.startswith("CUDA") if machine.gpus else None
     )
     told = (
-        f"{packages}: a session on {pack.name} runs on {analyser.provider.removesuffix('ExecutionProvider')}"
+        f"{packages}: a session on {pack.name} runs on {analyzer.provider.removesuffix('ExecutionProvider')}"
     )
     if swap is None:
         yield Finding("ONNX Runtime", "ok", told)
@@ -281,34 +281,34 @@ def _nearest(folder: Path) -> Path:
     return folder
 
 
-def check_models(store: Store, named: str, artefacts: Sequence[Artefact]) -> Iterator[Finding]:
+def check_models(store: Store, named: str, artifacts: Sequence[Artifact]) -> Iterator[Finding]:
     """Which models are here, whole and verified."""
-    broken = [told for one in artefacts for told in _broken(store, one)]
+    broken = [told for one in artifacts for told in _broken(store, one)]
     for told in broken:
         yield Finding("Models", "failure", told, _download(named), ModelUnavailableError)
-    gone = [one for one in artefacts if one.local is not None and not one.local.exists()]
+    gone = [one for one in artifacts if one.local is not None and not one.local.exists()]
     for one in gone:
         mend = reinstall("fastface-cli") if one.packaged else f"fastface recipes show {named} --resolved"
         yield Finding("Models", "failure", f"{one.local} does not exist", mend, ModelUnavailableError)
-    missing = [one for one in store.missing(artefacts) if one.artefact.local is None]
-    unsure = [one.name for one in artefacts if any(file.state == "unverified" for file in store.status(one))]
+    missing = [one for one in store.missing(artifacts) if one.artifact.local is None]
+    unsure = [one.name for one in artifacts if any(file.state == "unverified" for file in store.status(one))]
     if missing:
-        names = ", ".join(one.artefact.name for one in missing)
+        names = ", ".join(one.artifact.name for one in missing)
         size = human_bytes(sum(one.bytes for one in missing))
-        here = len(artefacts) - len(missing) - len(gone)
+        here = len(artifacts) - len(missing) - len(gone)
         yield Finding(
             "Models",
             "failure" if store.offline else "warning",
-            f"{here} of {len(artefacts)} here; {size} to fetch: {names}"
+            f"{here} of {len(artifacts)} here; {size} to fetch: {names}"
             + ("; and the network is off" if store.offline else ""),
             f"{ONLINE if store.offline else ''}{_download(named)}",
             ModelUnavailableError,
         )
     elif unsure and not broken:
-        told = f"all {len(artefacts)} here, not yet verified: {', '.join(unsure)}"
+        told = f"all {len(artifacts)} here, not yet verified: {', '.join(unsure)}"
         yield Finding("Models", "warning", told, f"{_download(named)} --verify")
     elif not broken and not gone:
-        yield Finding("Models", "ok", f"all {len(artefacts)} here and whole")
+        yield Finding("Models", "ok", f"all {len(artifacts)} here and whole")
 
 
 ONLINE = "env -u HF_HUB_OFFLINE -u TRANSFORMERS_OFFLINE "
@@ -318,19 +318,19 @@ def _download(named: str) -> str:
     return f"fastface download {shlex.quote(named)}"
 
 
-def _broken(store: Store, artefact: Artefact) -> Iterator[str]:
-    """What is wrong with an artefact's files: bytes seen to be wrong, another size, a torn safetensors."""
-    sizes = {file.path: file.bytes for file in artefact.files}
-    for status in store.status(artefact):
+def _broken(store: Store, artifact: Artifact) -> Iterator[str]:
+    """What is wrong with an artifact's files: bytes seen to be wrong, another size, a torn safetensors."""
+    sizes = {file.path: file.bytes for file in artifact.files}
+    for status in store.status(artifact):
         if status.state in ("missing", "partial"):
             continue
         expected = sizes.get(status.path)
         if status.state == "bad":
-            yield f"{artefact.name}: {status.path} has wrong bytes"
+            yield f"{artifact.name}: {status.path} has wrong bytes"
         elif expected is not None and status.here != expected:
-            yield f"{artefact.name}: {status.path} has {status.here:,} bytes instead of {expected:,}"
-    if artefact.local is not None:  # no size and no hash is known of it
-        yield from (f"{path} is torn: its header tells of another length" for path in _torn(artefact.local))
+            yield f"{artifact.name}: {status.path} has {status.here:,} bytes instead of {expected:,}"
+    if artifact.local is not None:  # no size and no hash is known of it
+        yield from (f"{path} is torn: its header tells of another length" for path in _torn(artifact.local))
 
 
 def _torn(place: Path) -> Iterator[Path]:
@@ -351,15 +351,15 @@ def _torn(place: Path) -> Iterator[Path]:
             yield file
 
 
-def check_network(store: Store, artefacts: Sequence[Artefact], to_fetch: int) -> Finding:
+def check_network(store: Store, artifacts: Sequence[Artifact], to_fetch: int) -> Finding:
     """Whether the Hub answers as a download would ask it."""
     where = endpoint()
     if store.offline:
         return Finding("Network", "ok", f"not tried: the network is off; {where} is where models come from")
-    known = [*artefacts, *store.known.values()]
-    artefact, file = next((one, file) for one in known if one.repo for file in one.files)
+    known = [*artifacts, *store.known.values()]
+    artifact, file = next((one, file) for one in known if one.repo for file in one.files)
     try:
-        announce(artefact, file)
+        announce(artifact, file)
     except ModelUnavailableError as error:
         level: Level = "failure" if to_fetch else "warning"
         refused = re.search(r"HTTP 40[13]", error.message)
@@ -373,7 +373,7 @@ def check_network(store: Store, artefacts: Sequence[Artefact], to_fetch: int) ->
 def check_terminal() -> Finding:
     """Whether what is printed can be read."""
     encoding = (getattr(sys.stdout, "encoding", None) or "none").lower()
-    kind = "a terminal" if sys.stdout.isatty() else "not a terminal: no colours, no progress"
+    kind = "a terminal" if sys.stdout.isatty() else "not a terminal: no colors, no progress"
     if encoding.replace("-", "") != "utf8":
         told = f"{kind}, {encoding}: some letters will be replaced"
         return Finding("Terminal", "warning", told, "export PYTHONUTF8=1")

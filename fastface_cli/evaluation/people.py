@@ -16,7 +16,7 @@ from .stress import degrade
 if TYPE_CHECKING:
     from PIL import Image
 
-    from ..identity.analyzer import FaceAnalyser
+    from ..identity.analyzer import FaceAnalyzer
     from ..identity.identity import Identity
 
 SHOWN = (".png", ".jpg", ".jpeg", ".webp")
@@ -49,16 +49,16 @@ class People:
 
     Args:
         run: the run's folder.
-        analysers: what sees faces, by the recipe's face reference.
+        analyzers: what sees faces, by the recipe's face reference.
         log: takes remarks about photos.
     """
 
     def __init__(
-        self, run: Path, analysers: Mapping[str, Callable[[], FaceAnalyser]], log: Callable[[str], None]
+        self, run: Path, analyzers: Mapping[str, Callable[[], FaceAnalyzer]], log: Callable[[str], None]
     ) -> None:
         self._run = run
-        self._makers = analysers
-        self._analysers: dict[str, FaceAnalyser] = {}
+        self._makers = analyzers
+        self._analyzers: dict[str, FaceAnalyzer] = {}
         self._log = log
         self._last: tuple[tuple[str, str | None, str], Identity] | None = None
         self._refused: dict[tuple[str, str | None, str], tuple[type[FastFaceError], str, str | None]] = {}
@@ -123,32 +123,32 @@ class People:
         file = self._run / "identities" / _folder(face) / f"{name}.safetensors"
         if file.is_file():
             return Identity.load(file)
-        analyser = self._analyser(face)
+        analyzer = self._analyzer(face)
         photos: list[Path] | list[Image.Image] = list(subject.photos)
         if stress is not None:
-            photos = self._degraded(subject, stress, analyser)
-        found = make_identity(photos, analyser, log=lambda remark: self._log(f"{subject.name}: {remark}"))
+            photos = self._degraded(subject, stress, analyzer)
+        found = make_identity(photos, analyzer, log=lambda remark: self._log(f"{subject.name}: {remark}"))
         found.save(file, force=True)
         return found
 
-    def _degraded(self, subject: Subject, stress: str, analyser: FaceAnalyser) -> list[Image.Image]:
+    def _degraded(self, subject: Subject, stress: str, analyzer: FaceAnalyzer) -> list[Image.Image]:
         from ..identity.photos import read_photo
         from ..identity.search import bgr, find_faces
 
         found = []
         for index, photo in enumerate(subject.photos):
             image = read_photo(photo)
-            faces = find_faces(bgr(image), analyser)
+            faces = find_faces(bgr(image), analyzer)
             if not faces:
                 raise NoFaceError(f"no face found in {photo} before it was degraded", "use another photo")
             found.append(degrade(image, stress, f"{subject.name}/{index}", faces[0].box))
         write_atomically(self._run / degraded_path(subject, stress), encode_png(found[0]), force=True)
         return found
 
-    def _analyser(self, face: str) -> FaceAnalyser:
-        if face not in self._analysers:
-            self._analysers[face] = self._makers[face]()
-        return self._analysers[face]
+    def _analyzer(self, face: str) -> FaceAnalyzer:
+        if face not in self._analyzers:
+            self._analyzers[face] = self._makers[face]()
+        return self._analyzers[face]
 
 
 def _folder(face: str) -> str:

@@ -1,4 +1,4 @@
-"""Plots of a run as SVG that lives inside a page and follows its colours."""
+"""Plots of a run as SVG that lives inside a page and follows its colors."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 INK, FAINT = "#010203", "#040506"
-"""Stand for the page's text and line colours until the plot is written."""
+"""Stand for the page's text and line colors until the plot is written."""
 MARKERS = "osD^vPX*h"
-"""One fewer than colours, so that ninety recipes differ in one or the other."""
-COLOURS = 10
-"""How many `--series-N` colours the page has."""
+"""One fewer than colors, so that ninety recipes differ in one or the other."""
+COLORS = 10
+"""How many `--series-N` colors the page has."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,11 @@ def scatter(points: Sequence[Point], x_title: str, y_title: str) -> str:
     """Recipes on two measures with their 95% intervals.
 
     Args:
-        points: in the order of the page's series colours.
+        points: in the order of the page's series colors.
         x_title, y_title: of the axes, with the way that is better.
 
     Returns:
-        One `<svg>` element. Names are text (escaped); colours are the page's `--series-N`, `--faint` and
+        One `<svg>` element. Names are text (escaped); colors are the page's `--series-N`, `--faint` and
         `currentColor`, so that the plot follows dark mode and print.
     """
     import matplotlib as mpl
@@ -65,20 +65,18 @@ def scatter(points: Sequence[Point], x_title: str, y_title: str) -> str:
         for number, point in enumerate(points):
             if not point.known:
                 continue
-            colour, marker = _stand_in(number), MARKERS[number % len(MARKERS)]
+            color, marker = _stand_in(number), MARKERS[number % len(MARKERS)]
             axes.errorbar(
                 point.x[0],
                 point.y[0],
                 xerr=_arms(point.x),
                 yerr=_arms(point.y),
                 fmt="none",
-                ecolor=colour,
+                ecolor=color,
                 elinewidth=1.2,
                 capsize=3,
             )
-            axes.plot(
-                *point.x[:1], *point.y[:1], marker, color=colour, markersize=8, label=_label(point.name)
-            )
+            axes.plot(*point.x[:1], *point.y[:1], marker, color=color, markersize=8, label=_label(point.name))
         axes.set_xlabel(x_title)
         axes.set_ylabel(y_title)
         axes.grid(color=FAINT, linewidth=0.5, alpha=0.5)
@@ -104,26 +102,26 @@ def _label(name: str) -> str:
 
 
 def _stand_in(number: int) -> str:
-    return f"#0a0b{number % COLOURS:02x}"
+    return f"#0a0b{number % COLORS:02x}"
 
 
 def _for_page(svg: str, title: str) -> str:
-    """Only the element, the page's colours in place of the stand-ins, and its own width."""
+    """Only the element, the page's colors in place of the stand-ins, and its own width."""
     from markupsafe import escape
 
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<style[^>]*>.*?</style>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'<g id="[^"]*">', "<g>", svg)  # nothing refers to them, and two plots would share them
-    svg = re.sub(r"\b(fill|stroke): (#\w{6})", lambda found: f"{found[1]}: {_page_colour(found[2])}", svg)
+    svg = re.sub(r"\b(fill|stroke): (#\w{6})", lambda found: f"{found[1]}: {_page_color(found[2])}", svg)
     start = f'<svg role="img" aria-label="{escape(title)}"'
     return re.sub(r'<svg((?:\s+[\w:]+="[^"]*")*)', lambda found: start + _kept(found[1]), svg, count=1)
 
 
-def _page_colour(colour: str) -> str:
+def _page_color(color: str) -> str:
     named = {INK: "currentColor", FAINT: "var(--faint)"}
-    series = {_stand_in(number): f"var(--series-{number})" for number in range(COLOURS)}
-    return {**named, **series}.get(colour, colour)
+    series = {_stand_in(number): f"var(--series-{number})" for number in range(COLORS)}
+    return {**named, **series}.get(color, color)
 
 
 def _kept(attributes: str) -> str:

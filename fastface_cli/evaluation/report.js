@@ -2,7 +2,7 @@
 // Breakdowns, gallery and viewer of a run's page. All text comes from a data set: it only ever becomes text.
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
-  const COLOURS = 10; // as many as the page has --series-N
+  const COLORS = 10; // as many as the page has --series-N
   const CHUNK = 40; // gallery lines drawn at a time
 
   // ---------------------------------------------------------------------------------------- helpers
@@ -22,7 +22,7 @@
 
   const option = (value, text) => make("option", { value, textContent: text });
   const plural = (count, one, many) => `${count.toLocaleString("en")} ${count === 1 ? one : many}`;
-  const dot = (recipe) => make("i", { className: "dot", style: `--of:var(--series-${recipe % COLOURS})` });
+  const dot = (recipe) => make("i", { className: "dot", style: `--of:var(--series-${recipe % COLORS})` });
 
   const scaled = (column, number) => number * (column.unit === "share" ? 100 : 1);
   const bare = (column, number) => scaled(column, number).toFixed(column.digits);

@@ -16,7 +16,7 @@ from urllib.parse import quote
 from ..files import write_atomically
 from .finished import read_rows, read_summary
 from .numbers import Style, Verdict, verdict
-from .plots import COLOURS, Point, scatter
+from .plots import COLORS, Point, scatter
 from .rows import Row, finite
 from .runs import Run
 from .table import styles
@@ -28,11 +28,11 @@ PROMPT_COLUMNS = ("clip_l14", "clip_b32", "clip_pocket")
 FEW = 8
 """Identities below which intervals are too narrow, as `statistics.mean_interval` explains."""
 MARKS: Mapping[Verdict, str] = {"better": "▲", "worse": "▼", "differs": "◆", "unclear": ""}
-"""A sign beside each verdict: colour alone tells nothing to many readers."""
+"""A sign beside each verdict: color alone tells nothing to many readers."""
 
 
 def write_report(run: Path) -> Path:
-    """Write the page of a run that has been scored and summarised.
+    """Write the page of a run that has been scored and summarized.
 
     Args:
         run: its folder, with run.json, images.jsonl and summary.json.
@@ -357,7 +357,7 @@ def _render(page: Mapping[str, Any]) -> str:
     script = _text("report.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return environment.get_template("report.html.j2").render(
-        page, style=_text("report.css"), script=script, script_hash=f"sha256-{digest}", series=COLOURS
+        page, style=_text("report.css"), script=script, script_hash=f"sha256-{digest}", series=COLORS
     )
 
 

@@ -287,10 +287,10 @@ def finish(run: Run, metrics: Sequence[Metric], columns: Mapping[str, Column]) -
         The summary.
     """
     from .report import write_report
-    from .summary import images_csv, summarise, summary_csv
+    from .summary import images_csv, summarize, summary_csv
 
     rows = joined(run, metrics)
-    summary = summarise(rows, columns, recipes=list(run.info["recipes"]))
+    summary = summarize(rows, columns, recipes=list(run.info["recipes"]))
     lines = "".join(json.dumps(row.to_json(), ensure_ascii=False) + "\n" for row in rows)
     for name, text in (
         ("images.jsonl", lines),

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..app.api import artefacts_of, check_device, fetch
+from ..app.api import artifacts_of, check_device, fetch
 from ..errors import UsageError
 from ..output.metadata import content_mark, installed_versions
 from ..settings import Settings
@@ -23,7 +23,7 @@ from .people import People
 from .runner import Plan, Scoring
 
 if TYPE_CHECKING:
-    from ..identity.analyzer import FaceAnalyser
+    from ..identity.analyzer import FaceAnalyzer
     from ..recipe.schema import Recipe
 
 POCKET = ("id", "dlib", "clip-pocket", "cost")
@@ -77,9 +77,9 @@ def describe(
 def _marks(recipe: Recipe) -> dict[str, str | None]:
     """A mark of the content of every model that is a file of this machine, by role."""
     return {
-        role: content_mark(artefact.local)
-        for role, artefact in artefacts_of(recipe).items()
-        if artefact.local is not None
+        role: content_mark(artifact.local)
+        for role, artifact in artifacts_of(recipe).items()
+        if artifact.local is not None
     }
 
 
@@ -99,7 +99,7 @@ def hardware() -> dict[str, Any]:
 def default_metrics(recipes: Mapping[str, Recipe], rules: Rules) -> list[str]:
     """The metrics of a run that names none: what is installed of the set that fits its models."""
     packaged = all(
-        artefact.packaged for recipe in recipes.values() for artefact in artefacts_of(recipe).values()
+        artifact.packaged for recipe in recipes.values() for artifact in artifacts_of(recipe).values()
     )
     chosen = POCKET if packaged else PUBLISHED if rules == "published" else FULL
     known = registry()
@@ -133,7 +133,7 @@ def people(
     for recipe in recipes.values():
         packs[str(recipe.model.face)] = fetch(recipe, settings, offline=machine.offline)["face"]
 
-    def analyser(pack: Path) -> FaceAnalyser:
+    def analyzer(pack: Path) -> FaceAnalyzer:
         from ..identity.analyzer import load_face_models
 
         found = load_face_models(pack, device=_beside(machine))
@@ -141,7 +141,7 @@ def people(
             log(found.note)
         return found
 
-    return People(folder, {face: functools.partial(analyser, pack) for face, pack in packs.items()}, log)
+    return People(folder, {face: functools.partial(analyzer, pack) for face, pack in packs.items()}, log)
 
 
 def pool(plan: Plan, machine: Machine) -> Pool:
@@ -168,20 +168,20 @@ def scoring(
     metrics = make_metrics(names)
     roles = {role for metric in metrics for role in metric.needs.roles}
     by_role = _roles(roles, recipes)
-    wanted = {name: resolve(name) for metric in metrics for name in metric.needs.artefacts} | by_role
+    wanted = {name: resolve(name) for metric in metrics for name in metric.needs.artifacts} | by_role
     found = Store(settings, offline=machine.offline).ensure(list(wanted.values()))
     context = Context({name: found[one.name] for name, one in wanted.items()}, _beside(machine), rules)
     return Scoring(metrics, functools.partial(_load, list(names), context, machine.threads))
 
 
 def _roles(roles: set[str], recipes: Mapping[str, Recipe]) -> dict[str, Any]:
-    """The artefacts that recipes agree on, by role: a metric judges all of them with one model."""
+    """The artifacts that recipes agree on, by role: a metric judges all of them with one model."""
     found = {}
     for role in sorted(roles):
         choices = {
-            artefact.name: artefact
+            artifact.name: artifact
             for recipe in recipes.values()
-            for name, artefact in artefacts_of(recipe).items()
+            for name, artifact in artifacts_of(recipe).items()
             if name == role
         }
         if len(choices) != 1:

@@ -19,7 +19,7 @@ Numbers: TypeAlias = dict[str, dict[str, float | int | None]]
 """By column: {mean or difference, low, high, n}; columns without any value are left out."""
 
 
-def summarise(
+def summarize(
     rows: Sequence[Row],
     columns: Mapping[str, Column],
     *,

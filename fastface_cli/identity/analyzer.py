@@ -47,7 +47,7 @@ class Face:
         return replace(self, box=box, key_points=points)
 
 
-class FaceAnalyser(Protocol):
+class FaceAnalyzer(Protocol):
     """What is asked of the face models. Pictures are [height, width, 3] uint8 in BGR order."""
 
     def detect(self, picture: np.ndarray, size: int) -> list[Face]:
@@ -59,15 +59,15 @@ class FaceAnalyser(Protocol):
         ...
 
 
-class InsightFaceAnalyser:
+class InsightFaceAnalyzer:
     """Detection and recognition of an InsightFace pack."""
 
     def __init__(self, app: Any, folder: Path, *, wants_cuda: bool) -> None:
         self._detector = app.models["detection"]
-        self._recogniser = app.models["recognition"]
+        self._recognizer = app.models["recognition"]
         self._folder = folder
-        self.provider: str = self._recogniser.session.get_providers()[0]
-        """The ONNX Runtime provider that the recogniser's session really has."""
+        self.provider: str = self._recognizer.session.get_providers()[0]
+        """The ONNX Runtime provider that the recognizer's session really has."""
         self.note: str | None = None
         """What the user should know, or None."""
         if wants_cuda and self.provider != "CUDAExecutionProvider":
@@ -77,7 +77,7 @@ class InsightFaceAnalyser:
             )
 
     def detect(self, picture: np.ndarray, size: int) -> list[Face]:
-        """See `FaceAnalyser`."""
+        """See `FaceAnalyzer`."""
         boxes, points = self._detector.detect(picture, input_size=(size, size))
         if points is None:
             raise ModelUnavailableError(
@@ -91,24 +91,24 @@ class InsightFaceAnalyser:
         ]
 
     def embed(self, picture: np.ndarray, face: Face) -> np.ndarray:
-        """See `FaceAnalyser`."""
+        """See `FaceAnalyzer`."""
         from insightface.app.common import Face as Measured
 
         measured = Measured(kps=face.key_points)
         with _quietly():
-            self._recogniser.get(picture, measured)
+            self._recognizer.get(picture, measured)
             found = np.asarray(measured.normed_embedding, dtype=np.float32)
         if found.shape != (EMBEDDING,):
             raise ModelUnavailableError(
-                f"the face recogniser in {self._folder} gives {found.size} numbers a face; "
+                f"the face recognizer in {self._folder} gives {found.size} numbers a face; "
                 f"the adapter needs {EMBEDDING}",
                 "use the pack that the adapter was trained with: buffalo_l",
             )
         return found
 
 
-def load_face_models(pack_folder: Path, *, device: str = "cpu") -> InsightFaceAnalyser:
-    """The detector and the recogniser of a pack, from its folder alone: nothing is downloaded.
+def load_face_models(pack_folder: Path, *, device: str = "cpu") -> InsightFaceAnalyzer:
+    """The detector and the recognizer of a pack, from its folder alone: nothing is downloaded.
 
     Args:
         pack_folder: folder with the pack's .onnx files.
@@ -150,8 +150,8 @@ def load_face_models(pack_folder: Path, *, device: str = "cpu") -> InsightFaceAn
             f"the face models in {pack_folder} do not load: {_first_line(error)}", again
         ) from error
     if "recognition" not in app.models:
-        raise ModelUnavailableError(f"no face recogniser among the .onnx files in {pack_folder}", again)
-    return InsightFaceAnalyser(app, pack_folder, wants_cuda=wants_cuda)
+        raise ModelUnavailableError(f"no face recognizer among the .onnx files in {pack_folder}", again)
+    return InsightFaceAnalyzer(app, pack_folder, wants_cuda=wants_cuda)
 
 
 def align(picture: np.ndarray, face: Face) -> np.ndarray:

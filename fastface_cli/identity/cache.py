@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from ..errors import FastFaceError, UsageError
 
 if TYPE_CHECKING:
-    from ..store.manifest import Artefact
+    from ..store.manifest import Artifact
     from .analyzer import Box
     from .identity import Identity
 
@@ -79,7 +79,7 @@ class Remembered:
 
 
 def key_of(
-    photos: Sequence[Path], pack: Artefact, face_index: int | None, face_box: Box | None
+    photos: Sequence[Path], pack: Artifact, face_index: int | None, face_box: Box | None
 ) -> str | None:
     """What an identity is remembered by: a hash of the photos' bytes, the face models and the choice of face.
 

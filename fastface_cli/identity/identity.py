@@ -13,7 +13,7 @@ from PIL import Image
 
 from ..errors import NoFaceError, UsageError, nearest
 from ..files import check_target, write_atomically
-from .analyzer import CROP, EMBEDDING, Box, FaceAnalyser, align
+from .analyzer import CROP, EMBEDDING, Box, FaceAnalyzer, align
 from .photos import Photo, open_photo
 from .search import bgr, check_choice, choose_face, describe_attempts, find_faces, rounded, scaled
 
@@ -30,7 +30,7 @@ STRANGER = 0.25
 deviation below 0.1, photos of one person lie between 0.3 and 0.8."""
 HALF_AS_ALIKE = 0.5
 """A photo less than half as similar to the others as they are to each other is an outlier too: some
-recognisers score strangers well above `STRANGER`. Where the rest agree, losing a photo costs little."""
+recognizers score strangers well above `STRANGER`. Where the rest agree, losing a photo costs little."""
 
 _TENSORS = {"id_embedding": "F32", "face_crop_bgr": "U8", "weight": "F32"}
 
@@ -136,7 +136,7 @@ class Identity:
 
 def make_identity(
     photos: Sequence[Path | str | Image.Image],
-    analyser: FaceAnalyser,
+    analyzer: FaceAnalyzer,
     *,
     face_index: int | None = None,
     face_box: Box | None = None,
@@ -147,7 +147,7 @@ def make_identity(
 
     Args:
         photos: paths or opened images, at most 64.
-        analyser: see `load_face_models`.
+        analyzer: see `load_face_models`.
         face_index: which face of each photo, numbered by size: 0 is the largest, which is the default.
         face_box: a rough frame around the face: left, top, right, bottom in pixels of the upright photo.
             Only with a single photo.
@@ -169,7 +169,7 @@ def make_identity(
     measured, without = [], []
     for number, source in enumerate(photos, 1):
         photo = open_photo(source, f"photo {number}" if len(photos) > 1 else "the photo")
-        found = _measure(photo, analyser, face_index, face_box, say)
+        found = _measure(photo, analyzer, face_index, face_box, say)
         if isinstance(found, _Measured):
             measured.append(found)
         else:
@@ -200,14 +200,14 @@ class _Measured:
 
 
 def _measure(
-    photo: Photo, analyser: FaceAnalyser, index: int | None, box: Box | None, say: Callable[[str], None]
+    photo: Photo, analyzer: FaceAnalyzer, index: int | None, box: Box | None, say: Callable[[str], None]
 ) -> _Measured | str:
     """The chosen face of a photo, or what was tried where it shows none."""
     picture = bgr(photo.image)
-    faces = find_faces(picture, analyser)
+    faces = find_faces(picture, analyzer)
     if not faces and box is None:
         return describe_attempts(picture)
-    face = choose_face(photo, faces, analyser, index=index, box=box)
+    face = choose_face(photo, faces, analyzer, index=index, box=box)
     if len(faces) > 1 and index is None and box is None:
         say(
             f"{photo.name} shows {len(faces)} faces; the largest is taken, "
@@ -216,7 +216,7 @@ def _measure(
         )
     if face.size[0] < SMALL_FACE:
         say(f"the face in {photo.name} is only {face.size[0]:.0f} pixels wide; expect less likeness")
-    embedding = analyser.embed(picture, face)
+    embedding = analyzer.embed(picture, face)
     if not abs(float(np.linalg.norm(embedding.astype(np.float64))) - 1) <= UNIT_TOLERANCE:
         raise NoFaceError(f"the face in {photo.name} cannot be recognised", "use another photo")
     return _Measured(photo.name, embedding, align(picture, face), min(max(face.score, 1e-3), 1.0))

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import NoFaceError, UsageError
-from .analyzer import Box, Face, FaceAnalyser
+from .analyzer import Box, Face, FaceAnalyzer
 from .photos import Photo
 
 SIZES = (640, 576, 512, 448, 384, 320)
@@ -24,14 +24,14 @@ STRIP = 64
 size, nothing would be left of the short side."""
 
 
-def find_faces(picture: np.ndarray, analyser: FaceAnalyser) -> list[Face]:
+def find_faces(picture: np.ndarray, analyzer: FaceAnalyzer) -> list[Face]:
     """The faces of a picture, largest first, from the first attempt that sees any; empty when none does.
 
     Args:
         picture: [height, width, 3] uint8, BGR.
     """
     for border, size in _attempts(picture):
-        faces = _detect(picture, analyser, border, size)
+        faces = _detect(picture, analyzer, border, size)
         if faces:
             return sorted(faces, key=lambda face: (-_area(face.box), face.box))
     return []
@@ -51,7 +51,7 @@ def describe_attempts(picture: np.ndarray) -> str:
 def choose_face(
     photo: Photo,
     faces: list[Face],
-    analyser: FaceAnalyser,
+    analyzer: FaceAnalyzer,
     *,
     index: int | None = None,
     box: Box | None = None,
@@ -72,7 +72,7 @@ def choose_face(
     """
     if box is not None:
         frame = scaled(box, photo.scale)
-        found = _in_box(faces, frame) or _in_box(_look_closer(bgr(photo.image), analyser, frame), frame)
+        found = _in_box(faces, frame) or _in_box(_look_closer(bgr(photo.image), analyzer, frame), frame)
         if found is None:
             raise NoFaceError(f"no face in the box {rounded(box)} of {photo.name}", _where(faces, photo))
         return found
@@ -129,11 +129,11 @@ def _attempts(picture: np.ndarray) -> Iterator[tuple[float, int]]:
             yield border, LARGE_SIZE
 
 
-def _detect(picture: np.ndarray, analyser: FaceAnalyser, border: float, size: int) -> list[Face]:
+def _detect(picture: np.ndarray, analyzer: FaceAnalyzer, border: float, size: int) -> list[Face]:
     """The usable faces seen in one attempt, in pixels of `picture`."""
     height, width = picture.shape[:2]
     if border == 0.0:
-        faces = analyser.detect(picture, size)
+        faces = analyzer.detect(picture, size)
     else:
         # The detector sees at most `size` pixels: a border around all of a large picture wastes memory.
         scale = min(1.0, LARGE_SIZE / max(height, width))
@@ -143,7 +143,7 @@ def _detect(picture: np.ndarray, analyser: FaceAnalyser, border: float, size: in
             small = np.asarray(Image.fromarray(picture).resize(shape, Image.Resampling.BILINEAR))
         pad = round(border * max(small.shape[:2]))
         padded = np.pad(small, ((pad, pad), (pad, pad), (0, 0)))
-        faces = [face.moved(-pad, -pad, 1 / scale) for face in analyser.detect(padded, size)]
+        faces = [face.moved(-pad, -pad, 1 / scale) for face in analyzer.detect(padded, size)]
     frame = (0.0, 0.0, float(width), float(height))
     usable = []
     for face in faces:
@@ -154,7 +154,7 @@ def _detect(picture: np.ndarray, analyser: FaceAnalyser, border: float, size: in
     return usable
 
 
-def _look_closer(picture: np.ndarray, analyser: FaceAnalyser, box: Box) -> list[Face]:
+def _look_closer(picture: np.ndarray, analyzer: FaceAnalyzer, box: Box) -> list[Face]:
     """The faces seen in the box and as much again on each side, in pixels of `picture`."""
     height, width = picture.shape[:2]
     across, down = box[2] - box[0], box[3] - box[1]
@@ -165,7 +165,7 @@ def _look_closer(picture: np.ndarray, analyser: FaceAnalyser, box: Box) -> list[
     if right <= left or bottom <= top:
         return []
     part = np.ascontiguousarray(picture[top:bottom, left:right])
-    return [face.moved(left, top) for face in find_faces(part, analyser)]
+    return [face.moved(left, top) for face in find_faces(part, analyzer)]
 
 
 def _in_box(faces: list[Face], box: Box) -> Face | None:

@@ -36,7 +36,7 @@ class Acceleration:
     """Convolutions keep channels innermost in memory, as tensor cores want them."""
     vae: VaePrecision = "auto"
     """`auto`: the type of the other models, or float32 where the VAE says that it overflows in float16.
-    `half`: bfloat16 there instead, which is faster and rounds colours more coarsely. `float32`: always."""
+    `half`: bfloat16 there instead, which is faster and rounds colors more coarsely. `float32`: always."""
     fp8: bool = False
     """Lossy: large linear layers of the UNet multiply in 8-bit floats, scaled by row (torchao, CUDA only)."""
 

@@ -420,7 +420,7 @@ def _anchored(node: Node, folder: Path) -> Node:
     if isinstance(value, list):
         return Node([_anchored(child, folder) for child in value], node.mark)
     if isinstance(value, str) and _is_path(value):
-        # Absolute, so that no store can take it for the name of an artefact.
+        # Absolute, so that no store can take it for the name of an artifact.
         return Node(os.path.abspath(folder / os.path.expanduser(value)), node.mark)
     return node
 

@@ -19,7 +19,7 @@ TIMESTEPS = 1000
 
 
 CONFIG = "sdxl-base-config"
-"""Artefact that configures a base given as one checkpoint file."""
+"""Artifact that configures a base given as one checkpoint file."""
 
 
 class Section(BaseModel):
@@ -343,7 +343,7 @@ def _by_step(value: ByStep | None, steps: int) -> Reference | None:
 
 def per_step(value: PerStep, steps: int) -> list[float]:
     """One number a step: a constant repeated, a list of `steps` numbers as it is, another length
-    interpolated linearly over the normalised step index (a single step takes the first value).
+    interpolated linearly over the normalized step index (a single step takes the first value).
 
     Args:
         value: a number or a non-empty list.

@@ -101,7 +101,7 @@ def _at(value: PerBlock, block: Block, step: int, steps: int) -> float:
     return per_step(chosen, steps)[step]
 
 
-def normalise(attention: Tensor, images: int, *, joint: bool) -> Tensor:
+def normalize(attention: Tensor, images: int, *, joint: bool) -> Tensor:
     """Min-max normalisation per token, over branches (`joint`), heads and positions.
 
     Args:
@@ -191,8 +191,8 @@ def _apply(
     threshold = (
         quantile(a, numbers["level"]) if isinstance(transform, AdaptiveSoftmask) else transform.threshold
     )
-    mask = torch.sigmoid(numbers["k"] * (normalise(a, images, joint=joint) - threshold))
-    return normalise(mask, images, joint=joint)
+    mask = torch.sigmoid(numbers["k"] * (normalize(a, images, joint=joint) - threshold))
+    return normalize(mask, images, joint=joint)
 
 
 def blend(changed: Tensor, original: Tensor, weight: float, eps: float) -> Tensor:

@@ -1,14 +1,14 @@
-"""Artefacts: where they come from, how big they are, which licence; fetch, resume, verify, remove."""
+"""Artifacts: where they come from, how big they are, which license; fetch, resume, verify, remove."""
 
 from __future__ import annotations
 
 from .layout import face_pack_folder
-from .manifest import Artefact, RemoteFile, load_manifest, parse_manifest, resolve
-from .states import Entry, FileStatus, Missing, human_bytes, licence_line
+from .manifest import Artifact, RemoteFile, load_manifest, parse_manifest, resolve
+from .states import Entry, FileStatus, Missing, human_bytes, license_line
 from .store import Store
 
 __all__ = [
-    "Artefact",
+    "Artifact",
     "Entry",
     "FileStatus",
     "Missing",
@@ -16,7 +16,7 @@ __all__ = [
     "Store",
     "face_pack_folder",
     "human_bytes",
-    "licence_line",
+    "license_line",
     "load_manifest",
     "parse_manifest",
     "resolve",

@@ -17,20 +17,20 @@ from .. import console
 from ..errors import ModelUnavailableError
 from . import transfer
 from .layout import Layout, blob_name, check_room, link, source_of
-from .manifest import Artefact, RemoteFile
+from .manifest import Artifact, RemoteFile
 from .records import Record, file_sha256, mismatch, move_aside, short_hash
 
 
 @dataclass(frozen=True)
 class Job:
-    """A file to fetch, and the artefact that wants it."""
+    """A file to fetch, and the artifact that wants it."""
 
-    artefact: Artefact
+    artifact: Artifact
     file: RemoteFile
 
     @property
     def source(self) -> str:
-        return source_of(self.artefact, self.file)
+        return source_of(self.artifact, self.file)
 
 
 class Bars:
@@ -94,24 +94,24 @@ class Fetcher:
         self.bars = bars
 
     def fetch(self, job: Job) -> None:
-        """Fetch one file, from wherever its artefact comes.
+        """Fetch one file, from wherever its artifact comes.
 
         Raises:
             ModelUnavailableError: refused, not reachable, wrong bytes.
         """
-        if job.artefact.repo is None:
+        if job.artifact.repo is None:
             self._fetch_url(job)
             return
         try:
             self._fetch_hub(job)
         except transfer.SourceError as error:
-            if job.artefact.archive is None or job.file.sha256 is None:
+            if job.artifact.archive is None or job.file.sha256 is None:
                 raise
             self._fetch_archive(job, error)
 
     def here(self, job: Job) -> bool:
         """Whether the file lies verified at its place."""
-        place = self.layout.place(job.artefact, job.file.path)
+        place = self.layout.place(job.artifact, job.file.path)
         record = self.records.read(job.source)
         return record.describes(place) and job.file.sha256 in (None, record.sha256)
 
@@ -131,10 +131,10 @@ class Fetcher:
         return got
 
     def _fetch_hub(self, job: Job) -> None:
-        said = transfer.announce(job.artefact, job.file)
+        said = transfer.announce(job.artifact, job.file)
         record = self.records.read(job.source)
         _refuse_early(job, said, record)
-        blob = self.layout.repo(job.artefact) / "blobs" / blob_name(said.etag)
+        blob = self.layout.repo(job.artifact) / "blobs" / blob_name(said.etag)
         with self._locked(job, blob.name):
             if self.here(job):
                 return
@@ -175,42 +175,42 @@ class Fetcher:
         here = partial.stat().st_size if partial.exists() else 0
         check_room(partial.parent, (said.size or job.file.expected_bytes) - here)
         with self.bars.one(job.file.path, said.size or job.file.expected_bytes, here) as report:
-            return transfer.fetch(job.artefact, job.file, said, partial, report)
+            return transfer.fetch(job.artifact, job.file, said, partial, report)
 
     def _settle(self, job: Job, blob: Path, got: str, etag: str | None) -> None:
-        place = self.layout.place(job.artefact, job.file.path)
+        place = self.layout.place(job.artifact, job.file.path)
         link(place, blob)
         self.records.seen(job.source, place, got, etag)
 
     def _fetch_url(self, job: Job) -> None:
-        place = self.layout.place(job.artefact, job.file.path)
+        place = self.layout.place(job.artifact, job.file.path)
         partial = place.with_name(place.name + ".part")
         with self._locked(job, short_hash(job.source)):
             if self.here(job):
                 return
-            self._retrieve(job.artefact, str(job.artefact.url), job.file.expected_bytes, partial)
+            self._retrieve(job.artifact, str(job.artifact.url), job.file.expected_bytes, partial)
             got = self.verify(job, partial, None)
             os.replace(partial, place)
             self.records.seen(job.source, place, got)
 
-    def _retrieve(self, artefact: Artefact, url: str, size: int, target: Path) -> None:
+    def _retrieve(self, artifact: Artifact, url: str, size: int, target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         with self.bars.one(url.rsplit("/", 1)[-1], size) as report:
-            transfer.fetch_url(artefact, url, target, report)
+            transfer.fetch_url(artifact, url, target, report)
 
     def _fetch_archive(self, job: Job, reason: transfer.SourceError) -> None:
         """The same file out of the publisher's zip, whose folders may be nested in any way."""
-        artefact, file = job.artefact, job.file
-        url = str(artefact.archive)
+        artifact, file = job.artifact, job.file
+        url = str(artifact.archive)
         console.note(f"{reason.message}; trying {url}")
-        folder = self.layout.settings.home / "files" / artefact.name
+        folder = self.layout.settings.home / "files" / artifact.name
         archive = folder / url.rsplit("/", 1)[-1]
-        blob = self.layout.repo(artefact) / "blobs" / str(file.sha256)
+        blob = self.layout.repo(artifact) / "blobs" / str(file.sha256)
         with self._locked(job, short_hash(url)):
             if self.here(job):
                 return
             try:
-                self._retrieve(artefact, url, 0, archive)
+                self._retrieve(artifact, url, 0, archive)
             except transfer.SourceError as error:
                 raise transfer.SourceError(
                     f"{reason.message}; and its archive: {error.message}", reason.hint
@@ -232,8 +232,8 @@ class Fetcher:
         from filelock import FileLock, Timeout
 
         folder = self.layout.settings.hub_folder / ".locks"
-        if job.artefact.repo is not None:
-            folder /= self.layout.repo(job.artefact).name
+        if job.artifact.repo is not None:
+            folder /= self.layout.repo(job.artifact).name
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / f"{name}.lock")
         try:
@@ -252,7 +252,7 @@ class WrongBytesError(ModelUnavailableError):
 
     def __init__(self, job: Job, got: str, right: str, aside: Path) -> None:
         super().__init__(
-            f"{job.artefact.name}: {job.file.path} has the wrong bytes: SHA-256 {got}, expected {right}; "
+            f"{job.artifact.name}: {job.file.path} has the wrong bytes: SHA-256 {got}, expected {right}; "
             f"it was moved to {aside}",
             "run the same command again to fetch it anew; if it stays so, a server or proxy changes it",
         )
@@ -293,7 +293,7 @@ def fetch_all(fetcher: Fetcher, jobs: Sequence[Job]) -> None:
     ordered = sorted(jobs, key=lambda job: job.file.expected_bytes)
     fetcher.bars.total(sum(job.file.expected_bytes for job in ordered))
     archives = {
-        fetcher.layout.settings.home / "files" / job.artefact.name for job in jobs if job.artefact.archive
+        fetcher.layout.settings.home / "files" / job.artifact.name for job in jobs if job.artifact.archive
     }
     for job in ordered:
         fetcher.fetch(job)
@@ -312,8 +312,8 @@ def _refuse_early(job: Job, said: transfer.Announcement, record: Record) -> None
     else:
         return
     raise ModelUnavailableError(
-        f"{job.artefact.name}: the server offers other bytes for {job.file.path} ({announced}); "
+        f"{job.artifact.name}: the server offers other bytes for {job.file.path} ({announced}); "
         "nothing was fetched",
         "unset HF_ENDPOINT if it names a mirror, or name the file yourself in the recipe: "
-        f"hub:{job.artefact.repo}@<commit>:{job.file.path}",
+        f"hub:{job.artifact.repo}@<commit>:{job.file.path}",
     )

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 
 from ..errors import ModelUnavailableError
 from ..settings import Settings
-from .manifest import Artefact, RemoteFile
+from .manifest import Artifact, RemoteFile
 from .records import Records
 from .states import human_bytes
 
@@ -19,9 +19,9 @@ MARGIN = 256 << 20
 """Bytes that stay free on the disk beyond what is fetched."""
 
 
-def source_of(artefact: Artefact, file: RemoteFile) -> str:
+def source_of(artifact: Artifact, file: RemoteFile) -> str:
     """What a file is remembered by: `owner/name@commit:path`, or its URL."""
-    return f"{artefact.repo}@{artefact.commit}:{file.path}" if artefact.repo else str(artefact.url)
+    return f"{artifact.repo}@{artifact.commit}:{file.path}" if artifact.repo else str(artifact.url)
 
 
 def blob_name(etag: str) -> str:
@@ -31,7 +31,7 @@ def blob_name(etag: str) -> str:
 
 
 class Layout:
-    """Paths of artefacts on this machine; they need not exist.
+    """Paths of artifacts on this machine; they need not exist.
 
     Args:
         settings: the folders.
@@ -42,10 +42,10 @@ class Layout:
         self.records = Records(settings.home / "records")
         self.quarantine = settings.home / "quarantine"
 
-    def path(self, artefact: Artefact) -> Path:
+    def path(self, artifact: Artifact) -> Path:
         """What a loader opens.
 
-        - a LoRA, a Lightning UNet, an adapter, any single-file artefact: the file itself;
+        - a LoRA, a Lightning UNet, an adapter, any single-file artifact: the file itself;
         - `base`, `scheduler`, and a `unet` of several files: the folder that holds `unet/`, `scheduler/`, ...
           as in the repository;
         - `vae` and `image_encoder`: the folder that directly holds `config.json` and the weights;
@@ -54,23 +54,23 @@ class Layout:
         - a Hub reference without a file: the snapshot; with a folder: that folder;
         - a place on this machine: that place.
         """
-        if artefact.local is not None:
-            return artefact.local
-        if artefact.root is None and len(artefact.files) == 1:
-            return self.place(artefact, artefact.files[0].path)
-        return self.folder(artefact) / (artefact.root or "")
+        if artifact.local is not None:
+            return artifact.local
+        if artifact.root is None and len(artifact.files) == 1:
+            return self.place(artifact, artifact.files[0].path)
+        return self.folder(artifact) / (artifact.root or "")
 
-    def folder(self, artefact: Artefact) -> Path:
-        """The folder that file paths of an artefact are relative to."""
-        if artefact.repo is None:
-            return self.settings.home / "files" / artefact.name
-        return self.repo(artefact) / "snapshots" / str(artefact.commit)
+    def folder(self, artifact: Artifact) -> Path:
+        """The folder that file paths of an artifact are relative to."""
+        if artifact.repo is None:
+            return self.settings.home / "files" / artifact.name
+        return self.repo(artifact) / "snapshots" / str(artifact.commit)
 
-    def repo(self, artefact: Artefact) -> Path:
+    def repo(self, artifact: Artifact) -> Path:
         """The folder of a repository in the Hub cache."""
-        return self.settings.hub_folder / f"models--{str(artefact.repo).replace('/', '--')}"
+        return self.settings.hub_folder / f"models--{str(artifact.repo).replace('/', '--')}"
 
-    def place(self, artefact: Artefact, path: str) -> Path:
+    def place(self, artifact: Artifact, path: str) -> Path:
         """Where one file lies.
 
         Raises:
@@ -79,16 +79,16 @@ class Layout:
         parts = PurePosixPath(path)
         if parts.is_absolute() or ".." in parts.parts or "\\" in path:
             raise ModelUnavailableError(
-                f"{artefact.name}: '{path}' is not a path inside a repository", "check the recipe"
+                f"{artifact.name}: '{path}' is not a path inside a repository", "check the recipe"
             )
-        return self.folder(artefact).joinpath(*parts.parts)
+        return self.folder(artifact).joinpath(*parts.parts)
 
-    def partial(self, artefact: Artefact, file: RemoteFile) -> Path | None:
+    def partial(self, artifact: Artifact, file: RemoteFile) -> Path | None:
         """Where the first bytes of a file wait for the rest, if that can be known without asking."""
-        if artefact.repo is None:
-            return self.place(artefact, file.path + ".part")
-        etag = file.sha256 or self.records.read(source_of(artefact, file)).etag
-        return self.repo(artefact) / "blobs" / f"{blob_name(etag)}.incomplete" if etag else None
+        if artifact.repo is None:
+            return self.place(artifact, file.path + ".part")
+        etag = file.sha256 or self.records.read(source_of(artifact, file)).etag
+        return self.repo(artifact) / "blobs" / f"{blob_name(etag)}.incomplete" if etag else None
 
 
 def check_room(folder: Path, need: int) -> None:

@@ -1,4 +1,4 @@
-"""Artefacts: which there are, where each comes from, and what a reference in a recipe means."""
+"""Artifacts: which there are, where each comes from, and what a reference in a recipe means."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _HUB = re.compile(r"hub:(?P<repo>[\w.-]+/[\w.-]+)@(?P<commit>[0-9a-f]{40})(?::(?
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """One file of an artefact.
+    """One file of an artifact.
 
     Args:
         path: path inside the repository, with forward slashes.
@@ -44,12 +44,12 @@ class RemoteFile:
 
 
 @dataclass(frozen=True)
-class Artefact:
+class Artifact:
     """One model part, from exactly one of a Hub repository, a URL, or a place on this machine.
 
     Args:
         name: name in recipes; for others the reference itself.
-        kind: base, unet, lora, vae, adapter, image_encoder, scheduler, face, scorer, recogniser, ...
+        kind: base, unet, lora, vae, adapter, image_encoder, scheduler, face, scorer, recognizer, ...
         files: what must be fetched; empty for a place on this machine, and for a Hub folder whose
             listing has not been read yet (`whole`).
         commercial: yes, no or unclear; `commercial_note` says why.
@@ -63,8 +63,8 @@ class Artefact:
     kind: str
     summary: str
     files: tuple[RemoteFile, ...] = ()
-    licence: str = "unknown"
-    licence_link: str = ""
+    license: str = "unknown"
+    license_link: str = ""
     commercial: str = "unclear"
     commercial_note: str = ""
     repo: str | None = None
@@ -85,33 +85,33 @@ class Artefact:
     @property
     def page(self) -> str:
         """Where a person reads about it and accepts its terms."""
-        return f"https://huggingface.co/{self.repo}" if self.repo else self.licence_link or self.url or ""
+        return f"https://huggingface.co/{self.repo}" if self.repo else self.license_link or self.url or ""
 
 
-def parse_manifest(text: str) -> Mapping[str, Artefact]:
-    """Artefacts by name from the text of a manifest (its form: the head of `manifest.yaml`).
+def parse_manifest(text: str) -> Mapping[str, Artifact]:
+    """Artifacts by name from the text of a manifest (its form: the head of `manifest.yaml`).
 
     Raises:
         ValueError: the manifest is not well-formed.
     """
     data = yaml.load(text, Loader=yaml.BaseLoader)
-    found: dict[str, Artefact] = {}
-    for entry in data["artefacts"]:
-        artefact = _artefact(dict(entry), data["licences"])
-        if artefact.name in found:
-            raise ValueError(f"the manifest names {artefact.name} twice")
-        found[artefact.name] = artefact
+    found: dict[str, Artifact] = {}
+    for entry in data["artifacts"]:
+        artifact = _artifact(dict(entry), data["licenses"])
+        if artifact.name in found:
+            raise ValueError(f"the manifest names {artifact.name} twice")
+        found[artifact.name] = artifact
     return MappingProxyType(found)
 
 
 @functools.cache
-def load_manifest() -> Mapping[str, Artefact]:
-    """The artefacts that ship with this version, by name."""
+def load_manifest() -> Mapping[str, Artifact]:
+    """The artifacts that ship with this version, by name."""
     return parse_manifest(MANIFEST.read_text(encoding="utf-8"))
 
 
-def resolve(reference: Reference, known: Mapping[str, Artefact] | None = None) -> Artefact:
-    """The artefact that a recipe's reference means.
+def resolve(reference: Reference, known: Mapping[str, Artifact] | None = None) -> Artifact:
+    """The artifact that a recipe's reference means.
 
     A name of the manifest; `hub:owner/name@<40 hex>[:file or folder]` (or a HubReference); or a path of this
     machine: whatever starts with `/`, `~` or `.`, ends like a weight file, or exists. A path need not
@@ -138,11 +138,11 @@ def resolve(reference: Reference, known: Mapping[str, Artefact] | None = None) -
             )
         return _from_hub(match["repo"], match["commit"], match["file"], names)
     if _is_path(reference):
-        return Artefact(
+        return Artifact(
             name=reference,
             kind="local",
             summary="a file or folder of this machine",
-            licence="yours",
+            license="yours",
             local=Path(reference).expanduser(),
         )
     near = nearest(reference, names)
@@ -162,17 +162,17 @@ def _is_path(reference: str) -> bool:
     )
 
 
-def _from_hub(repo: str, commit: str, file: str | None, names: Mapping[str, Artefact]) -> Artefact:
-    """A Hub reference; a file that the manifest knows keeps its hash and licence."""
+def _from_hub(repo: str, commit: str, file: str | None, names: Mapping[str, Artifact]) -> Artifact:
+    """A Hub reference; a file that the manifest knows keeps its hash and license."""
     name = f"hub:{repo}@{commit}" + (f":{file}" if file else "")
     relatives = [one for one in names.values() if one.repo == repo]
     terms = (
         {
             key: getattr(relatives[0], key)
-            for key in ("licence", "licence_link", "commercial", "commercial_note")
+            for key in ("license", "license_link", "commercial", "commercial_note")
         }
         if relatives
-        else {"licence": "see its page", "licence_link": f"https://huggingface.co/{repo}"}
+        else {"license": "see its page", "license_link": f"https://huggingface.co/{repo}"}
     )
     single = file is not None and file.lower().endswith((*WEIGHT_SUFFIXES, ".json"))
     files: tuple[RemoteFile, ...] = ()
@@ -181,7 +181,7 @@ def _from_hub(repo: str, commit: str, file: str | None, names: Mapping[str, Arte
             known for one in relatives if one.commit == commit for known in one.files if known.path == file
         ]
         files = (pinned[0] if pinned else RemoteFile(file),)
-    return Artefact(
+    return Artifact(
         name=name,
         kind="hub",
         summary=f"{file or 'all of it'} from {repo}",
@@ -195,29 +195,29 @@ def _from_hub(repo: str, commit: str, file: str | None, names: Mapping[str, Arte
     )
 
 
-def _artefact(entry: dict[str, Any], licences: dict[str, list[str]]) -> Artefact:
+def _artifact(entry: dict[str, Any], licenses: dict[str, list[str]]) -> Artifact:
     files = tuple(_file(*row) for row in entry.pop("files", []))
-    licence, link, commercial, note = licences[entry.pop("licence")]
+    license, link, commercial, note = licenses[entry.pop("license")]
     package = entry.pop("package", None)
     if package is not None:
         entry["local"] = PACKAGE / package
         entry["packaged"] = True
-    artefact = Artefact(
+    artifact = Artifact(
         **entry,
         files=files,
-        licence=licence,
-        licence_link=link,
+        license=license,
+        license_link=link,
         commercial=commercial,
         commercial_note=note,
     )
-    where = f"artefact {artefact.name}"
-    if sum(source is not None for source in (artefact.repo, artefact.url, artefact.local)) != 1:
+    where = f"artifact {artifact.name}"
+    if sum(source is not None for source in (artifact.repo, artifact.url, artifact.local)) != 1:
         raise ValueError(f"{where} needs exactly one of repo, url and package")
-    if artefact.repo and not re.fullmatch(r"[0-9a-f]{40}", artefact.commit or ""):
+    if artifact.repo and not re.fullmatch(r"[0-9a-f]{40}", artifact.commit or ""):
         raise ValueError(f"{where} needs a commit of 40 hex digits")
-    if not files and artefact.local is None:
+    if not files and artifact.local is None:
         raise ValueError(f"{where} names no file")
-    return artefact
+    return artifact
 
 
 def _file(path: str, size: str, sha256: str) -> RemoteFile:

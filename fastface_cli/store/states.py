@@ -1,4 +1,4 @@
-"""What is here of an artefact and what is not, and how to say so."""
+"""What is here of an artifact and what is not, and how to say so."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..errors import ModelUnavailableError
-from .manifest import Artefact
+from .manifest import Artifact
 
 State = Literal["present", "missing", "partial", "unverified", "bad"]
 
 
 @dataclass(frozen=True)
 class FileStatus:
-    """One file of an artefact on this machine.
+    """One file of an artifact on this machine.
 
     Args:
         path: path inside the repository (for a place on this machine: that place).
@@ -33,9 +33,9 @@ class FileStatus:
 
 @dataclass(frozen=True)
 class Missing:
-    """What an artefact still needs."""
+    """What an artifact still needs."""
 
-    artefact: Artefact
+    artifact: Artifact
     files: tuple[FileStatus, ...]
 
     @property
@@ -46,9 +46,9 @@ class Missing:
 
 @dataclass(frozen=True)
 class Entry:
-    """An artefact that takes room on this disk."""
+    """An artifact that takes room on this disk."""
 
-    artefact: Artefact
+    artifact: Artifact
     files: int
     bytes: int
     partial_bytes: int
@@ -69,14 +69,14 @@ def human_size(count: int) -> str:
     return human_bytes(count) if count else "size not known"
 
 
-def licence_line(artefact: Artefact) -> str:
-    """The licence of an artefact and what it says of commercial use, in one line."""
+def license_line(artifact: Artifact) -> str:
+    """The license of an artifact and what it says of commercial use, in one line."""
     use = {"yes": "commercial use allowed", "no": "no commercial use"}.get(
-        artefact.commercial, "commercial use unclear"
+        artifact.commercial, "commercial use unclear"
     )
-    note = f", {artefact.commercial_note}" if artefact.commercial_note else ""
-    link = f" ({artefact.licence_link})" if artefact.licence_link else ""
-    return f"{artefact.licence}{link}: {use}{note}"
+    note = f", {artifact.commercial_note}" if artifact.commercial_note else ""
+    link = f" ({artifact.license_link})" if artifact.license_link else ""
+    return f"{artifact.license}{link}: {use}{note}"
 
 
 def count_models(count: int) -> str:
@@ -85,7 +85,7 @@ def count_models(count: int) -> str:
 
 def offline_error(missing: Sequence[Missing]) -> ModelUnavailableError:
     names = ", ".join(
-        f"{one.artefact.name} ({human_bytes(one.bytes)})" if one.bytes else one.artefact.name
+        f"{one.artifact.name} ({human_bytes(one.bytes)})" if one.bytes else one.artifact.name
         for one in missing
     )
     total = human_size(sum(one.bytes for one in missing))

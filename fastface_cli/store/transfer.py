@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 from .. import __version__, console
 from ..errors import ModelUnavailableError
-from .manifest import Artefact, RemoteFile, whole_selection
+from .manifest import Artifact, RemoteFile, whole_selection
 
 Report = Callable[[int], None]
 """Told of each change in the number of bytes on disk."""
@@ -66,7 +66,7 @@ def endpoint() -> str:
     return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
 
 
-def announce(artefact: Artefact, file: RemoteFile) -> Announcement:
+def announce(artifact: Artifact, file: RemoteFile) -> Announcement:
     """Ask the Hub about a file at its pinned commit.
 
     Raises:
@@ -74,9 +74,9 @@ def announce(artefact: Artefact, file: RemoteFile) -> Announcement:
     """
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
-    assert artefact.repo is not None
-    url = hf_hub_url(artefact.repo, file.path, revision=artefact.commit, endpoint=endpoint())
-    with _quiet_hub(), _explained(artefact, file.path, url):
+    assert artifact.repo is not None
+    url = hf_hub_url(artifact.repo, file.path, revision=artifact.commit, endpoint=endpoint())
+    with _quiet_hub(), _explained(artifact, file.path, url):
         for attempt in range(RETRIES + 1):
             try:
                 found = get_hf_file_metadata(url, token=_token(), endpoint=endpoint())
@@ -88,16 +88,16 @@ def announce(artefact: Artefact, file: RemoteFile) -> Announcement:
                 pause = _pause(error, attempt)
                 console.note(f"{urlsplit(url).netloc} is busy (HTTP {status}); trying again in {pause:g} s")
                 time.sleep(pause)
-    if not found.etag or found.commit_hash != artefact.commit:
+    if not found.etag or found.commit_hash != artifact.commit:
         raise SourceError(
             f"{urlsplit(url).netloc} does not answer like the Hugging Face Hub when asked for {file.path} "
-            f"of {artefact.name}",
+            f"of {artifact.name}",
             "check HF_ENDPOINT and the proxy of your network",
         )
     return Announcement(url, found.etag, found.size)
 
 
-def fetch(artefact: Artefact, file: RemoteFile, said: Announcement, partial: Path, report: Report) -> bool:
+def fetch(artifact: Artifact, file: RemoteFile, said: Announcement, partial: Path, report: Report) -> bool:
     """Fetch a Hub file into `partial`, going on where an earlier transfer stopped.
 
     Returns:
@@ -116,7 +116,7 @@ def fetch(artefact: Artefact, file: RemoteFile, said: Announcement, partial: Pat
         partial.unlink()
         report(-started)
         started = 0
-    with _quiet_hub(), _explained(artefact, file.path, said.url, partial):
+    with _quiet_hub(), _explained(artifact, file.path, said.url, partial):
         fruitless = 0
         while True:
             before = partial.stat().st_size if partial.exists() else 0
@@ -131,7 +131,7 @@ def fetch(artefact: Artefact, file: RemoteFile, said: Announcement, partial: Pat
                 time.sleep(_pause(error, fruitless))
 
 
-def fetch_url(artefact: Artefact, url: str, target: Path, report: Report) -> None:
+def fetch_url(artifact: Artifact, url: str, target: Path, report: Report) -> None:
     """Fetch a file that is not on the Hub, whole, with pooch.
 
     Raises:
@@ -143,7 +143,7 @@ def fetch_url(artefact: Artefact, url: str, target: Path, report: Report) -> Non
     level = logger.level
     logger.setLevel(logging.WARNING)
     try:
-        with _explained(artefact, url.rsplit("/", 1)[-1], url):
+        with _explained(artifact, url.rsplit("/", 1)[-1], url):
             pooch.retrieve(
                 url,
                 known_hash=None,
@@ -157,7 +157,7 @@ def fetch_url(artefact: Artefact, url: str, target: Path, report: Report) -> Non
         logger.setLevel(level)
 
 
-def list_folder(artefact: Artefact) -> tuple[RemoteFile, ...]:
+def list_folder(artifact: Artifact) -> tuple[RemoteFile, ...]:
     """The files that a whole-folder Hub reference means, with sizes and hashes.
 
     Raises:
@@ -166,21 +166,21 @@ def list_folder(artefact: Artefact) -> tuple[RemoteFile, ...]:
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
 
-    assert artefact.repo is not None
-    where = f"{endpoint()}/{artefact.repo}"
-    with _quiet_hub(), _explained(artefact, artefact.folder or "its list of files", where):
+    assert artifact.repo is not None
+    where = f"{endpoint()}/{artifact.repo}"
+    with _quiet_hub(), _explained(artifact, artifact.folder or "its list of files", where):
         entries = HfApi(endpoint=endpoint(), token=_token()).list_repo_tree(
-            artefact.repo, revision=artefact.commit, recursive=True
+            artifact.repo, revision=artifact.commit, recursive=True
         )
         files = {
             entry.path: RemoteFile(entry.path, entry.size, entry.lfs.sha256 if entry.lfs else None)
             for entry in entries
             if isinstance(entry, RepoFile)
         }
-    wanted = whole_selection(sorted(files), artefact.folder)
+    wanted = whole_selection(sorted(files), artifact.folder)
     if not wanted:
         raise ModelUnavailableError(
-            f"{artefact.name} holds no model files", "name one of its files after a ':'"
+            f"{artifact.name} holds no model files", "name one of its files after a ':'"
         )
     return tuple(files[path] for path in wanted)
 
@@ -262,18 +262,18 @@ def _quiet_hub() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _explained(artefact: Artefact, what: str, url: str, partial: Path | None = None) -> Iterator[None]:
+def _explained(artifact: Artifact, what: str, url: str, partial: Path | None = None) -> Iterator[None]:
     """Every failure of the network or the disk becomes one sentence and a next step."""
     try:
         yield
     except ModelUnavailableError:
         raise
     except Exception as error:
-        raise explain(error, artefact, what, url, partial) from error
+        raise explain(error, artifact, what, url, partial) from error
 
 
 def explain(
-    error: Exception, artefact: Artefact, what: str, url: str, partial: Path | None = None
+    error: Exception, artifact: Artifact, what: str, url: str, partial: Path | None = None
 ) -> ModelUnavailableError:
     """The failure of one transfer in the user's words.
 
@@ -283,11 +283,11 @@ def explain(
         url: where from.
         partial: what holds the bytes that did arrive.
     """
-    subject = f"{artefact.name} ({what})" if what not in artefact.name else artefact.name
+    subject = f"{artifact.name} ({what})" if what not in artifact.name else artifact.name
     host = urlsplit(url).netloc
     status = _status(error)
     if status is not None:
-        return SourceError(*_refused(status, error, artefact, subject, url))
+        return SourceError(*_refused(status, error, artifact, subject, url))
     names = _names(error)
     if isinstance(error, OSError) and error.errno is not None and not names & (_UNREACHABLE | _CUT):
         return disk_error(error, f"cannot write {subject}", partial)
@@ -311,12 +311,12 @@ def explain(
     )
 
 
-def _refused(status: int, error: Exception, artefact: Artefact, subject: str, url: str) -> tuple[str, str]:
+def _refused(status: int, error: Exception, artifact: Artifact, subject: str, url: str) -> tuple[str, str]:
     host = urlsplit(url).netloc
     if status in (401, 403):
         return (
             f"{host} does not give {subject} to this account (HTTP {status})",
-            f"accept its terms at {artefact.page}, then set HF_TOKEN to a token of that account"
+            f"accept its terms at {artifact.page}, then set HF_TOKEN to a token of that account"
             + (" (the HF_TOKEN that is set was not accepted)" if os.environ.get("HF_TOKEN") else ""),
         )
     if status in (404, 410):

@@ -47,7 +47,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     build_run(
         folder,
         identities=("ann", "bob", "cai", HOSTILE_NAME),
-        prompts=("a smiling woman in a garden", "watercolour; a man reading", HOSTILE_PROMPT),
+        prompts=("a smiling woman in a garden", "watercolor; a man reading", HOSTILE_PROMPT),
         stresses=(None, "blur"),
         held_out=True,
         fail=[FAILED],
@@ -165,7 +165,7 @@ def test_failures_can_be_found(reader: Reader) -> None:
     failures.locator("summary").click()
     assert failures.get_by_text(FAILED).is_visible()
     reader.choose("Only where", "failed")
-    assert reader.lines() == ["cai: watercolour; a man reading"]
+    assert reader.lines() == ["cai: watercolor; a man reading"]
     assert reader.page.locator("#lines .failed").text_content() == "out of memory on cuda:0"
     reader.choose("Only where", "missing")
     assert len(reader.lines()) == 2
@@ -221,7 +221,7 @@ def test_pictures_open_and_close_by_keyboard(reader: Reader) -> None:
     assert shown.count() == 2
     assert viewer.locator("dl").get_by_text("CLIP L/14").is_visible()
     page.keyboard.press("ArrowDown")
-    assert viewer.locator(".prompt").text_content() == "watercolour; a man reading"
+    assert viewer.locator(".prompt").text_content() == "watercolor; a man reading"
     for _ in range(3):
         page.keyboard.press("ArrowUp")  # the first line stays
     page.keyboard.press("ArrowDown")
@@ -255,15 +255,15 @@ def test_a_breakdown_shows_its_measure_and_leads_to_the_gallery(reader: Reader, 
 
 
 CONTRAST = """() => {
-    const light = (colour) => {
-        const [r, g, b] = colour.match(/[\\d.]+/g).map(Number).map((value) => value / 255)
+    const light = (color) => {
+        const [r, g, b] = color.match(/[\\d.]+/g).map(Number).map((value) => value / 255)
             .map((value) => (value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4));
         return 0.2126 * r + 0.7152 * g + 0.0722 * b;
     };
     const ground = (element) => {
         for (let each = element; each; each = each.parentElement) {
-            const colour = getComputedStyle(each).backgroundColor;
-            if (!/, 0\\)$/.test(colour) && colour !== "transparent") return colour;
+            const color = getComputedStyle(each).backgroundColor;
+            if (!/, 0\\)$/.test(color) && color !== "transparent") return color;
         }
         return "rgb(255, 255, 255)";
     };

@@ -22,7 +22,7 @@ from PIL import Image
 from support.doc_pages import LANGUAGES, PAGES, ROOT, Block, blocks, code_spans, links, options, parse, words
 
 from fastface_cli import cli
-from fastface_cli.app.api import artefacts_of
+from fastface_cli.app.api import artifacts_of
 from fastface_cli.evaluation.metrics.base import make_metrics, registry
 from fastface_cli.recipe.files import load_recipe, recipe_names
 from fastface_cli.recipe.schema import Recipe
@@ -57,7 +57,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             shutil.copy(photo, here / "theirs" / f"{2 * index + prompt}.png")
     (here / "order.txt").write_text("".join(f"{name}\n" for name in PEOPLE))
     for file in (mini / "prompts.txt", here / "prompts.txt"):
-        file.write_text("a person smiling\nwatercolour; a person\n")
+        file.write_text("a person smiling\nwatercolor; a person\n")
     shutil.copy(ROOT / "tests" / "data" / "published" / "fastface.json", here / "theirs.json")
     return here
 
@@ -147,7 +147,7 @@ def plan(
     """With which code a command may end here, and what is added to it; None where it is only parsed."""
     import torch
 
-    packaged = all(part.packaged for recipe in recipes for part in artefacts_of(recipe).values())
+    packaged = all(part.packaged for recipe in recipes for part in artifacts_of(recipe).values())
     match name:
         case "generate" if packaged:
             return (0,), ["--force"]
@@ -299,7 +299,7 @@ def test_the_readme_tells_what_recipes_cost() -> None:
     assert "`base` runs two branches at each of 30 steps: 60 samples" in text
     assert samples("base") == 60
     for model, told in re.findall(r"^\| `(\w+)`[^|]*\|[^|]*\|[^|]*\| ([\d.]+) GB \|", text, re.M):
-        parts = {part.name: part.bytes for part in artefacts_of(load_recipe(model).recipe).values()}
+        parts = {part.name: part.bytes for part in artifacts_of(load_recipe(model).recipe).values()}
         assert f"{sum(parts.values()) / 1e9:.1f}" == told, model
 
 

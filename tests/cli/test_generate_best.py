@@ -54,7 +54,7 @@ def test_scores_go_to_stderr_and_one_path_to_stdout_and_replay_makes_it_again(ge
     ended = generate(*POCKET, "--identity", drawn, "-p", "a man", "--seed", 1, "--best-of", 2, "-o", path)
     assert (ended.code, ended.out) == (0, f"{path}\n")
     assert "best of 2: a man" in ended.err
-    assert re.search(r"likeness by (dlib|the conditioning recogniser)", ended.err)
+    assert re.search(r"likeness by (dlib|the conditioning recognizer)", ended.err)
     assert ended.err.count("kept") == 1
     again = tmp_path / "y.png"
     assert generate("--from", path, *flags, "-o", again).code == 0

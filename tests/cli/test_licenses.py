@@ -1,4 +1,4 @@
-"""What licences allow: `fastface licenses`, `--commercial`, and the docs that tell it."""
+"""What licenses allow: `fastface licenses`, `--commercial`, and the docs that tell it."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from fastface_cli.app.api import artefacts_of, check_commercial
+from fastface_cli.app.api import artifacts_of, check_commercial
 from fastface_cli.cli import run
-from fastface_cli.errors import LicenceError
+from fastface_cli.errors import LicenseError
 from fastface_cli.recipe.files import load_recipe, recipe_names
 from fastface_cli.store.manifest import load_manifest
 
 Capture = pytest.CaptureFixture[str]
-DOCS = Path(__file__).parents[2] / "docs" / "licences.md"
+DOCS = Path(__file__).parents[2] / "docs" / "licenses.md"
 
 
 def asked(capsys: Capture, *arguments: str) -> dict:
@@ -82,15 +82,15 @@ def test_a_line_of_a_jobs_file_cannot_go_round_it(tmp_path: Path, me: Path, caps
 def test_what_is_unknown_is_told_and_not_refused() -> None:
     recipe = load_recipe("pocket", overrides=["model.adapter=./mine.safetensors"]).recipe
     said: list[str] = []
-    check_commercial(artefacts_of(recipe).values(), "recipe 'mine'", said.append)
-    assert said == ["commercial use of ./mine.safetensors is unclear: its licence is not known here"]
+    check_commercial(artifacts_of(recipe).values(), "recipe 'mine'", said.append)
+    assert said == ["commercial use of ./mine.safetensors is unclear: its license is not known here"]
 
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_is_judged_by_its_strictest_part(name: str) -> None:
-    parts = artefacts_of(load_recipe(name).recipe).values()
+    parts = artifacts_of(load_recipe(name).recipe).values()
     if any(part.commercial == "no" for part in parts):
-        with pytest.raises(LicenceError):
+        with pytest.raises(LicenseError):
             check_commercial(parts, name)
     else:
         assert name.startswith("pocket")
@@ -99,8 +99,8 @@ def test_every_recipe_is_judged_by_its_strictest_part(name: str) -> None:
 def test_the_docs_tell_of_every_model() -> None:
     told = DOCS.read_text(encoding="utf-8")
     rows = {line.split("|")[1].strip(): line for line in told.splitlines() if line.startswith("| `")}
-    for artefact in load_manifest().values():
-        row = rows[f"`{artefact.name}`"]
-        assert artefact.licence in row
-        assert f"| {artefact.commercial}" in row
-        assert artefact.licence_link in row
+    for artifact in load_manifest().values():
+        row = rows[f"`{artifact.name}`"]
+        assert artifact.license in row
+        assert f"| {artifact.commercial}" in row
+        assert artifact.license_link in row

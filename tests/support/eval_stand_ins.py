@@ -75,9 +75,9 @@ class People:
 
 
 def picture(job: Job) -> bytes:
-    """A plain picture whose colour is of the row's seed."""
-    colour = (job.row.seed % 256, job.row.seed // 256 % 256, len(job.row.recipe))
-    return encode_png(Image.new("RGB", (SIDE, SIDE), colour))
+    """A plain picture whose color is of the row's seed."""
+    color = (job.row.seed % 256, job.row.seed // 256 % 256, len(job.row.recipe))
+    return encode_png(Image.new("RGB", (SIDE, SIDE), color))
 
 
 def make(job: Job) -> Made:

@@ -31,7 +31,7 @@ def person(number: int, likeness: float = 1.0, of: int = 0) -> np.ndarray:
 
 
 def drawn(size: tuple[int, int], *faces: tuple[int, int, int, int]) -> Image.Image:
-    """A black picture with faces (left, top, side, number), drawn as squares of colour (number, 255, 200)."""
+    """A black picture with faces (left, top, side, number), drawn as squares of color (number, 255, 200)."""
     picture = Image.new("RGB", size)
     for left, top, side, number in faces:
         ImageDraw.Draw(picture).rectangle(
@@ -41,7 +41,7 @@ def drawn(size: tuple[int, int], *faces: tuple[int, int, int, int]) -> Image.Ima
 
 
 @dataclass
-class SquareAnalyser:
+class SquareAnalyzer:
     """Sees the squares of `drawn`, where `sees(size, shape, side over longest side)` says so."""
 
     sees: Callable[[int, tuple[int, int], float], bool] = lambda size, shape, share: True
@@ -72,7 +72,7 @@ class SquareAnalyser:
 
 
 def random_pack(folder: Path, *, width: int = 512, points: bool = True, certainty: float = 4.0) -> Path:
-    """A tiny random detector in SCRFD's layout and a random recogniser, as ONNX files.
+    """A tiny random detector in SCRFD's layout and a random recognizer, as ONNX files.
 
     Args:
         width: numbers in an embedding.
@@ -112,19 +112,19 @@ def random_pack(folder: Path, *, width: int = 512, points: bool = True, certaint
     picture = helper.make_tensor_value_info("input", TensorProto.FLOAT, [1, 3, "h", "w"])
     detector = helper.make_graph(nodes, "detector", [picture], outputs, weights)
     weight = random.standard_normal((width, 3 * 7 * 7)).astype(np.float32)
-    recogniser = helper.make_graph(
+    recognizer = helper.make_graph(
         [
             helper.make_node("AveragePool", ["input"], ["pooled"], kernel_shape=[16, 16], strides=[16, 16]),
             helper.make_node("Flatten", ["pooled"], ["flat"]),
             helper.make_node("Gemm", ["flat", "w"], ["embedding"], transB=1),
         ],
-        "recogniser",
+        "recognizer",
         [helper.make_tensor_value_info("input", TensorProto.FLOAT, ["n", 3, 112, 112])],
         [helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["n", width])],
         [numpy_helper.from_array(weight, "w")],
     )
     folder.mkdir(parents=True, exist_ok=True)
-    for name, graph in (("det.onnx", detector), ("rec.onnx", recogniser)):
+    for name, graph in (("det.onnx", detector), ("rec.onnx", recognizer)):
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
         onnx.save(model, folder / name)
     return folder

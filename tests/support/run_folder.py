@@ -14,13 +14,13 @@ from PIL import Image
 
 from fastface_cli.evaluation.metrics.base import Column
 from fastface_cli.evaluation.rows import Row, image_seed, row_key
-from fastface_cli.evaluation.summary import summarise
+from fastface_cli.evaluation.summary import summarize
 
 COLUMNS = {
     column.name: column
     for column in (
-        Column("id", "ID", True, "", "Cosine of the conditioning recogniser's embeddings."),
-        Column("dlib", "ID (dlib)", True, "", "Likeness by a recogniser that did not condition."),
+        Column("id", "ID", True, "", "Cosine of the conditioning recognizer's embeddings."),
+        Column("dlib", "ID (dlib)", True, "", "Likeness by a recognizer that did not condition."),
         Column("detection", "Faces found", True, "share", "Share of images with a face."),
         Column("clip_l14", "CLIP L/14", True, "", "Cosine of prompt and image."),
         Column("face_ratio", "Face ratio", None, "share", "Face box area over image area."),
@@ -30,7 +30,7 @@ COLUMNS = {
 RECIPES = ("baseline", "am1", "fastface")
 PROMPTS = (
     "a smiling woman in a garden",
-    "watercolour; a man reading",
+    "watercolor; a man reading",
     "an astronaut on a horse",
     "a portrait at night",
 )
@@ -59,7 +59,7 @@ def build_run(
         fail: keys of images that could not be made.
         no_face: keys of images without a face.
         effect: what each recipe adds to the ID of the one before it.
-        picture: stands for every picture, as a hard link; None: small pictures of different colours.
+        picture: stands for every picture, as a hard link; None: small pictures of different colors.
     """
     rows = []
     for number, identity in enumerate(identities):
@@ -107,12 +107,12 @@ def _finished(
         return replace(row, error=error)
     random = np.random.default_rng(row.seed + (len(row.stress) if row.stress else 0))
     file = f"images/{recipe}/{row.identity}/{row.prompt_index:04d}-{row.seed_index}{row.stress or ''}.png"
-    colour = (200 - recipe * 30 % 190, 60 + row.prompt_index * 40 % 190, row.seed % 255)
+    color = (200 - recipe * 30 % 190, 60 + row.prompt_index * 40 % 190, row.seed % 255)
     if isinstance(picture, Path):
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         os.link(picture, folder / file)
     else:
-        _picture(folder / file, colour, picture)
+        _picture(folder / file, color, picture)
     own = np.random.default_rng(row.seed + recipe + 1)
     face = row.key not in no_face
     likeness = (
@@ -129,10 +129,10 @@ def _finished(
     return replace(row, file=file, seconds=1.5, unet_samples=4 + 6 * recipe, scores=scores)
 
 
-def _picture(path: Path, colour: tuple[int, int, int], pixels: int) -> None:
+def _picture(path: Path, color: tuple[int, int, int], pixels: int) -> None:
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        ramp = np.linspace(0.4, 1, pixels)[:, None, None] * np.ones((1, pixels, 1)) * np.array(colour)
+        ramp = np.linspace(0.4, 1, pixels)[:, None, None] * np.ones((1, pixels, 1)) * np.array(color)
         Image.fromarray(ramp.astype(np.uint8)).save(path)
 
 
@@ -156,5 +156,5 @@ def _write(
     (folder / "run.json").write_text(json.dumps(info))
     lines = [json.dumps(row.to_json()) + "\n" for row in rows]
     (folder / "images.jsonl").write_text("".join(lines), encoding="utf-8")
-    summary = summarise(rows, COLUMNS, recipes=recipes, resamples=resamples)
+    summary = summarize(rows, COLUMNS, recipes=recipes, resamples=resamples)
     (folder / "summary.json").write_text(json.dumps(summary))

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from fastface_cli.settings import Settings
-from fastface_cli.store import Artefact, Store, parse_manifest
+from fastface_cli.store import Artifact, Store, parse_manifest
 from support.hub_server import COMMIT, Hub
 
 BIG = random.Random(7).randbytes(3_500_000)
@@ -28,10 +28,10 @@ def sha256(content: bytes) -> str:
 
 
 def manifest_text(hub: Hub) -> str:
-    """A manifest with an artefact of each kind, in JSON, which is YAML too."""
+    """A manifest with an artifact of each kind, in JSON, which is YAML too."""
     return json.dumps(
         {
-            "licences": {
+            "licenses": {
                 "free": ["MIT", "https://example.org/mit", "yes", ""],
                 "research": [
                     "research only",
@@ -40,7 +40,7 @@ def manifest_text(hub: Hub) -> str:
                     "for non-commercial research",
                 ],
             },
-            "artefacts": [
+            "artifacts": [
                 _on_hub("lora", "lora", None, "free", [_pinned("lora.safetensors", BIG)]),
                 _on_hub(
                     "base",
@@ -80,7 +80,7 @@ def manifest_text(hub: Hub) -> str:
                     "kind": "scorer",
                     "summary": "not on the Hub",
                     "url": f"{hub.url}/release/a%2Bb.pth",
-                    "licence": "free",
+                    "license": "free",
                     "files": [_pinned("a+b.pth", MODEL)],
                 },
                 {
@@ -88,7 +88,7 @@ def manifest_text(hub: Hub) -> str:
                     "kind": "base",
                     "summary": "in the package",
                     "package": "errors.py",
-                    "licence": "free",
+                    "license": "free",
                 },
             ],
         }
@@ -96,7 +96,7 @@ def manifest_text(hub: Hub) -> str:
 
 
 def _on_hub(
-    name: str, kind: str, root: str | None, licence: str, files: list[list[str]], repo: str | None = None
+    name: str, kind: str, root: str | None, license: str, files: list[list[str]], repo: str | None = None
 ) -> dict[str, Any]:
     entry = {
         "name": f"tiny-{name}",
@@ -104,7 +104,7 @@ def _on_hub(
         "summary": f"a {kind}",
         "repo": f"tiny/{repo or name}",
         "commit": COMMIT,
-        "licence": licence,
+        "license": license,
         "files": files,
     }
     return entry if root is None else entry | {"root": root}
@@ -136,13 +136,13 @@ class Shop:
         self.hub = hub
         self.home = home
         self.text = manifest_text(hub)
-        self.known: Mapping[str, Artefact] = parse_manifest(self.text)
+        self.known: Mapping[str, Artifact] = parse_manifest(self.text)
 
     def store(self, *, offline: bool = False, hub_cache: Path | None = None) -> Store:
         """A store on the home folder, as a new process would open it."""
         return Store(Settings(home=self.home, hub_cache=hub_cache), offline=offline, known=self.known)
 
-    def __getitem__(self, name: str) -> Artefact:
+    def __getitem__(self, name: str) -> Artifact:
         return self.known["tiny-" + name]
 
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from support.face_stand_ins import SquareAnalyser
+from support.face_stand_ins import SquareAnalyzer
 
 from fastface_cli.app.best_of import (
     Candidates,
@@ -102,8 +102,8 @@ class TestChoice:
 
 
 class TestJudges:
-    def test_the_conditioning_recogniser_gives_cosines(self, person) -> None:
-        judge = ConditioningJudge(SquareAnalyser())
+    def test_the_conditioning_recognizer_gives_cosines(self, person) -> None:
+        judge = ConditioningJudge(SquareAnalyzer())
         mean = judge.reference(person)
         assert judge.likeness(mean, mean) == pytest.approx(1)
         assert judge.likeness(-mean, mean) == pytest.approx(-1)
@@ -118,8 +118,8 @@ class TestJudges:
 
         monkeypatch.setattr(builtins, "__import__", without)
         said: list[str] = []
-        judge = pick_judge(SquareAnalyser(), said.append)
-        assert judge.name == "the conditioning recogniser"
+        judge = pick_judge(SquareAnalyzer(), said.append)
+        assert judge.name == "the conditioning recognizer"
         assert len(said) == 1
         assert "fastface-cli[dlib]" in said[0]
 
@@ -127,7 +127,7 @@ class TestJudges:
         """The example is drawn, but a face all the same; the crop of a scaled copy stays near it."""
         pytest.importorskip("dlib")
         portrait = Image.open(EXAMPLE).convert("RGB")
-        scorer = Scorer(pocket.analyser, DlibJudge(), None)
+        scorer = Scorer(pocket.analyzer, DlibJudge(), None)
         me = pocket.identity(portrait)
         large = portrait.resize((512, 512), Image.Resampling.LANCZOS)
         same = scorer.score(large, identity=me, prompt="", seed=1)
@@ -139,7 +139,7 @@ class TestJudges:
         assert mirrored.likeness is None or mirrored.likeness < same.likeness
 
     def test_a_picture_without_a_face_has_no_likeness(self, person) -> None:
-        scorer = Scorer(SquareAnalyser(), ConditioningJudge(SquareAnalyser()), lambda *_: 0.25)
+        scorer = Scorer(SquareAnalyzer(), ConditioningJudge(SquareAnalyzer()), lambda *_: 0.25)
         blank = Image.new("RGB", (64, 64), "grey")
         assert scorer.score(blank, identity=person, prompt="x", seed=4) == Score(4, None, 0.25)
 

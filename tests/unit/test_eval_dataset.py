@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from support import eval_stand_ins as stand_in
-from support.face_stand_ins import SquareAnalyser, drawn
+from support.face_stand_ins import SquareAnalyzer, drawn
 
 from fastface_cli.errors import NoFaceError, UsageError
 from fastface_cli.evaluation.dataset import Subject, load_dataset
@@ -189,20 +189,20 @@ def test_stresses_are_read_from_a_list():
 
 @pytest.fixture
 def people(tmp_path):
-    analyser, said = SquareAnalyser(), []
-    made = People(tmp_path / "run", {"pack": lambda: analyser}, said.append)
-    return made, analyser, said
+    analyzer, said = SquareAnalyzer(), []
+    made = People(tmp_path / "run", {"pack": lambda: analyzer}, said.append)
+    return made, analyzer, said
 
 
 def test_a_person_is_measured_once_in_the_life_of_a_run(published, tmp_path, people):
-    made, analyser, _ = people
+    made, analyzer, _ = people
     subject = load_dataset(published).subjects[1]
     first = made.identity(subject, None, "pack")
-    looked = len(analyser.asked)
+    looked = len(analyzer.asked)
     assert looked > 0
-    again = People(tmp_path / "run", {"pack": lambda: analyser}, print).identity(subject, None, "pack")
+    again = People(tmp_path / "run", {"pack": lambda: analyzer}, print).identity(subject, None, "pack")
     assert again.digest() == first.digest()
-    assert len(analyser.asked) == looked
+    assert len(analyzer.asked) == looked
 
 
 def test_a_degraded_person_is_somebody_else_and_kept_beside(published, tmp_path, people):
@@ -237,14 +237,14 @@ def test_photos_are_kept_as_they_are_and_broken_ones_are_said(published, tmp_pat
 
 
 def test_a_refused_photo_is_looked_at_once_and_not_kept(tmp_path, people):
-    made, analyser, _ = people
+    made, analyzer, _ = people
     Image.new("RGB", (64, 64)).save(tmp_path / "grey.png")
     subject, said, looked = Subject("grey", (tmp_path / "grey.png",)), set(), set()
     for _ in range(3):
         with pytest.raises(NoFaceError) as caught:
             made.identity(subject, None, "pack")
         said.add((caught.value.message, caught.value.hint))
-        looked.add(len(analyser.asked))
+        looked.add(len(analyzer.asked))
     assert (len(said), len(looked)) == (1, 1)
     assert len(caught.traceback) == 2  # this test and the asking: not the frames that hold the picture
 

@@ -15,7 +15,7 @@ from support.face_stand_ins import random_pack
 
 import fastface_cli
 from fastface_cli.errors import ModelUnavailableError, NoFaceError
-from fastface_cli.identity.analyzer import InsightFaceAnalyser, align, load_face_models
+from fastface_cli.identity.analyzer import InsightFaceAnalyzer, align, load_face_models
 from fastface_cli.identity.identity import Identity, make_identity
 from fastface_cli.identity.search import bgr, find_faces
 
@@ -28,7 +28,7 @@ def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def analyser(pack: Path) -> InsightFaceAnalyser:
+def analyzer(pack: Path) -> InsightFaceAnalyzer:
     return load_face_models(pack)
 
 
@@ -37,35 +37,35 @@ def picture(width: int = 320, height: int = 240) -> np.ndarray:
 
 
 class TestRandomPack:
-    def test_detects_and_embeds_as_insightface_does(self, pack: Path, analyser: InsightFaceAnalyser) -> None:
+    def test_detects_and_embeds_as_insightface_does(self, pack: Path, analyzer: InsightFaceAnalyzer) -> None:
         from insightface.app import FaceAnalysis
 
         app = FaceAnalysis(name=str(pack), root=str(pack), providers=["CPUExecutionProvider"])
         app.prepare(ctx_id=0, det_size=(640, 640))
         wanted = app.get(picture())
-        found = analyser.detect(picture(), 640)
+        found = analyzer.detect(picture(), 640)
         assert len(found) == len(wanted) > 1
         for face, face_ in zip(found, wanted, strict=True):
             assert np.array_equal(face.box, face_.bbox)
             assert np.array_equal(face.key_points, face_.kps)
             assert face.score == face_.det_score
-            embedding = analyser.embed(picture(), face)
+            embedding = analyzer.embed(picture(), face)
             assert embedding.dtype == np.float32
             assert np.array_equal(embedding, face_.normed_embedding)
 
-    def test_other_sizes(self, analyser: InsightFaceAnalyser) -> None:
-        assert all(analyser.detect(picture(), size) for size in (1280, 448, 320))
+    def test_other_sizes(self, analyzer: InsightFaceAnalyzer) -> None:
+        assert all(analyzer.detect(picture(), size) for size in (1280, 448, 320))
 
-    def test_crop_is_insightfaces(self, analyser: InsightFaceAnalyser) -> None:
+    def test_crop_is_insightfaces(self, analyzer: InsightFaceAnalyzer) -> None:
         from insightface.utils.face_align import norm_crop
 
-        face = find_faces(picture(), analyser)[0]
+        face = find_faces(picture(), analyzer)[0]
         crop = align(picture(), face)
         assert (crop.shape, crop.dtype) == ((224, 224, 3), np.uint8)
         assert np.array_equal(crop, norm_crop(picture(), face.key_points, image_size=224))
 
-    def test_identity_of_a_random_pack(self, analyser: InsightFaceAnalyser, tmp_path: Path) -> None:
-        made = make_identity([Image.fromarray(picture())], analyser)
+    def test_identity_of_a_random_pack(self, analyzer: InsightFaceAnalyzer, tmp_path: Path) -> None:
+        made = make_identity([Image.fromarray(picture())], analyzer)
         made.save(tmp_path / "me.safetensors")
         assert Identity.load(tmp_path / "me.safetensors").digest() == made.digest()
 
@@ -90,8 +90,8 @@ class TestRandomPack:
             "socket.socket.connect = refuse\n"
             "import numpy as np\n"
             "from fastface_cli.identity.analyzer import load_face_models\n"
-            "analyser = load_face_models(pathlib.Path(sys.argv[1]))\n"
-            "analyser.detect(np.zeros((99, 99, 3), np.uint8), 320)\n"
+            "analyzer = load_face_models(pathlib.Path(sys.argv[1]))\n"
+            "analyzer.detect(np.zeros((99, 99, 3), np.uint8), 320)\n"
         )
         before = sorted(pack.iterdir())
         environment = {key: value for key, value in os.environ.items() if not key.startswith("XDG_")}
@@ -111,9 +111,9 @@ class TestRandomPack:
 
 
 class TestProviders:
-    def test_cpu(self, analyser: InsightFaceAnalyser) -> None:
-        assert analyser.provider == "CPUExecutionProvider"
-        assert analyser.note is None
+    def test_cpu(self, analyzer: InsightFaceAnalyzer) -> None:
+        assert analyzer.provider == "CPUExecutionProvider"
+        assert analyzer.note is None
 
     def test_cuda_that_is_not_there_is_reported(self, pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         import onnxruntime
@@ -158,7 +158,7 @@ class TestBrokenPacks:
         assert "no .onnx files" in self.refused(tmp_path / "none").message
         assert "no .onnx files" in self.refused(tmp_path).message
 
-    @pytest.mark.parametrize(("name", "words"), [("det", "no face detector"), ("rec", "no face recogniser")])
+    @pytest.mark.parametrize(("name", "words"), [("det", "no face detector"), ("rec", "no face recognizer")])
     def test_half_a_pack(self, tmp_path: Path, name: str, words: str) -> None:
         (random_pack(tmp_path / "half") / f"{name}.onnx").unlink()
         assert words in self.refused(tmp_path / "half").message
@@ -185,7 +185,7 @@ class TestBrokenPacks:
 
 
 @pytest.fixture(scope="module")
-def pocket() -> InsightFaceAnalyser:
+def pocket() -> InsightFaceAnalyzer:
     return load_face_models(POCKET)
 
 
@@ -200,7 +200,7 @@ def group() -> Image.Image:
 class TestPocket:
     """The models that ship in the wheel on a real photograph of six people."""
 
-    def test_several_people(self, pocket: InsightFaceAnalyser, group: Image.Image) -> None:
+    def test_several_people(self, pocket: InsightFaceAnalyzer, group: Image.Image) -> None:
         remarks: list[str] = []
         make_identity([group], pocket, log=remarks.append)
         count = len(find_faces(bgr(group), pocket))
@@ -209,7 +209,7 @@ class TestPocket:
         people = np.stack([make_identity([group], pocket, face_index=i).mean() for i in range(4)])
         assert (people @ people.T)[np.triu_indices(4, 1)].max() < 0.9
 
-    def test_each_of_them_cut_out_tightly(self, pocket: InsightFaceAnalyser, group: Image.Image) -> None:
+    def test_each_of_them_cut_out_tightly(self, pocket: InsightFaceAnalyzer, group: Image.Image) -> None:
         for face in find_faces(bgr(group), pocket)[:4]:
             left, top, right, bottom = (round(side) for side in face.box)
             tight = group.crop((left, top, right, bottom))
@@ -217,7 +217,7 @@ class TestPocket:
             assert width * height > 0.4 * tight.width * tight.height
             assert make_identity([tight], pocket).id_embedding.shape == (1, 512)
 
-    def test_upright_by_exif(self, pocket: InsightFaceAnalyser, group: Image.Image) -> None:
+    def test_upright_by_exif(self, pocket: InsightFaceAnalyzer, group: Image.Image) -> None:
         upright = make_identity([group], pocket).mean()
         lying = group.transpose(Image.Transpose.ROTATE_90)
         lying.getexif()[0x0112] = 6  # turn it clockwise to see it

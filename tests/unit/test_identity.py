@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.numpy import load_file, save, save_file
-from support.face_stand_ins import SquareAnalyser, drawn, person
+from support.face_stand_ins import SquareAnalyzer, drawn, person
 
 from fastface_cli.errors import FastFaceError, NoFaceError, UsageError
 from fastface_cli.identity.identity import MAX_PHOTOS, Identity, make_identity, outliers
@@ -298,32 +298,32 @@ def boxes_in(text: str) -> list[int]:
 class TestOnePhoto:
     def test_a_photo_becomes_an_identity(self, tmp_path: Path) -> None:
         heard = Heard()
-        analyser = SquareAnalyser(score={7: 0.75})
+        analyzer = SquareAnalyzer(score={7: 0.75})
         (path,) = save_photos(tmp_path, me=ONE)
-        made = make_identity([path], analyser, log=heard)
+        made = make_identity([path], analyzer, log=heard)
         assert np.array_equal(made.id_embedding[0], person(7))
         assert made.weight.tolist() == [0.75]
         assert heard == []
         # The crop is BGR and shows the drawn face where ArcFace puts it: everywhere but at the margin.
         assert made.face_crop_bgr.shape == (1, 224, 224, 3)
         assert made.crop()[40:190, 60:170].reshape(-1, 3).tolist() == [[200, 255, 7]] * (150 * 110)
-        assert same(make_identity([ONE], analyser), made)
+        assert same(make_identity([ONE], analyzer), made)
         assert sorted(each.name for each in tmp_path.iterdir()) == ["me.png"]
 
     def test_nothing_is_written_or_asked_twice(self) -> None:
-        analyser = SquareAnalyser()
-        make_identity([ONE], analyser)
-        assert analyser.asked == [(640, (200, 300))]
+        analyzer = SquareAnalyzer()
+        make_identity([ONE], analyzer)
+        assert analyzer.asked == [(640, (200, 300))]
 
     @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK"])
-    def test_modes_reach_the_analyser_as_bgr(self, mode: str) -> None:
+    def test_modes_reach_the_analyzer_as_bgr(self, mode: str) -> None:
         white = Image.new("RGB", (50, 40), "white").convert(mode)
         with pytest.raises(NoFaceError):
-            make_identity([white], SquareAnalyser(sees=lambda size, shape, share: False))
+            make_identity([white], SquareAnalyzer(sees=lambda size, shape, share: False))
 
     def test_the_largest_of_several_and_how_to_choose(self) -> None:
         heard = Heard()
-        assert taken(make_identity([GROUP], SquareAnalyser(), log=heard)) == 2
+        assert taken(make_identity([GROUP], SquareAnalyzer(), log=heard)) == 2
         assert len(heard) == 1
         assert "3 faces" in heard[0]
         assert "--face-index 0 to 2" in heard[0]
@@ -332,12 +332,12 @@ class TestOnePhoto:
     @pytest.mark.parametrize(("index", "number"), [(0, 2), (1, 3), (2, 1)])
     def test_index_counts_by_size(self, index: int, number: int) -> None:
         heard = Heard()
-        assert taken(make_identity([GROUP], SquareAnalyser(), face_index=index, log=heard)) == number
+        assert taken(make_identity([GROUP], SquareAnalyzer(), face_index=index, log=heard)) == number
         assert heard == []
 
     def test_index_out_of_range(self) -> None:
         with pytest.raises(NoFaceError, match="no face number 3: 3 faces found") as caught:
-            make_identity([GROUP], SquareAnalyser(), face_index=3)
+            make_identity([GROUP], SquareAnalyzer(), face_index=3)
         assert caught.value.exit_code == 5
         assert "2 at (10, 20, 70, 80)" in str(caught.value.hint)
 
@@ -352,26 +352,26 @@ class TestOnePhoto:
         ],
     )
     def test_box(self, box: tuple[float, float, float, float], number: int) -> None:
-        assert taken(make_identity([GROUP], SquareAnalyser(), face_box=box)) == number
+        assert taken(make_identity([GROUP], SquareAnalyzer(), face_box=box)) == number
 
     def test_a_box_is_looked_at_by_itself_where_the_whole_shows_nothing(self) -> None:
         small = drawn((1000, 1000), (700, 700, 40, 5), (100, 100, 300, 6))
-        analyser = SquareAnalyser(sees=lambda size, shape, share: share > 0.1)
-        assert taken(make_identity([small], analyser, face_box=(690, 690, 750, 750))) == 5
+        analyzer = SquareAnalyzer(sees=lambda size, shape, share: share > 0.1)
+        assert taken(make_identity([small], analyzer, face_box=(690, 690, 750, 750))) == 5
         with pytest.raises(NoFaceError, match=r"no face in the box \(690, 100, 750, 200\)") as caught:
-            make_identity([small], analyser, face_box=(690, 100, 750, 200))
+            make_identity([small], analyzer, face_box=(690, 100, 750, 200))
         assert "0 at (100, 100, 400, 400)" in str(caught.value.hint)
         with pytest.raises(NoFaceError, match="no face in the box"):
-            make_identity([small], analyser, face_box=(5000, 5000, 6000, 6000))
+            make_identity([small], analyzer, face_box=(5000, 5000, 6000, 6000))
 
     def test_box_and_messages_are_in_pixels_of_the_original(self) -> None:
         huge = drawn((8192, 1000), (100, 100, 700, 4), (6000, 100, 800, 5))
         heard = Heard()
-        assert taken(make_identity([huge], SquareAnalyser(), log=heard)) == 5
+        assert taken(make_identity([huge], SquareAnalyzer(), log=heard)) == 5
         assert boxes_in(heard[0]) == pytest.approx([6000, 100, 6800, 900], abs=4)
-        assert taken(make_identity([huge], SquareAnalyser(), face_box=(100, 100, 800, 800))) == 4
+        assert taken(make_identity([huge], SquareAnalyzer(), face_box=(100, 100, 800, 800))) == 4
         with pytest.raises(NoFaceError) as caught:
-            make_identity([huge], SquareAnalyser(), face_box=(3000, 100, 3100, 200))
+            make_identity([huge], SquareAnalyzer(), face_box=(3000, 100, 3100, 200))
         hint = boxes_in(str(caught.value.hint))
         assert hint == pytest.approx([6000, 100, 6800, 900, 100, 100, 800, 800], abs=4)
 
@@ -388,66 +388,66 @@ class TestOnePhoto:
     )
     def test_senseless_choices(self, choice: dict[str, Any]) -> None:
         with pytest.raises(UsageError):
-            make_identity([GROUP], SquareAnalyser(), **choice)
+            make_identity([GROUP], SquareAnalyzer(), **choice)
 
     def test_a_small_face_is_noted(self) -> None:
         heard = Heard()
-        make_identity([drawn((300, 200), (10, 10, 30, 7))], SquareAnalyser(), log=heard)
+        make_identity([drawn((300, 200), (10, 10, 30, 7))], SquareAnalyzer(), log=heard)
         assert "only 30 pixels wide" in heard[0]
 
     def test_a_face_that_cannot_be_measured(self) -> None:
-        analyser = SquareAnalyser(people={7: np.full(512, np.nan, np.float32)})
+        analyzer = SquareAnalyzer(people={7: np.full(512, np.nan, np.float32)})
         with pytest.raises(NoFaceError, match="cannot be recognised"):
-            make_identity([ONE], analyser)
+            make_identity([ONE], analyzer)
 
 
 class TestRetries:
     def test_smaller_sizes(self) -> None:
-        analyser = SquareAnalyser(sees=lambda size, shape, share: size <= 384)
-        assert taken(make_identity([ONE], analyser)) == 7
-        assert [size for size, _ in analyser.asked] == [640, 576, 512, 448, 384]
+        analyzer = SquareAnalyzer(sees=lambda size, shape, share: size <= 384)
+        assert taken(make_identity([ONE], analyzer)) == 7
+        assert [size for size, _ in analyzer.asked] == [640, 576, 512, 448, 384]
 
     @pytest.mark.parametrize(("limit", "border"), [(0.7, 0.25), (0.6, 0.5), (0.4, 1.0)])
     def test_padding_for_tight_crops(self, limit: float, border: float) -> None:
         tight = drawn((200, 200), (2, 4, 190, 9))
-        analyser = SquareAnalyser(sees=lambda size, shape, share: share < limit)
-        made = make_identity([tight], analyser)
+        analyzer = SquareAnalyzer(sees=lambda size, shape, share: share < limit)
+        made = make_identity([tight], analyzer)
         side = round(200 * (1 + 2 * border))
-        assert analyser.asked[-1] == (640, (side, side))
+        assert analyzer.asked[-1] == (640, (side, side))
         # The face is cut from the photo itself: as if it had been seen at once.
-        assert same(made, make_identity([tight], SquareAnalyser()))
+        assert same(made, make_identity([tight], SquareAnalyzer()))
 
     def test_padding_of_a_large_picture_takes_little_memory(self) -> None:
         tight = drawn((4000, 3000), (200, 100, 2800, 9))
-        analyser = SquareAnalyser(sees=lambda size, shape, share: share < 0.4)
-        assert taken(make_identity([tight], analyser)) == 9
-        assert max(max(shape) for _, shape in analyser.asked if shape != (3000, 4000)) <= 3 * 1280
+        analyzer = SquareAnalyzer(sees=lambda size, shape, share: share < 0.4)
+        assert taken(make_identity([tight], analyzer)) == 9
+        assert max(max(shape) for _, shape in analyzer.asked if shape != (3000, 4000)) <= 3 * 1280
 
     def test_larger_pictures_are_tried_large(self) -> None:
-        analyser = SquareAnalyser(sees=lambda size, shape, share: size == 1280)
-        assert taken(make_identity([drawn((2000, 1500), (50, 50, 60, 3))], analyser)) == 3
-        assert [size for size, _ in analyser.asked] == [640, 576, 512, 448, 384, 320, 1280]
+        analyzer = SquareAnalyzer(sees=lambda size, shape, share: size == 1280)
+        assert taken(make_identity([drawn((2000, 1500), (50, 50, 60, 3))], analyzer)) == 3
+        assert [size for size, _ in analyzer.asked] == [640, 576, 512, 448, 384, 320, 1280]
 
     def test_no_face_says_what_was_tried(self, tmp_path: Path) -> None:
         (path,) = save_photos(tmp_path, wall=EMPTY)
-        analyser = SquareAnalyser()
+        analyzer = SquareAnalyzer()
         with pytest.raises(NoFaceError) as caught:
-            make_identity([path], analyser)
+            make_identity([path], analyzer)
         assert caught.value.exit_code == 5
         for words in (str(path), "640, 576, 512, 448, 384 and 320", "25%, 50% and 100%"):
             assert words in caught.value.message
         assert caught.value.hint
-        assert len(analyser.asked) == 24
+        assert len(analyzer.asked) == 24
 
     @pytest.mark.parametrize("size", [(1, 1), (2, 1), (10000, 10), (10, 10000), (30000, 1)])
     def test_odd_sizes(self, size: tuple[int, int]) -> None:
-        analyser = SquareAnalyser()
+        analyzer = SquareAnalyzer()
         with pytest.raises(NoFaceError):
-            make_identity([Image.new("RGB", size)], analyser)
-        assert all(min(640 / max(shape) * min(shape), 9) >= 1 for _, shape in analyser.asked)
+            make_identity([Image.new("RGB", size)], analyzer)
+        assert all(min(640 / max(shape) * min(shape), 9) >= 1 for _, shape in analyzer.asked)
 
     def test_a_face_cut_by_the_edge_counts_by_what_is_seen(self) -> None:
-        class Beyond(SquareAnalyser):
+        class Beyond(SquareAnalyzer):
             def detect(self, picture: np.ndarray, size: int) -> list[Any]:
                 (face,) = super().detect(picture, size)
                 far = face.moved(-1000, 0)
@@ -459,8 +459,8 @@ class TestRetries:
 class TestSeveralPhotos:
     def test_weighted_by_the_detector(self) -> None:
         people = {7: person(7), 8: person(8, 0.8, of=7)}
-        analyser = SquareAnalyser(people=people, score={7: 0.9, 8: 0.6})
-        made = make_identity([ONE, drawn((300, 200), (100, 50, 90, 8))], analyser)
+        analyzer = SquareAnalyzer(people=people, score={7: 0.9, 8: 0.6})
+        made = make_identity([ONE, drawn((300, 200), (100, 50, 90, 8))], analyzer)
         assert made.weight.tolist() == pytest.approx([0.9, 0.6])
         wanted = 0.9 * people[7].astype(np.float64) + 0.6 * people[8]
         assert np.abs(made.mean() - wanted / np.linalg.norm(wanted)).max() < 1e-6
@@ -468,13 +468,13 @@ class TestSeveralPhotos:
     def test_a_photo_without_a_face_is_named_and_left_out(self, tmp_path: Path) -> None:
         heard = Heard()
         paths = save_photos(tmp_path, wall=EMPTY, me=ONE)
-        assert len(make_identity(paths, SquareAnalyser(), log=heard).weight) == 1
+        assert len(make_identity(paths, SquareAnalyzer(), log=heard).weight) == 1
         assert heard == [f"{paths[0]} left out: no face found in it"]
 
     def test_none_with_a_face(self, tmp_path: Path) -> None:
         paths = save_photos(tmp_path, wall=EMPTY, floor=EMPTY)
         with pytest.raises(NoFaceError) as caught:
-            make_identity(paths, SquareAnalyser())
+            make_identity(paths, SquareAnalyzer())
         assert all(str(path) in caught.value.message for path in paths)
 
     def test_an_outlier_is_named_and_left_out(self, tmp_path: Path) -> None:
@@ -482,7 +482,7 @@ class TestSeveralPhotos:
         photos = {f"p{number}": drawn((300, 200), (100, 50, 90, number)) for number in people}
         paths = save_photos(tmp_path, **photos)
         heard = Heard()
-        made = make_identity(paths, SquareAnalyser(people=people), log=heard)
+        made = make_identity(paths, SquareAnalyzer(people=people), log=heard)
         assert len(made.weight) == 3
         assert not any(np.array_equal(row, people[3]) for row in made.id_embedding)
         assert len(heard) == 1
@@ -491,24 +491,24 @@ class TestSeveralPhotos:
     def test_two_that_disagree_are_kept_with_a_warning(self) -> None:
         heard = Heard()
         photos = [drawn((300, 200), (100, 50, 90, number)) for number in (1, 2)]
-        assert len(make_identity(photos, SquareAnalyser(), log=heard).weight) == 2
+        assert len(make_identity(photos, SquareAnalyzer(), log=heard).weight) == 2
         assert len(heard) == 1
         assert "different people" in heard[0]
         assert "photo 1, photo 2" in heard[0]
 
     def test_a_missing_file_stops_everything(self, tmp_path: Path) -> None:
         with pytest.raises(UsageError, match=r"none\.jpg"):
-            make_identity([ONE, tmp_path / "none.jpg"], SquareAnalyser())
+            make_identity([ONE, tmp_path / "none.jpg"], SquareAnalyzer())
 
     def test_limits(self) -> None:
         for photos in ([], [ONE] * (MAX_PHOTOS + 1)):
             with pytest.raises(UsageError, match="1 to 64"):
-                make_identity(photos, SquareAnalyser())
+                make_identity(photos, SquareAnalyzer())
         with pytest.raises(UsageError, match="box belongs to one photo"):
-            make_identity([ONE, ONE], SquareAnalyser(), face_box=(0, 0, 9, 9))
+            make_identity([ONE, ONE], SquareAnalyzer(), face_box=(0, 0, 9, 9))
 
     def test_without_a_log_nothing_is_said(self, capfd: pytest.CaptureFixture[str]) -> None:
-        make_identity([GROUP, EMPTY], SquareAnalyser())
+        make_identity([GROUP, EMPTY], SquareAnalyzer())
         assert capfd.readouterr() == ("", "")
 
 
@@ -535,7 +535,7 @@ class TestOutliers:
         people = [person(i, 0.8) for i in range(1, 6)]
         assert sorted(self.found(person(20), *people, person(21))) == [0, 6]
 
-    def test_a_recogniser_whose_strangers_are_alike(self) -> None:
+    def test_a_recognizer_whose_strangers_are_alike(self) -> None:
         """Photos of one person at 0.9, strangers at 0.3."""
         people = [person(i, 0.95) for i in range(1, 5)]
         assert self.found(*people, person(20, 0.3)) == [4]
@@ -545,8 +545,8 @@ class TestOutliers:
         assert self.found(*people) == []
         heard = Heard()
         photos = [drawn((300, 200), (100, 50, 90, number)) for number in (1, 2, 3, 4)]
-        analyser = SquareAnalyser(people=dict(zip((1, 2, 3, 4), people, strict=True)))
-        make_identity(photos, analyser, log=heard)
+        analyzer = SquareAnalyzer(people=dict(zip((1, 2, 3, 4), people, strict=True)))
+        make_identity(photos, analyzer, log=heard)
         assert any("different people" in remark for remark in heard)
 
     def test_opposite_others_do_no_harm(self) -> None:

@@ -9,40 +9,40 @@ import pytest
 
 from fastface_cli.recipe.files import load_recipe, recipe_names
 from fastface_cli.settings import Settings
-from fastface_cli.store import Store, human_bytes, licence_line
+from fastface_cli.store import Store, human_bytes, license_line
 from fastface_cli.store.manifest import PACKAGE, load_manifest, parse_manifest, resolve, whole_selection
 
 
-@pytest.mark.parametrize("artefact", load_manifest().values(), ids=list(load_manifest()))
-def test_every_artefact_is_pinned_and_licensed(artefact) -> None:
-    assert artefact.commercial in ("yes", "no", "unclear")
-    assert artefact.licence
-    assert artefact.licence_link.startswith("https://")
-    assert artefact.summary
-    if artefact.commercial != "yes":
-        assert artefact.commercial_note
-    paths = [file.path for file in artefact.files]
+@pytest.mark.parametrize("artifact", load_manifest().values(), ids=list(load_manifest()))
+def test_every_artifact_is_pinned_and_licensed(artifact) -> None:
+    assert artifact.commercial in ("yes", "no", "unclear")
+    assert artifact.license
+    assert artifact.license_link.startswith("https://")
+    assert artifact.summary
+    if artifact.commercial != "yes":
+        assert artifact.commercial_note
+    paths = [file.path for file in artifact.files]
     assert len(set(paths)) == len(paths)
-    if artefact.local is not None:
-        assert artefact.packaged
-        assert artefact.local.is_relative_to(PACKAGE / "pocket" / "weights")
+    if artifact.local is not None:
+        assert artifact.packaged
+        assert artifact.local.is_relative_to(PACKAGE / "pocket" / "weights")
         return
-    if artefact.repo is not None:
-        assert re.fullmatch(r"[0-9a-f]{40}", str(artefact.commit))
+    if artifact.repo is not None:
+        assert re.fullmatch(r"[0-9a-f]{40}", str(artifact.commit))
     else:
-        assert len(artefact.files) == 1
-        assert artefact.files[0].sha256, "what is not on the Hub has no other hash"
-    for file in artefact.files:
+        assert len(artifact.files) == 1
+        assert artifact.files[0].sha256, "what is not on the Hub has no other hash"
+    for file in artifact.files:
         assert file.sha256 is None or re.fullmatch(r"[0-9a-f]{64}", file.sha256)
         assert file.expected_bytes > 0
         if file.expected_bytes > 10_000_000:
             assert file.sha256, "a large file is pinned"
-        if artefact.root:
-            assert file.path.startswith(artefact.root + "/")
+        if artifact.root:
+            assert file.path.startswith(artifact.root + "/")
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_every_recipe_that_ships_names_artefacts_of_the_manifest(name: str) -> None:
+def test_every_recipe_that_ships_names_artifacts_of_the_manifest(name: str) -> None:
     recipe = load_recipe(name).recipe
     for reference in recipe.references().values():
         assert reference in load_manifest()
@@ -94,10 +94,10 @@ def test_where_loaders_look(tmp_path: Path) -> None:
 )
 def test_a_manifest_that_is_not_well_formed(change: tuple[str, str], complaint: str) -> None:
     entry = (
-        "{name: one, kind: lora, summary: s, repo: a/b, commit: " + "a" * 40 + ", licence: l, "
+        "{name: one, kind: lora, summary: s, repo: a/b, commit: " + "a" * 40 + ", license: l, "
         "files: [[x.bin, 5, " + "b" * 64 + "]]}"
     )
-    text = "licences: {l: [MIT, 'https://x', yes, '']}\nartefacts:\n  - "
+    text = "licenses: {l: [MIT, 'https://x', yes, '']}\nartifacts:\n  - "
     assert list(parse_manifest(text + entry)) == ["one"]
     with pytest.raises(ValueError, match="twice"):
         parse_manifest(f"{text}{entry}\n  - {entry}")
@@ -110,9 +110,9 @@ def test_what_counts_as_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").mkdir()
     for reference in ("./a", "../a", "/a", "~/a", "a.safetensors", "b/a.BIN", "a.onnx", r"C:\a", "models"):
-        artefact = resolve(reference)
-        assert artefact.local == Path(reference).expanduser()
-        assert not artefact.packaged
+        artifact = resolve(reference)
+        assert artifact.local == Path(reference).expanduser()
+        assert not artifact.packaged
 
 
 def test_a_whole_repository_takes_one_set_of_weights() -> None:
@@ -159,5 +159,5 @@ def test_words_for_people() -> None:
         "1 MB",
         "1.49 GB",
     ]
-    assert "no commercial use" in licence_line(load_manifest()["buffalo_l"])
-    assert "commercial use unclear" in licence_line(load_manifest()["hyper-sdxl-4-step-lora"])
+    assert "no commercial use" in license_line(load_manifest()["buffalo_l"])
+    assert "commercial use unclear" in license_line(load_manifest()["hyper-sdxl-4-step-lora"])

@@ -34,7 +34,7 @@ from fastface_cli.store.manifest import load_manifest
 
 
 def photo(size: tuple[int, int], seed: int = 0) -> Image.Image:
-    """A smooth picture of coloured noise."""
+    """A smooth picture of colored noise."""
     random = np.random.default_rng(seed)
     small = Image.fromarray(random.integers(0, 256, (6, 8, 3), dtype=np.uint8))
     return small.resize(size, Image.Resampling.BICUBIC)
@@ -118,7 +118,7 @@ def test_a_clip_that_lacks_weights_is_refused(clip_folder: Path, tmp_path: Path)
 
 def test_the_pockets_clip_scores_offline_and_the_same_in_any_batch() -> None:
     metric = PocketClip()
-    paths = {name: Path(str(load_manifest()[name].local)) for name in metric.needs.artefacts}
+    paths = {name: Path(str(load_manifest()[name].local)) for name in metric.needs.artifacts}
     metric.load(Context(paths=paths))
     samples = [Sample(str(n), photo((128, 128), n), None, f"a photo of number {n}") for n in range(3)]
     together = [one["clip_pocket"] for one in metric.score(samples)]
@@ -428,7 +428,7 @@ def test_crops_beyond_the_edge() -> None:
 
 
 def test_the_face_clip_score_and_its_published_fault() -> None:
-    """A vision tower that gives the mean colour, a text tower that gives a fixed direction."""
+    """A vision tower that gives the mean color, a text tower that gives a fixed direction."""
 
     class Found:
         def largest(self, picture: Image.Image):
@@ -459,9 +459,9 @@ def test_the_face_clip_score_and_its_published_fault() -> None:
         vector = (values - np.array(MEAN)) / np.array(DEVIATION)
         return float(vector @ [1, 2, 2] / 3 / np.linalg.norm(vector))
 
-    colour = np.array([10, 150, 220])
-    assert both["fcs"] == pytest.approx(cosine(colour / 255), abs=1e-5)
-    assert both["fcs_published"] == pytest.approx(cosine((colour + 1) / 2), abs=1e-5)
+    color = np.array([10, 150, 220])
+    assert both["fcs"] == pytest.approx(cosine(color / 255), abs=1e-5)
+    assert both["fcs_published"] == pytest.approx(cosine((color + 1) / 2), abs=1e-5)
     assert asked == ["in oil "]
     for missing in (no_photo, no_picture, none):
         assert missing == {"fcs": None, "fcs_published": None}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from PIL import Image
-from support.face_stand_ins import SquareAnalyser, drawn, person
+from support.face_stand_ins import SquareAnalyzer, drawn, person
 
 from fastface_cli.errors import FastFaceError, ModelUnavailableError, UsageError
 from fastface_cli.evaluation.metrics import base
@@ -33,7 +33,7 @@ from fastface_cli.evaluation.metrics.identity import (
 )
 from fastface_cli.evaluation.metrics.memory import Memory, digest
 from fastface_cli.evaluation.rows import Row
-from fastface_cli.evaluation.summary import summarise
+from fastface_cli.evaluation.summary import summarize
 
 BLANK = Image.new("RGB", (100, 100))
 
@@ -46,9 +46,9 @@ def row(key: str, recipe: str, identity: str, **more) -> Row:
     return Row(key, recipe, identity, "a prompt", int(key[-1]), 0, 1, file=f"{key}.png", **more)
 
 
-def metric_with(analyser: SquareAnalyser, rules: base.Rules = "fastface") -> ConditioningIdentity:
+def metric_with(analyzer: SquareAnalyzer, rules: base.Rules = "fastface") -> ConditioningIdentity:
     metric = ConditioningIdentity()
-    metric.load(Context(rules=rules, shared={"faces": Faces(analyser, rules)}))
+    metric.load(Context(rules=rules, shared={"faces": Faces(analyzer, rules)}))
     return metric
 
 
@@ -56,10 +56,10 @@ def metric_with(analyser: SquareAnalyser, rules: base.Rules = "fastface") -> Con
 
 
 def test_similarity_missing_faces_held_out_photos_and_copies() -> None:
-    analyser = SquareAnalyser(people={2: person(2, 0.8, of=1), 3: person(3, 0.5, of=2)})
+    analyzer = SquareAnalyzer(people={2: person(2, 0.8, of=1), 3: person(3, 0.5, of=2)})
     photo, other = drawn((100, 100), (10, 10, 50, 1)), drawn((100, 100), (10, 10, 50, 3))
     picture = drawn((200, 100), (60, 20, 40, 2))
-    metric = metric_with(analyser)
+    metric = metric_with(analyzer)
     seen, lost, blind = metric.score(
         [
             sample("a", picture, photo, held_out=other),
@@ -80,22 +80,22 @@ def test_similarity_missing_faces_held_out_photos_and_copies() -> None:
 def test_the_largest_face_counts_but_the_surest_under_the_published_rules() -> None:
     picture = drawn((200, 100), (10, 10, 30, 1), (80, 10, 60, 2))
     photo = drawn((100, 100), (10, 10, 50, 1))
-    ours = metric_with(SquareAnalyser()).score([sample("a", picture, photo)])[0]
-    published = metric_with(SquareAnalyser(), "published").score([sample("a", picture, photo)])[0]
+    ours = metric_with(SquareAnalyzer()).score([sample("a", picture, photo)])[0]
+    published = metric_with(SquareAnalyzer(), "published").score([sample("a", picture, photo)])[0]
     assert ours["id"] == pytest.approx(float(person(1) @ person(2)), abs=1e-6)
     assert published["id"] == pytest.approx(1.0, abs=1e-6)  # the stand-in gives number 1 first
     assert published["face_ratio"] == pytest.approx(30 * 30 / (200 * 100))
 
 
 def test_published_detection_goes_from_640_to_320_without_borders() -> None:
-    analyser = SquareAnalyser(sees=lambda size, shape, share: size == 384)
-    metric = metric_with(analyser, "published")
+    analyzer = SquareAnalyzer(sees=lambda size, shape, share: size == 384)
+    metric = metric_with(analyzer, "published")
     picture = drawn((100, 100), (10, 10, 50, 1))
     scores = metric.score([sample("a", picture, picture)])[0]
     assert scores["id"] == pytest.approx(1.0)
     assert scores["face_ratio"] == 0.0  # measured at 320 only, where this detector sees nothing
-    assert [size for size, _ in analyser.asked] == [640, 576, 512, 448, 384, 320]
-    blind = SquareAnalyser(sees=lambda size, shape, share: False)
+    assert [size for size, _ in analyzer.asked] == [640, 576, 512, 448, 384, 320]
+    blind = SquareAnalyzer(sees=lambda size, shape, share: False)
     assert metric_with(blind, "published").score([sample("a", picture, picture)])[0]["id"] is None
     assert {size for size, _ in blind.asked} == {640, 576, 512, 448, 384, 320}
     assert {shape for _, shape in blind.asked} == {(100, 100)}
@@ -105,7 +105,7 @@ def test_the_published_protocol_reproduces_a_table_computed_by_hand() -> None:
     """Two photos x two prompts. ID over pairs with faces: (0.9 + 0.6 + 0.3) / 3, one pair dropped. Faces are
     squares of side 20, 40 and 40 in 100 x 100 pixels, and none: (0.04 + 0.16 + 0.16 + 0) / 4."""
     likeness = {11: person(11, 0.9, of=1), 12: person(12, 0.6, of=1), 13: person(13, 0.3, of=2)}
-    metric = metric_with(SquareAnalyser(people=likeness), "published")
+    metric = metric_with(SquareAnalyzer(people=likeness), "published")
     photos = {name: drawn((100, 100), (10, 10, 50, number)) for name, number in (("ann", 1), ("bob", 2))}
     pictures = {
         "fast/ann/0": drawn((100, 100), (30, 30, 20, 11)),
@@ -119,7 +119,7 @@ def test_the_published_protocol_reproduces_a_table_computed_by_hand() -> None:
         row(key, "fast", key.split("/")[1], scores=one.scores)
         for key, one in zip(pictures, scored, strict=True)
     ]
-    found = summarise(rows, columns_of([metric]), resamples=100)
+    found = summarize(rows, columns_of([metric]), resamples=100)
     numbers = found["recipes"]["fast"]
     assert (numbers["id"]["mean"], numbers["id"]["n"]) == (pytest.approx(0.6, abs=1e-6), 3)
     assert found["counts"]["fast"] == {"images": 4, "failed": 0, "no_face": 1}
@@ -157,7 +157,7 @@ def test_a_tie_is_not_the_first_rank() -> None:
 
 def test_run_wide_verdicts_by_recipe() -> None:
     people = {3: person(3, 0.9, of=1), 4: person(4, 0.9, of=1)}
-    metric = metric_with(SquareAnalyser(people=people))
+    metric = metric_with(SquareAnalyzer(people=people))
     ann, bob = drawn((100, 100), (10, 10, 50, 1)), drawn((100, 100), (10, 10, 50, 2))
     # The second picture of bob looks like ann; his third has no face.
     samples = [
@@ -181,18 +181,18 @@ def test_run_wide_verdicts_by_recipe() -> None:
 
 
 def test_one_identity_has_nobody_to_be_told_from() -> None:
-    metric = metric_with(SquareAnalyser())
+    metric = metric_with(SquareAnalyzer())
     photo = drawn((100, 100), (10, 10, 50, 1))
     scored = score_batch([metric], [sample("r/a0", photo, photo)])[0]
     rows = [row("r/a0", "r", "ann", scores=scored.scores)]
     assert finish_run([metric], rows, {"r/a0": scored.vectors}) == {}
 
 
-# --- other recognisers ----------------------------------------------------------------------------------
+# --- other recognizers ----------------------------------------------------------------------------------
 
 
 def test_adaface_reads_the_aligned_face_in_bgr(tmp_path) -> None:
-    """A network that gives back what it was shown, averaged over the crop: the colour, normalised, in BGR."""
+    """A network that gives back what it was shown, averaged over the crop: the color, normalized, in BGR."""
     onnx = pytest.importorskip("onnx")
     from onnx import TensorProto, helper
 
@@ -209,14 +209,14 @@ def test_adaface_reads_the_aligned_face_in_bgr(tmp_path) -> None:
     model.ir_version = 10
     onnx.save(model, tmp_path / "ada.onnx")
     metric = AdaFaceIdentity()
-    faces = Faces(SquareAnalyser(), "fastface")
+    faces = Faces(SquareAnalyzer(), "fastface")
     metric.load(Context(paths={"adaface-ir101": tmp_path / "ada.onnx"}, shared={"faces": faces}))
-    # Alignment looks beyond the box of key points, so the face fills a picture of its own colour.
+    # Alignment looks beyond the box of key points, so the face fills a picture of its own color.
     picture = Image.new("RGB", (112, 112), (30, 255, 200))
     found = metric.describe(picture)
-    colour = (np.array([200, 255, 30]) - 127.5) / 127.5
+    color = (np.array([200, 255, 30]) - 127.5) / 127.5
     assert np.linalg.norm(found) == pytest.approx(1, abs=1e-6)
-    assert (found > 0).tolist() == (colour > 0).tolist() == [True, True, False]
+    assert (found > 0).tolist() == (color > 0).tolist() == [True, True, False]
     assert metric.describe(BLANK) is None
     (tmp_path / "bad.onnx").write_bytes(b"no")
     with pytest.raises(ModelUnavailableError, match="does not load"):
@@ -266,7 +266,7 @@ def test_every_metric_is_registered_under_its_name_with_columns_of_its_own() -> 
         metric = kind()
         assert isinstance(metric, Metric)
         assert metric.name == name
-        assert set(metric.needs.artefacts) <= set(load_manifest())
+        assert set(metric.needs.artifacts) <= set(load_manifest())
     assert isinstance(found["id"](), RunMetric)
     assert not isinstance(found["clip-b32"](), RunMetric)
     assert len(make_metrics(found)) == len(found)  # and no two give the same column

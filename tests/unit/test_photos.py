@@ -21,7 +21,7 @@ RED, GREEN, BLUE, GREY = (250, 10, 20), (10, 240, 30), (20, 30, 230), (128, 128,
 
 
 def quarters(width: int = 64, height: int = 48) -> Image.Image:
-    """Four colours, clockwise from the top left: red, green, grey, blue; no symmetry at all."""
+    """Four colors, clockwise from the top left: red, green, grey, blue; no symmetry at all."""
     picture = np.empty((height, width, 3), np.uint8)
     picture[: height // 2, : width // 2] = RED
     picture[: height // 2, width // 2 :] = GREEN
@@ -37,7 +37,7 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
 
 
 def corners(image: Image.Image) -> list[tuple[int, ...]]:
-    """Colours near the four corners, clockwise from the top left."""
+    """Colors near the four corners, clockwise from the top left."""
     right, bottom = image.width - 6, image.height - 6
     return [image.getpixel(at) for at in ((5, 5), (right, 5), (right, bottom), (5, bottom))]
 
@@ -109,7 +109,7 @@ def test_damaged_exif_leaves_the_picture_usable() -> None:
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "RGBX", "RGBa", "CMYK", "HSV", "YCbCr", "P", "PA"])
-def test_colour_modes(mode: str) -> None:
+def test_color_modes(mode: str) -> None:
     source = quarters()
     if mode in ("P", "PA"):
         source = source.quantize(8)
@@ -207,7 +207,7 @@ def test_odd_floats_do_no_harm() -> None:
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
 def test_an_animation_gives_its_first_frame(kind: str) -> None:
-    frames = [Image.new("RGB", (32, 32), colour) for colour in (RED, GREEN, BLUE)]
+    frames = [Image.new("RGB", (32, 32), color) for color in (RED, GREEN, BLUE)]
     data = encoded(frames[0], kind, save_all=True, append_images=frames[1:])
     assert near(corners(read_photo(data)), [RED] * 4, 12)
 

@@ -320,10 +320,10 @@ class TestGrid:
         assert pictures._near_square(4, 4.0) == 1
 
     def test_order(self) -> None:
-        colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
-        sheet = grid([Image.new("RGB", (64, 64), colour) for colour in colours])
+        colors = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
+        sheet = grid([Image.new("RGB", (64, 64), color) for color in colors])
         assert sheet.size == (2 * 65 + 1, 2 * 65 + 1)
-        assert [sheet.getpixel(at) for at in ((20, 20), (90, 20), (20, 90))] == colours
+        assert [sheet.getpixel(at) for at in ((20, 20), (90, 20), (20, 90))] == colors
         assert sheet.getpixel((90, 90)) == (255, 255, 255)
 
     def test_columns_and_mixed_sizes(self) -> None:

@@ -18,7 +18,7 @@ from fastface_cli.errors import UsageError
 from fastface_cli.evaluation.numbers import Style, verdict
 from fastface_cli.evaluation.plots import Point, scatter
 from fastface_cli.evaluation.report import _kind, link, write_report
-from fastface_cli.evaluation.summary import summarise
+from fastface_cli.evaluation.summary import summarize
 from fastface_cli.evaluation.table import tables
 
 
@@ -86,7 +86,7 @@ def test_no_difference_has_no_verdict() -> None:
 
 def test_the_table_says_what_the_summary_says(tmp_path: Path) -> None:
     rows = build_run(tmp_path, stresses=(None, "blur"), no_face=["am1/ann/0000-0"])
-    summary = summarise(rows, COLUMNS, recipes=RECIPES, resamples=500)
+    summary = summarize(rows, COLUMNS, recipes=RECIPES, resamples=500)
     results, counts, blur = tables(summary)
     assert results.columns[4] == "less baseline"
     lines = {(line[0], line[1]): line for line in results.rows}
@@ -111,7 +111,7 @@ def test_brackets_in_a_name_are_printed_as_they_are(capsys: pytest.CaptureFixtur
 
 
 def test_less_is_better_is_said_and_counts(tmp_path: Path) -> None:
-    summary = summarise(build_run(tmp_path), COLUMNS, recipes=RECIPES, resamples=500)
+    summary = summarize(build_run(tmp_path), COLUMNS, recipes=RECIPES, resamples=500)
     line = next(line for line in tables(summary)[0].rows if line[0].startswith("Latency"))
     assert line[0] == "Latency (less is better)"
     slower = [line for line in tables(summary)[0].rows if line[4] == "+0.50 s"]
@@ -209,7 +209,7 @@ def tags(page: str) -> list[str]:
 
 def test_a_run_without_scores_has_a_page(tmp_path: Path) -> None:
     rows = build_run(tmp_path)
-    (tmp_path / "summary.json").write_text(json.dumps(summarise(rows, {})))
+    (tmp_path / "summary.json").write_text(json.dumps(summarize(rows, {})))
     page = write_report(tmp_path).read_text(encoding="utf-8")
     assert data_of(page)["columns"] == []
     assert "72 images" in words(page)

@@ -36,9 +36,9 @@ def states(store: Store, shop: Shop, name: str) -> list[str]:
     return [file.state for file in store.status(shop[name])]
 
 
-def failure(store: Store, *artefacts) -> ModelUnavailableError:
+def failure(store: Store, *artifacts) -> ModelUnavailableError:
     with pytest.raises(ModelUnavailableError) as caught:
-        store.ensure(artefacts, progress=False)
+        store.ensure(artifacts, progress=False)
     assert caught.value.exit_code == 3
     assert caught.value.hint
     return caught.value
@@ -50,7 +50,7 @@ def failure(store: Store, *artefacts) -> ModelUnavailableError:
 def test_fetches_everything_and_the_second_time_nothing(shop: Shop) -> None:
     store = shop.store()
     wanted = [shop[name] for name in ("lora", "base", "unet", "open", "face", "url", "package")]
-    assert [one.artefact.name for one in store.missing(wanted)] == [one.name for one in wanted[:-1]]
+    assert [one.artifact.name for one in store.missing(wanted)] == [one.name for one in wanted[:-1]]
     paths = store.ensure(wanted, progress=False)
     assert paths["tiny-lora"].read_bytes() == BIG
     assert paths["tiny-lora"].name == "lora.safetensors"
@@ -67,7 +67,7 @@ def test_fetches_everything_and_the_second_time_nothing(shop: Shop) -> None:
     assert shop.hub.log == []
 
 
-def test_a_file_that_two_artefacts_share_is_fetched_once(shop: Shop) -> None:
+def test_a_file_that_two_artifacts_share_is_fetched_once(shop: Shop) -> None:
     shop.store().ensure([shop["base"], shop["unet"], shop["unet"]], progress=False)
     assert len(shop.hub.asked("GET", "config.json")) == 1
 
@@ -117,7 +117,7 @@ def test_the_token_goes_to_the_hub_alone(shop: Shop, monkeypatch: pytest.MonkeyP
     assert [one.authorization for one in shop.hub.log if one.cdn] == [None]
 
 
-def test_licences_and_sizes_are_told_once(shop: Shop, capsys: pytest.CaptureFixture[str]) -> None:
+def test_licenses_and_sizes_are_told_once(shop: Shop, capsys: pytest.CaptureFixture[str]) -> None:
     shop.store().ensure([shop["open"], shop["lora"]], progress=True)
     told = capsys.readouterr()
     assert told.out == ""
@@ -131,7 +131,7 @@ def test_licences_and_sizes_are_told_once(shop: Shop, capsys: pytest.CaptureFixt
 def test_the_caller_may_list_for_itself(shop: Shop, capsys: pytest.CaptureFixture[str]) -> None:
     heard = []
     shop.store().ensure([shop["base"]], progress=False, listed=heard.extend)
-    assert [(one.artefact.name, one.bytes) for one in heard] == [("tiny-base", len(CONFIG) + len(MODEL))]
+    assert [(one.artifact.name, one.bytes) for one in heard] == [("tiny-base", len(CONFIG) + len(MODEL))]
     assert capsys.readouterr().err == ""
 
 
@@ -399,9 +399,9 @@ def test_a_disk_that_is_too_small_for_a_file_of_unknown_size(
     shop: Shop, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shop.hub.files["other/style/pastel.safetensors"] = BIG
-    artefact = resolve(f"hub:other/style@{COMMIT}:pastel.safetensors")
+    artifact = resolve(f"hub:other/style@{COMMIT}:pastel.safetensors")
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": (256 << 20) + 2_000_000})())
-    assert "are needed in" in failure(shop.store(), artefact).message
+    assert "are needed in" in failure(shop.store(), artifact).message
     assert "size not known" in capsys.readouterr().err
     assert shop.hub.asked("GET") == []
 
@@ -508,22 +508,22 @@ def test_local_references(shop: Shop, tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("HOME", str(tmp_path))
     file = tmp_path / "mine.safetensors"
     file.write_bytes(b"12345")
-    artefact = resolve("~/mine.safetensors")
-    assert shop.store(offline=True).ensure([artefact], progress=False) == {"~/mine.safetensors": file}
-    (status,) = shop.store().status(artefact)
+    artifact = resolve("~/mine.safetensors")
+    assert shop.store(offline=True).ensure([artifact], progress=False) == {"~/mine.safetensors": file}
+    (status,) = shop.store().status(artifact)
     assert (status.state, status.bytes) == ("present", 5)
     gone = resolve("./gone.safetensors")
     assert "gone.safetensors does not exist" in failure(shop.store(), gone).message
-    assert [one.artefact for one in shop.store().missing([gone])] == [gone]
+    assert [one.artifact for one in shop.store().missing([gone])] == [gone]
 
 
 def test_a_hub_file_by_reference(shop: Shop) -> None:
-    artefact = resolve(f"hub:tiny/lora@{COMMIT}:lora.safetensors", shop.known)
-    assert artefact.files[0].sha256 == sha256(BIG)  # the manifest knows it
-    assert artefact.licence == "MIT"
+    artifact = resolve(f"hub:tiny/lora@{COMMIT}:lora.safetensors", shop.known)
+    assert artifact.files[0].sha256 == sha256(BIG)  # the manifest knows it
+    assert artifact.license == "MIT"
     same = resolve(HubReference(repo="tiny/lora", commit=COMMIT, file="lora.safetensors"), shop.known)
-    assert same == artefact
-    path = shop.store().ensure([artefact], progress=False)[artefact.name]
+    assert same == artifact
+    path = shop.store().ensure([artifact], progress=False)[artifact.name]
     assert path.read_bytes() == BIG
 
 
@@ -536,10 +536,10 @@ def test_a_whole_repository_by_reference(shop: Shop) -> None:
     ]
     shop.hub.files |= {f"tiny/base/{name}": MODEL[::-1] for name in extra}
     shop.hub.files["tiny/base/model_index.json"] = b"{}"
-    artefact = resolve(f"hub:tiny/base@{COMMIT}")
+    artifact = resolve(f"hub:tiny/base@{COMMIT}")
     store = shop.store()
-    assert store.status(artefact)[0].state == "missing"
-    folder = store.ensure([artefact], progress=False)[artefact.name]
+    assert store.status(artifact)[0].state == "missing"
+    folder = store.ensure([artifact], progress=False)[artifact.name]
     assert sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()) == [
         "model_index.json",
         "unet/config.json",
@@ -547,23 +547,23 @@ def test_a_whole_repository_by_reference(shop: Shop) -> None:
         "vae/model.safetensors",
     ]
     shop.hub.log.clear()
-    assert shop.store(offline=True).ensure([artefact], progress=False) == {artefact.name: folder}
+    assert shop.store(offline=True).ensure([artifact], progress=False) == {artifact.name: folder}
     assert shop.hub.log == []
 
 
 def test_a_folder_by_reference(shop: Shop) -> None:
-    artefact = resolve(f"hub:tiny/face@{COMMIT}:models/tiny_l", shop.known)
+    artifact = resolve(f"hub:tiny/face@{COMMIT}:models/tiny_l", shop.known)
     shop.hub.files["tiny/face/models/tiny_l/readme.txt"] = b"hello"
-    folder = shop.store().ensure([artefact], progress=False)[artefact.name]
+    folder = shop.store().ensure([artifact], progress=False)[artifact.name]
     assert folder.parts[-2:] == ("models", "tiny_l")
     assert {path.name for path in folder.iterdir()} == {"readme.txt", "det.onnx", "rec.onnx"}
 
 
 def test_a_repository_that_is_not_listed(shop: Shop) -> None:
-    artefact = resolve(f"hub:tiny/base@{COMMIT}")
+    artifact = resolve(f"hub:tiny/base@{COMMIT}")
     shop.hub.status["tiny/base"] = 401
-    assert "HTTP 401" in failure(shop.store(), artefact).message
-    assert "1 model is missing" in failure(shop.store(offline=True), artefact).message
+    assert "HTTP 401" in failure(shop.store(), artifact).message
+    assert "1 model is missing" in failure(shop.store(offline=True), artifact).message
 
 
 def test_unknown_references() -> None:
@@ -575,8 +575,8 @@ def test_unknown_references() -> None:
 
 
 def test_a_reference_cannot_leave_its_folder(shop: Shop) -> None:
-    artefact = resolve(f"hub:tiny/lora@{COMMIT}:../../../../outside.safetensors")
-    assert "is not a path inside a repository" in failure(shop.store(), artefact).message
+    artifact = resolve(f"hub:tiny/lora@{COMMIT}:../../../../outside.safetensors")
+    assert "is not a path inside a repository" in failure(shop.store(), artifact).message
 
 
 # Removing
@@ -616,12 +616,12 @@ def test_remove_takes_partial_and_quarantined_files_too(shop: Shop) -> None:
 def test_hub_references_are_listed_and_removed(shop: Shop) -> None:
     store = shop.store()
     shop.hub.files["other/style/pastel.safetensors"] = MODEL
-    artefact = resolve(f"hub:other/style@{COMMIT}:pastel.safetensors")
-    store.ensure([artefact], progress=False)
+    artifact = resolve(f"hub:other/style@{COMMIT}:pastel.safetensors")
+    store.ensure([artifact], progress=False)
     (entry,) = store.entries()
-    assert entry.artefact.name == f"hub:other/style@{COMMIT}"
+    assert entry.artifact.name == f"hub:other/style@{COMMIT}"
     assert entry.bytes == len(MODEL)
-    assert store.remove(entry.artefact) == len(MODEL)
+    assert store.remove(entry.artifact) == len(MODEL)
     assert store.entries() == []
 
 
@@ -658,9 +658,9 @@ def test_a_relative_home(shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_snapshot_found_offline_is_completed_online(shop: Shop) -> None:
     """What happens to lie in the cache stands in for the whole only as long as nobody can be asked."""
     shop.store().ensure([shop["base"]], progress=False)
-    artefact = resolve(f"hub:tiny/base@{COMMIT}", shop.known)
-    shop.store(offline=True).ensure([artefact], progress=False)
-    folder = shop.store().ensure([artefact], progress=False)[artefact.name]
+    artifact = resolve(f"hub:tiny/base@{COMMIT}", shop.known)
+    shop.store(offline=True).ensure([artifact], progress=False)
+    folder = shop.store().ensure([artifact], progress=False)[artifact.name]
     assert (folder / "unet/model.safetensors").read_bytes() == MODEL
 
 

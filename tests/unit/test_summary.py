@@ -11,7 +11,7 @@ import pytest
 
 from fastface_cli.evaluation.metrics.base import Column
 from fastface_cli.evaluation.rows import Row, row_key
-from fastface_cli.evaluation.summary import images_csv, summarise, summary_csv
+from fastface_cli.evaluation.summary import images_csv, summarize, summary_csv
 
 COLUMNS = {
     "id": Column("id", "ID", True, "", "similarity"),
@@ -51,7 +51,7 @@ ROWS = [
 
 
 def test_means_differences_and_counts_are_those_computed_by_hand() -> None:
-    found = summarise(ROWS, COLUMNS, resamples=200)
+    found = summarize(ROWS, COLUMNS, resamples=200)
     assert found["version"] == 1
     assert list(found["recipes"]) == ["plain", "fast"]
     means = {name: {c: (n["mean"], n["n"]) for c, n in v.items()} for name, v in found["recipes"].items()}
@@ -69,14 +69,14 @@ def test_means_differences_and_counts_are_those_computed_by_hand() -> None:
     }
 
 
-def test_a_run_without_the_conditioning_recogniser_counts_faces_by_another() -> None:
+def test_a_run_without_the_conditioning_recognizer_counts_faces_by_another() -> None:
     columns = {"dlib": Column("dlib", "ID (dlib)", True, "", "")}
     rows = [row("a", "ann", 0, {"dlib": 0.5}), row("a", "ann", 1, {"dlib": None}), row("a", "bob", 0, {})]
-    assert summarise(rows, columns, resamples=100)["counts"]["a"]["no_face"] == 1
+    assert summarize(rows, columns, resamples=100)["counts"]["a"]["no_face"] == 1
 
 
 def test_stress_stands_apart_against_the_clean_images() -> None:
-    found = summarise(ROWS, COLUMNS, resamples=200)["stress"]["blur"]
+    found = summarize(ROWS, COLUMNS, resamples=200)["stress"]["blur"]
     assert list(found["recipes"]) == ["fast"]
     assert found["recipes"]["fast"]["id"]["mean"] == pytest.approx(0.1)
     against = found["against_clean"]["fast"]
@@ -86,13 +86,13 @@ def test_stress_stands_apart_against_the_clean_images() -> None:
 
 
 def test_attributes_and_identities_are_tabled() -> None:
-    found = summarise(ROWS, COLUMNS, resamples=200)
+    found = summarize(ROWS, COLUMNS, resamples=200)
     assert found["attributes"]["light"]["dim"]["fast"]["id"]["mean"] == pytest.approx(0.6)
     assert found["identities"]["bob"]["plain"]["id"] == {"mean": 0.4, "low": None, "high": None, "n": 1}
 
 
 def test_only_columns_that_an_image_has_and_only_finite_numbers() -> None:
-    found = summarise(ROWS, COLUMNS, recipes=["fast", "plain"], resamples=200)
+    found = summarize(ROWS, COLUMNS, recipes=["fast", "plain"], resamples=200)
     assert list(found["columns"]) == ["id", "clip"]
     assert found["columns"]["id"] == {
         "title": "ID",
@@ -105,12 +105,12 @@ def test_only_columns_that_an_image_has_and_only_finite_numbers() -> None:
 
 
 def test_an_empty_run_has_an_empty_summary() -> None:
-    found = summarise([], COLUMNS)
+    found = summarize([], COLUMNS)
     assert (found["recipes"], found["paired"], found["columns"], found["stress"]) == ({}, {}, {}, {})
 
 
 def test_csv_holds_the_same_numbers() -> None:
-    summary = summarise(ROWS, COLUMNS, resamples=200)
+    summary = summarize(ROWS, COLUMNS, resamples=200)
     lines = list(csv.DictReader(io.StringIO(summary_csv(summary))))
     fast = next(
         line for line in lines if (line["recipe"], line["stress"], line["column"]) == ("fast", "", "id")

@@ -246,8 +246,8 @@ def test_folding_whitens_latents_and_changes_no_picture() -> None:
 def test_a_run_resumes_where_it_was_killed(tmp_path: Path) -> None:
     def run(minutes: float) -> common.Run:
         model = torch.nn.Linear(2, 2)
-        optimiser = torch.optim.AdamW(model.parameters())
-        parts = {"model": model, "ema": common.Ema(model), "optimiser": optimiser}
+        optimizer = torch.optim.AdamW(model.parameters())
+        parts = {"model": model, "ema": common.Ema(model), "optimizer": optimizer}
         return common.Run(tmp_path / "stage.pt", minutes, parts)
 
     first = run(1)

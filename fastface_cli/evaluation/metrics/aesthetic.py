@@ -84,7 +84,7 @@ class Aesthetic:
             "Aesthetic score, about 1 to 10, that people are predicted to give (LAION, ava+logos).",
         ),
     )
-    needs = Needs(artefacts=("aesthetic-ava-logos", CLIP_L14))
+    needs = Needs(artifacts=("aesthetic-ava-logos", CLIP_L14))
     _clip: Clip
     _head: torch.nn.Sequential
 

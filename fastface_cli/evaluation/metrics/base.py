@@ -46,7 +46,7 @@ class Column:
 class Needs:
     """What must be there before a metric is loaded."""
 
-    artefacts: tuple[str, ...] = ()
+    artifacts: tuple[str, ...] = ()
     """Names of the manifest, or `hub:` references; `Context.paths` has them under these names."""
     roles: tuple[str, ...] = ()
     """Parts of the run's recipes, as `face`; `Context.paths` has them under these names."""
@@ -76,7 +76,7 @@ class Context:
     """What metrics are loaded with; one for all metrics of a process."""
 
     paths: Mapping[str, Path] = field(default_factory=dict)
-    """Where each artefact and role lies that some metric needs."""
+    """Where each artifact and role lies that some metric needs."""
     device: str = "cpu"
     """As torch names it."""
     rules: Rules = "fastface"

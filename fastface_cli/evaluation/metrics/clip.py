@@ -89,7 +89,7 @@ def centred(picture: Image.Image) -> torch.Tensor:
 
 def prepare(picture: torch.Tensor, side: int) -> torch.Tensor:
     """What the vision tower reads of a picture: shorter side scaled to `side` (bicubic), the middle of the
-    longer one, normalised. On floats without rounding between, as the published evaluation does.
+    longer one, normalized. On floats without rounding between, as the published evaluation does.
 
     Args:
         picture: [3, height, width], meant to be in [-1, 1].
@@ -203,7 +203,7 @@ class ClipScore:
 
     def load(self, context: Context) -> None:
         """See `Metric`."""
-        self._clip = hub_clip(context, self.needs.artefacts[0])
+        self._clip = hub_clip(context, self.needs.artifacts[0])
 
     def score(self, samples: Sequence[Sample]) -> list[Scores]:
         """See `Metric`."""
@@ -212,9 +212,9 @@ class ClipScore:
         return [{self.columns[0].name: float(cosine)} for cosine in (texts * pictures).sum(axis=1)]
 
 
-def hub_clip(context: Context, artefact: str) -> Clip:
+def hub_clip(context: Context, artifact: str) -> Clip:
     """The CLIP that all metrics of a context share."""
-    return context.once(artefact, lambda: load_clip(context.paths[artefact], context.device))
+    return context.once(artifact, lambda: load_clip(context.paths[artifact], context.device))
 
 
 CLIP_L14 = "clip-vit-large-patch14"
@@ -226,7 +226,7 @@ class ClipL14(ClipScore):
     name = "clip-l14"
     summary = "cosine of prompt and picture by CLIP ViT-L/14"
     columns = (Column("clip_l14", "CLIP L/14", True, "", "Cosine of prompt and picture by CLIP ViT-L/14."),)
-    needs = Needs(artefacts=(CLIP_L14,))
+    needs = Needs(artifacts=(CLIP_L14,))
 
 
 class ClipB32(ClipScore):
@@ -235,7 +235,7 @@ class ClipB32(ClipScore):
     name = "clip-b32"
     summary = "cosine of prompt and picture by CLIP ViT-B/32"
     columns = (Column("clip_b32", "CLIP B/32", True, "", "Cosine of prompt and picture by CLIP ViT-B/32."),)
-    needs = Needs(artefacts=("clip-vit-base-patch32",))
+    needs = Needs(artifacts=("clip-vit-base-patch32",))
 
 
 class PocketClip(ClipScore):
@@ -255,10 +255,10 @@ class PocketClip(ClipScore):
             "Cosine of prompt and picture by the pocket stack's own CLIP.",
         ),
     )
-    needs = Needs(artefacts=("pocket-base", "pocket-clip"))
+    needs = Needs(artifacts=("pocket-base", "pocket-clip"))
     SHARED: ClassVar[str] = "pocket clip"
 
     def load(self, context: Context) -> None:
         """See `Metric`."""
-        base, encoder = (context.paths[name] for name in self.needs.artefacts)
+        base, encoder = (context.paths[name] for name in self.needs.artifacts)
         self._clip = context.once(self.SHARED, lambda: load_pocket_clip(base, encoder, context.device))

@@ -44,7 +44,7 @@ class FaceClip:
             "comparison with published tables only.",
         ),
     )
-    needs = Needs(artefacts=(*NETWORKS, CLIP_L14))
+    needs = Needs(artifacts=(*NETWORKS, CLIP_L14))
     _clip: Clip
     _mtcnn: Mtcnn
 

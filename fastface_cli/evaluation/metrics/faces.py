@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from PIL import Image
 
-from ...identity.analyzer import Face, FaceAnalyser, load_face_models
+from ...identity.analyzer import Face, FaceAnalyzer, load_face_models
 from ...identity.search import SIZES, bgr, find_faces
 from .base import Context, Rules
 from .memory import Memory, digest
@@ -19,13 +19,13 @@ class Faces:
     that the detector gives, which is the one it is surest of.
 
     Args:
-        analyser: the models of the recipe's face pack.
+        analyzer: the models of the recipe's face pack.
         rules: `published` tries the sizes from 640 down to 320 and nothing else; otherwise pictures are
             tried with borders too, as photos are when an identity is made.
     """
 
-    def __init__(self, analyser: FaceAnalyser, rules: Rules) -> None:
-        self.analyser = analyser
+    def __init__(self, analyzer: FaceAnalyzer, rules: Rules) -> None:
+        self.analyzer = analyzer
         self.rules = rules
         self._faces: Memory[Face | None] = Memory()
         self._ratios: Memory[float] = Memory()
@@ -42,16 +42,16 @@ class Faces:
         pixels = bgr(picture)
         if self.rules == "published":
             for size in SIZES:
-                faces = self.analyser.detect(pixels, size)
+                faces = self.analyzer.detect(pixels, size)
                 if faces:
                     return faces[0]
             return None
-        faces = find_faces(pixels, self.analyser)
+        faces = find_faces(pixels, self.analyzer)
         return faces[0] if faces else None
 
     def _ratio(self, picture: Image.Image) -> float:
         if self.rules == "published":
-            faces = self.analyser.detect(bgr(picture), RATIO_SIZE)
+            faces = self.analyzer.detect(bgr(picture), RATIO_SIZE)
             face = faces[0] if faces else None
         else:
             face = self.find(picture)

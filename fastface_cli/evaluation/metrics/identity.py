@@ -1,4 +1,4 @@
-"""Is it the same person: similarity, verification and rank, by the recogniser that conditions the pictures
+"""Is it the same person: similarity, verification and rank, by the recognizer that conditions the pictures
 and by others that do not."""
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FALSE_ACCEPTS = 0.01
 
 
 class IdentityMetric:
-    """What every recogniser is asked. A subclass says how a picture becomes a vector and how two compare."""
+    """What every recognizer is asked. A subclass says how a picture becomes a vector and how two compare."""
 
     name: str
     summary: str
@@ -163,7 +163,7 @@ def rank_first(alike: np.ndarray, own: np.ndarray) -> np.ndarray:
 
 
 def identity_columns(name: str, title: str, by: str) -> tuple[Column, ...]:
-    """The columns of a recogniser.
+    """The columns of a recognizer.
 
     Args:
         name: its metric.
@@ -193,10 +193,10 @@ def identity_columns(name: str, title: str, by: str) -> tuple[Column, ...]:
 
 
 class ConditioningIdentity(IdentityMetric):
-    """ID similarity by the recogniser that conditions, detection rate and face ratio (METHOD: evaluation)."""
+    """ID similarity by the recognizer that conditions, detection rate and face ratio (METHOD: evaluation)."""
 
     name = "id"
-    summary = "ID similarity by the recogniser that conditions, detection rate, face ratio"
+    summary = "ID similarity by the recognizer that conditions, detection rate, face ratio"
     needs = Needs(roles=("face",))
     columns = (
         *identity_columns("id", "ID", "cosine of the embeddings that also condition the pictures"),
@@ -218,7 +218,7 @@ class ConditioningIdentity(IdentityMetric):
     def describe(self, picture: Image.Image) -> np.ndarray | None:
         """See `IdentityMetric`: [512], unit norm."""
         face = self._faces.find(picture)
-        return None if face is None else self._faces.analyser.embed(bgr(picture), face)
+        return None if face is None else self._faces.analyzer.embed(bgr(picture), face)
 
     def _score(self, sample: Sample) -> Scores:
         found = self.seen(sample.picture) is not None
@@ -227,12 +227,12 @@ class ConditioningIdentity(IdentityMetric):
 
 
 class AdaFaceIdentity(IdentityMetric):
-    """ID similarity by AdaFace IR-101 trained on WebFace12M: other data and another loss than the recogniser
+    """ID similarity by AdaFace IR-101 trained on WebFace12M: other data and another loss than the recognizer
     that conditions; faces are found and aligned by the same detector."""
 
     name = "adaface"
     summary = "ID similarity by AdaFace IR-101, which conditions nothing"
-    needs = Needs(artefacts=("adaface-ir101",), roles=("face",))
+    needs = Needs(artifacts=("adaface-ir101",), roles=("face",))
     columns = identity_columns("adaface", "ID (AdaFace)", "cosine of AdaFace IR-101 embeddings")
     SIDE: ClassVar[int] = 112
     _faces: Faces

@@ -124,7 +124,7 @@ class Towers:
         Args:
             ids: [n, tokens].
             mask: [n, tokens], 0 where padded.
-            pixels: [n, 3, side, side], normalised.
+            pixels: [n, 3, side, side], normalized.
 
         Returns:
             [n, width] at the first token.
@@ -164,7 +164,7 @@ class ImageReward:
             "Predicted human preference for the picture given the prompt, about -2 to 2.",
         ),
     )
-    needs = Needs(artefacts=("image-reward", "bert-base-uncased-vocabulary"))
+    needs = Needs(artifacts=("image-reward", "bert-base-uncased-vocabulary"))
     _towers: Towers
     _device: str
 

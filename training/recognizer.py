@@ -1,4 +1,4 @@
-"""The face recogniser: a small residual network that repeats a teacher's embeddings.
+"""The face recognizer: a small residual network that repeats a teacher's embeddings.
 
 Half of the faces are the portraits themselves; the other half are blends of two people, which the
 teacher embeds too: 3,580 people alone are too few to learn the map from. Inputs are degraded
@@ -49,7 +49,7 @@ class Residual(nn.Module):
         return y
 
 
-class Recogniser(nn.Module):
+class Recognizer(nn.Module):
     """RGB crops [n, 3, 112, 112] in [-1, 1] -> embeddings [n, 512], unit norm.
 
     The teacher has 192 numbers; a fixed orthonormal frame puts them into 512 dimensions, where
@@ -215,17 +215,17 @@ def draw(
 
 
 @torch.no_grad()
-def embed_all(model: Recogniser, crops: np.ndarray) -> np.ndarray:
+def embed_all(model: Recognizer, crops: np.ndarray) -> np.ndarray:
     """uint8 RGB crops [n, 112, 112, 3] -> embeddings [n, 512] float32."""
     model.eval()
     batches = [model(pictures_to_tensor(crops[i : i + 64])).cpu() for i in range(0, len(crops), 64)]
     return np.asarray(torch.cat(batches).numpy())
 
 
-def trained(work: Path) -> Recogniser:
+def trained(work: Path) -> Recognizer:
     """The network of the checkpoint, averaged weights, ready to use."""
-    state = torch.load(work / "recogniser.pt", map_location="cpu", weights_only=True)
-    model = Recogniser()
+    state = torch.load(work / "recognizer.pt", map_location="cpu", weights_only=True)
+    model = Recognizer()
     model.load_state_dict(state["model"])
     ema = Ema(model)
     ema.load_state_dict(state["ema"])
@@ -235,16 +235,16 @@ def trained(work: Path) -> Recogniser:
 
 def main() -> None:
     """Train within the budget, then print the cosine to the teacher on held-out portraits."""
-    settings = options("recogniser", 15)
+    settings = options("recognizer", 15)
     portraits = data.load(settings)
     blends = blended(settings, portraits)
-    model = Recogniser().to(device())
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-4)
+    model = Recognizer().to(device())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-4)
     ema = Ema(model, 0.995)
     run = Run(
-        settings.work / "recogniser.pt",
+        settings.work / "recognizer.pt",
         settings.minutes,
-        {"model": model, "ema": ema, "optimiser": optimiser},
+        {"model": model, "ema": ema, "optimizer": optimizer},
     )
     generator = np.random.default_rng(settings.seed + run.step)
     for _ in run.steps():
@@ -256,12 +256,12 @@ def main() -> None:
         cosine = (embeddings * targets).sum(1)
         # Distances between people matter as much as single positions: others must stay others.
         relation = F.mse_loss(embeddings @ embeddings.T, targets @ targets.T)
-        descend((1 - cosine).mean() + 2 * relation, optimiser, run.rate(2e-3, warm_up=50), clip=5.0)
+        descend((1 - cosine).mean() + 2 * relation, optimizer, run.rate(2e-3, warm_up=50), clip=5.0)
         ema.update(model)
         run.log(25, cosine=cosine.mean().item(), relation=relation.item())
     held_out = portraits.held_out
     student = embed_all(trained(settings.work), portraits.crops[held_out])
-    frame = Recogniser().frame.numpy()
+    frame = Recognizer().frame.numpy()
     cosine_clean = (student * (portraits.embeddings[held_out] @ frame)).sum(1)
     print(f"held-out cosine to the teacher {cosine_clean.mean():.4f} (lowest {cosine_clean.min():.4f})")
 
