@@ -71,6 +71,7 @@ def run(argv: list[str] | None = None) -> int:
         argv: arguments without the program's name; None takes them from `sys.argv`.
     """
     arguments = sys.argv[1:] if argv is None else argv
+    console.show_logs()
     try:
         app(args=arguments, prog_name="fastface")
     except SystemExit as exit_:

@@ -47,6 +47,19 @@ def note(text: str) -> None:
     err().print(text, markup=False)
 
 
+def show_logs() -> None:
+    """Print what the library logs, one line each, on stderr."""
+    import logging
+
+    class Notes(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            note(record.getMessage())
+
+    logger = logging.getLogger("fastface_cli")
+    if not any(type(handler).__name__ == "Notes" for handler in logger.handlers):
+        logger.addHandler(Notes())
+
+
 def print_json(value: dict[str, Any]) -> None:
     """One versioned JSON object on stdout."""
     value = {"schema": SCHEMA, **value}

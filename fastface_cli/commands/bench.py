@@ -140,7 +140,7 @@ def _device(recipes: list[Recipe], weights: str, wanted: str) -> str:
     Raises:
         DeviceError: no such device, or a full-size stack and no GPU.
     """
-    from ..app.api import check_device
+    from ..app.runtime import check_device
     from ..errors import DeviceError
     from ..models.loading import pick_device
 

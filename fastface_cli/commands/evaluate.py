@@ -424,14 +424,14 @@ def _check_licenses(recipes: Mapping[str, Recipe], metrics: Sequence[str]) -> No
     Raises:
         LicenseError: names them.
     """
-    from ..app.api import artifacts_of, check_commercial
+    from ..app.licensing import artifacts_of, check_commercial
     from ..evaluation.metrics.base import registry
     from ..store.manifest import resolve
 
     parts = [part for recipe in recipes.values() for part in artifacts_of(recipe).values()]
     known = registry()
     parts += [resolve(need) for name in metrics if name in known for need in known[name]().needs.artifacts]
-    check_commercial(parts, "this run", console.note)
+    check_commercial(parts, "this run")
 
 
 def _rules(protocol: str) -> Rules:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,95 +16,11 @@ from .completion import complete_field, complete_saving
 from .options import DeviceOption, DtypeOption, RecipeOption
 
 if TYPE_CHECKING:
-    from PIL import Image
-
-    from ..app.api import FastFace
-    from ..app.best_of import Candidates, Scorer
-    from ..app.pipeline import Picture, Pipeline, Request
-    from ..identity.identity import Identity
-    from ..output.metadata import Provenance
-    from ..recipe.schema import Recipe
-    from ..settings import Saving, Settings
-
-
-@dataclass
-class Options:
-    """The flags of one call, as they were given."""
-
-    recipe: str | None
-    faces: list[Path]
-    identity: Path | None
-    prompts: list[str]
-    prompts_file: Path | None
-    negative_prompt: str | None
-    output: str | None
-    force: bool
-    seed: int | None
-    count: int
-    best_of: int
-    scales: list[float]
-    flags: dict[str, tuple[Any, str]]
-    overrides: list[str]
-    stack: Path | None
-    replay: Path | None
-    jobs: str | None
-    face_index: int | None
-    face_box: tuple[float, float, float, float] | None
-    save_identity: Path | None
-    save_latents: Path | None
-    grid: bool
-    metadata: bool
-    device: str | None
-    dtype: str | None
-    batch_size: int
-    offline: bool
-    low_memory: Saving | None
-    accelerate: list[str]
-    remember: bool
-    commercial: bool
-    as_json: bool
-    verbose: int
-
-
-@dataclass
-class Work:
-    """What is to be made, known before any model is touched."""
-
-    recipe: Recipe
-    prompts: list[str]
-    negative_prompt: str | None
-    seeds: list[int]
-    """Of each picture of a prompt; of its first candidate where the best of several is kept."""
-    scales: list[float]
-    slots: list[list[Path]]
-    """Where each picture goes, for each candidate that may become it: names may hold its seed."""
-    best_of: int = 1
-    expected_identity: str | None = None
-    """Digest of the identity that a replayed picture was made with."""
-
-    @property
-    def paths(self) -> list[Path]:
-        """Where the pictures go, if the first candidate of each is kept."""
-        return self.slots[0]
-
-    def cells(self) -> Iterator[tuple[str, int, float]]:
-        """Prompt, seed and adapter scale of every picture, in order."""
-        for prompt in self.prompts:
-            for seed in self.seeds:
-                for scale in self.scales:
-                    yield prompt, seed, scale
-
-
-@dataclass
-class Report:
-    """What has been done so far; printed as JSON also when the run fails half way."""
-
-    images: list[dict[str, Any]] = field(default_factory=list)
-    grid: Path | None = None
-
-    def record(self) -> dict[str, Any]:
-        """Its part of the JSON object."""
-        return {"images": self.images} | ({"grid": str(self.grid)} if self.grid else {})
+    from ..app.best_of import Candidates
+    from ..app.events import ModelsReady
+    from ..app.request import GenerateRequest
+    from ..app.session import Session
+    from ..settings import Saving
 
 
 def generate(
@@ -205,481 +118,183 @@ def generate(
 
       fastface generate --from picture.png --face me.jpg
     """
-    flags: dict[str, tuple[Any, str]] = {}
-    if steps is not None:
-        flags["sampling.steps"] = (steps, "--steps")
-    if size is not None:
-        width, height = _size(size)
-        flags["sampling.width"] = (width, "--size")
-        flags["sampling.height"] = (height, "--size")
-    if lora_scale is not None:
-        flags["adapter.lora_scale"] = (lora_scale, "--lora-scale")
+    from ..app.request import GenerateRequest, OutputPlan, RecipeChange
+    from ..app.runtime import Runtime
+    from ..models.acceleration import parse
+
     scales = _numbers(adapter_scale, "--adapter-scale") if adapter_scale is not None else []
+    changes: dict[str, RecipeChange] = {}
+    if steps is not None:
+        changes["sampling.steps"] = RecipeChange(value=steps, origin="--steps")
+    if size is not None:
+        for side, pixels in zip(("width", "height"), _size(size), strict=True):
+            changes[f"sampling.{side}"] = RecipeChange(value=pixels, origin="--size")
+    if lora_scale is not None:
+        changes["adapter.lora_scale"] = RecipeChange(value=lora_scale, origin="--lora-scale")
     if len(scales) == 1:
-        flags["adapter.scale"] = (scales[0], "--adapter-scale")
-    options = Options(
+        changes["adapter.scale"] = RecipeChange(value=scales[0], origin="--adapter-scale")
+    request = GenerateRequest(
         recipe=recipe,
-        faces=face or [],
+        changes=changes,
+        overrides=tuple(set_ or ()),
+        stack=stack,
+        replay=from_,
+        photos=tuple(face or ()),
         identity=identity,
-        prompts=prompt or [],
-        prompts_file=prompts_file,
+        face_index=face_index,
+        face_box=_box(face_box) if face_box is not None else None,
+        prompts=(*(prompt or ()), *_prompts(prompts_file, is_read=jobs is None)),
         negative_prompt=negative_prompt,
-        output=output,
-        force=force,
         seed=seed,
         count=count,
         best_of=best_of,
-        scales=scales,
-        flags=flags,
-        overrides=set_ or [],
-        stack=stack,
-        replay=from_,
-        jobs=jobs,
-        face_index=face_index,
-        face_box=_box(face_box) if face_box is not None else None,
-        save_identity=save_identity,
-        save_latents=save_latents,
-        grid=grid,
-        metadata=not no_metadata,
-        device=device,
-        dtype=dtype,
+        adapter_scales=tuple(scales),
         batch_size=batch_size,
-        offline=offline,
-        low_memory=_saving(low_memory),
-        accelerate=[*(["compile=on"] if compile_ else []), *(accelerate or [])],
-        remember=remember,
         commercial=commercial,
-        as_json=as_json,
-        verbose=verbose,
+        output=OutputPlan(
+            path=output,
+            force=force,
+            metadata=not no_metadata,
+            grid=grid,
+            save_latents=save_latents,
+            save_identity=save_identity,
+        ),
     )
+    accelerations = [*(["compile=on"] if compile_ else []), *(accelerate or [])]
+
+    def open_session() -> Session:
+        from ..app.session import Session
+
+        runtime = Runtime(device, dtype, _saving(low_memory), parse(accelerations))
+        return Session(runtime=runtime, offline=offline or None, remember=remember, progress=True)
+
     if jobs is not None:
         from .jobs import run_jobs
 
-        run_jobs(options)
+        _refuse_with_jobs(request, prompts_file)
+        run_jobs(open_session(), request, jobs)
         return
-    report = Report()
+    images = RunImages()
     try:
-        run(options, report)
+        session = open_session()
+        show_run(session, request, images, as_json=as_json, verbosity=verbose)
     except BaseException as error:
-        # Whatever ended the run: the JSON tells of the pictures that are there.
-        vars(error)["partial"] = report.record()
+        # Whatever ended the run, the JSON lists the images that were written.
+        vars(error)["partial"] = images.record()
         raise
     if as_json:
-        console.print_json({"ok": True, **report.record(), "error": None})
-
-
-def run(options: Options, report: Report) -> None:
-    """One call of the command: cheap checks first, then device, models, face, pictures."""
-    from ..settings import load_settings
-
-    settings = load_settings()
-    verbose = max(options.verbose, settings.verbosity)
-    work = prepare(options, settings.recipe)
-    identity, photos = people(options)
-    face = ready(options, work.recipe, settings)
-    if identity is None:
-        identity = face.identity(*photos, face_index=options.face_index, face_box=options.face_box)
-    if options.save_identity is not None:
-        identity.save(options.save_identity, force=options.force)
-    if work.expected_identity is not None and work.expected_identity != identity.digest():
-        console.note("warning: this is not the identity that the picture was made with")
-    if options.seed is None and not options.as_json:
-        console.note(f"seed {work.seeds[0]}")
-    if verbose:
-        console.note(f"recipe {work.recipe.name}, digest {work.recipe.digest()[:12]}")
-    began = time.perf_counter()
-    pipeline = face.pipeline
-    if verbose:
-        took = time.perf_counter() - began
-        console.note(f"models loaded in {took:.1f} s on {face.device}, {pipeline.dtype}")
-        print_plan(pipeline.plan())
-    scorer = face.scorer if work.best_of > 1 else None
-    made = make(options, work, pipeline, identity, report, scorer)
-    finish(options, work, made, report)
-
-
-def ready(options: Options, recipe: Recipe, settings: Settings) -> FastFace:
-    """The recipe made ready to run, its device and dtype checked before any model is fetched.
-
-    Raises:
-        DeviceError: no such device, or a full-size stack and no GPU.
-        UsageError: no such dtype or item of speed, or two things that exclude each other.
-    """
-    from ..app.api import FastFace, check_device
-    from ..app.pipeline import check_level
-    from ..models.acceleration import check, parse
-    from ..models.loading import pick_device, pick_dtype
-    from ..models.offload import LEVELS
-
-    faster = parse(options.accelerate)
-    device = check_device(recipe, options.device or settings.device)
-    where = pick_device(device)
-    check(faster, where, pick_dtype(options.dtype, where))
-    saving = options.low_memory or settings.low_memory
-    if saving != "auto":
-        check_level(LEVELS[saving], faster)
-    return FastFace(
-        recipe,
-        device=device,
-        dtype=options.dtype,
-        low_memory=options.low_memory,
-        acceleration=faster,
-        remember=options.remember,
-        offline=True if options.offline else None,
-        progress=True,
-        log=console.note,
-    )
-
-
-def prepare(options: Options, default_recipe: str) -> Work:
-    """Everything that can be wrong without a model, found before one is touched.
-
-    Raises:
-        UsageError: something is missing, contradictory or in the way.
-        LicenseError: --commercial, and a license that forbids it.
-    """
-    from ..app.api import artifacts_of, check_commercial, random_seed
-    from ..app.jobs import prompts_file
-    from ..files import check_target
-    from ..output.images import plan_paths
-
-    provenance = _replayed(options)
-    recipe = _recipe(options, provenance, default_recipe)
-    if options.commercial:
-        check_commercial(artifacts_of(recipe).values(), f"recipe '{recipe.name}'", console.note)
-    prompts = [_text(prompt) for prompt in options.prompts]
-    if options.prompts_file is not None:
-        prompts += prompts_file(options.prompts_file)
-    said = recipe if provenance is None else _as_run(options, provenance)
-    if not prompts and said.prompt is not None:
-        prompts = [said.prompt]
-    if not prompts:
-        raise UsageError("there is no prompt", 'say what to make: --prompt "a portrait in a garden"')
-    seed = said.seed if options.seed is None else options.seed
-    if seed is None:
-        seed = random_seed()
-    if not 0 <= seed <= 2**63 - options.count * options.best_of:
-        raise UsageError(f"seed {seed} is out of range", "seeds lie between 0 and 2^63 - 1")
-    negative = said.negative_prompt if options.negative_prompt is None else _text(options.negative_prompt)
-    work = Work(
-        recipe=recipe,
-        prompts=prompts,
-        negative_prompt=negative,
-        seeds=[seed + index * options.best_of for index in range(options.count)],
-        scales=options.scales or [said.adapter.scale],
-        slots=[],
-        best_of=options.best_of,
-        expected_identity=provenance.identity_digest if provenance else None,
-    )
-    for candidate in range(options.best_of):
-        fields: list[Mapping[str, str | int | float]] = [
-            {
-                "recipe": recipe.name,
-                "seed": seed + candidate,
-                "prompt": prompt,
-                "scale": scale,
-                "index": index,
-            }
-            for index, (prompt, seed, scale) in enumerate(work.cells(), start=1)
-        ]
-        work.slots.append(plan_paths(options.output, count=len(fields), fields=fields, force=options.force))
-    taken = {os.path.abspath(path) for paths in work.slots for path in paths}
-    for flag, extra in (
-        ("--save-identity", options.save_identity),
-        ("--save-latents", options.save_latents),
-        ("--grid", _grid_path(work) if options.grid else None),
-    ):
-        if extra is None:
-            continue
-        check_target(extra, force=options.force)
-        if os.path.abspath(extra) in taken:
-            raise UsageError(f"{flag} and another output both go to {extra}", "choose another name")
-        taken.add(os.path.abspath(extra))
-    return work
-
-
-def _recipe(options: Options, provenance: Provenance | None, default: str) -> Recipe:
-    from ..recipe.files import load_recipe
-
-    if provenance is None:
-        return load_recipe(
-            options.recipe or default, overrides=options.overrides, flags=options.flags, stack=options.stack
-        ).recipe
-    given = [override.partition("=")[0].strip() for override in options.overrides]
-    provenance.require_local_parts(given + (["model"] if options.stack else []))
-    recipe = _changed(options, provenance.recipe)
-    for part in provenance.changed_local_parts(recipe):
-        console.note(f"warning: {part.field} is not the file '{part.name}' that the picture was made with")
-    items = [f"{name}={'on' if value is True else value}" for name, value in (provenance.lossy or {}).items()]
-    left_out = [item for item in items if item not in options.accelerate]
-    if left_out:
-        flags = " ".join(f"--accelerate {item}" for item in left_out)
-        console.note(f"warning: the picture was made with {flags}; without it this one differs a little")
-    return recipe
-
-
-def _as_run(options: Options, provenance: Provenance) -> Recipe:
-    """What a replay takes where no flag says otherwise: prompts, seed and adapter scale of the picture."""
-    return _changed(options, provenance.as_run())
-
-
-def _changed(options: Options, recipe: Recipe) -> Recipe:
-    """A recipe read from a picture, with the changes of this call."""
-    from ..recipe.files import load_recipe_data
-
-    return load_recipe_data(
-        recipe.canonical(),
-        str(options.replay),
-        overrides=options.overrides,
-        flags=options.flags,
-        stack=options.stack,
-    ).recipe
-
-
-def _replayed(options: Options) -> Provenance | None:
-    if options.replay is None:
-        return None
-    from ..output.metadata import read
-
-    if options.recipe is not None:
-        raise UsageError("--from and --recipe both name a recipe", "leave one of them out")
-    return read(options.replay)
-
-
-def people(options: Options) -> tuple[Identity | None, list[Path]]:
-    """The saved identity, or the photos, checked to be readable.
-
-    Raises:
-        UsageError: neither or both are given, or a file cannot be read.
-    """
-    from ..identity.identity import Identity
-    from ..identity.photos import read_photo
-    from ..identity.search import check_choice
-
-    if options.identity is not None and options.faces:
-        raise UsageError("--face and --identity both name a person", "leave one of them out")
-    if options.identity is not None:
-        return Identity.load(options.identity), []
-    if not options.faces:
-        raise UsageError(
-            "there is no person", "give a photo with --face me.jpg, or --identity me.safetensors"
-        )
-    check_choice(options.face_index, options.face_box)
-    for photo in options.faces:
-        read_photo(photo)
-    return None, options.faces
+        console.print_json({"ok": True, **images.record(), "error": None})
 
 
 @dataclass
-class Made:
-    """What was made and is still needed: pictures for their latents, and the cells of the contact sheet."""
+class RunImages:
+    """The images that are written so far; printed as JSON also where the run fails midway."""
 
-    pictures: list[Picture] = field(default_factory=list)
-    cells: list[tuple[Image.Image, str]] = field(default_factory=list)
+    images: list[Mapping[str, Any]] = field(default_factory=list)
+    grid: Path | None = None
 
-
-def make(
-    options: Options,
-    work: Work,
-    pipeline: Pipeline,
-    identity: Identity,
-    report: Report,
-    scorer: Scorer | None = None,
-) -> Made:
-    """Make the pictures, writing each as soon as it is there.
-
-    Args:
-        scorer: measures the candidates where the best of several is kept.
-    """
-    from ..app.pipeline import Request
-    from ..output.writer import Behind
-
-    requests = [
-        Request(prompt, first + candidate, identity, work.negative_prompt, scale)
-        for prompt, first, scale in work.cells()
-        for candidate in range(work.best_of)
-    ]
-    made = Made()
-    with console.step_progress() as progress, Behind() as behind:
-        steps = progress.add_task("steps", total=len(requests) * work.recipe.sampling.steps)
-
-        def on_step(done: int) -> None:
-            progress.advance(steps, done)
-
-        if scorer is None:
-            pictures = pipeline.generate(requests, batch_size=options.batch_size, on_step=on_step)
-            for picture, path in zip(pictures, work.paths, strict=True):
-                behind.do(partial(_write_and_tell, options, work, report, picture, path))
-                _remember(options, made, picture, f"{picture.request.seed}  {picture.request.prompt}")
-        else:
-            _make_best(options, work, pipeline, requests, report, scorer, on_step, made)
-    return made
+    def record(self) -> dict[str, Any]:
+        """Its part of the JSON object."""
+        return {"images": self.images} | ({"grid": str(self.grid)} if self.grid else {})
 
 
-def _write_and_tell(options: Options, work: Work, report: Report, picture: Picture, path: Path) -> None:
-    written = write(picture, path, work.recipe, metadata=options.metadata, force=options.force)
-    _tell(options, report, describe_picture(picture, written))
-
-
-def _make_best(
-    options: Options,
-    work: Work,
-    pipeline: Pipeline,
-    requests: Sequence[Request],
-    report: Report,
-    scorer: Scorer,
-    on_step: Callable[[int], None],
-    made: Made,
+def show_run(
+    session: Session, request: GenerateRequest, images: RunImages, *, as_json: bool, verbosity: int
 ) -> None:
-    """Of each picture's candidates only the best is written; the sheet shows them all."""
-    from ..app.best_of import make_candidates
+    """Run a request and show its events: paths on stdout, progress and notes on stderr."""
+    from ..app.events import (
+        IdentityReady,
+        ImageFinished,
+        ModelsReady,
+        RunFinished,
+        RunStarted,
+        StepFinished,
+    )
 
-    for cell in range(len(work.paths)):
-        chosen = requests[cell * work.best_of : (cell + 1) * work.best_of]
-        found = make_candidates(pipeline, scorer, chosen, batch_size=options.batch_size, on_step=on_step)
-        picture, path = found.pictures[found.kept], work.slots[found.kept][cell]
-        written = write(
-            picture,
-            path,
-            work.recipe,
-            metadata=options.metadata,
-            force=options.force,
-            best_of=found.summary(),
+    verbosity = max(verbosity, session.settings.verbosity)
+    with console.step_progress() as progress:
+        bar = progress.add_task("steps", visible=False)
+        for event in session.run(request):
+            match event:
+                case RunStarted():
+                    started = event
+                case IdentityReady():
+                    if not event.matches_replay:
+                        console.note("warning: this is not the identity that the image was made with")
+                    if request.seed is None and not as_json:
+                        console.note(f"seed {started.seeds[0]}")
+                    if verbosity:
+                        console.note(f"recipe {started.recipe.name}, digest {started.recipe.digest()[:12]}")
+                case ModelsReady():
+                    if verbosity:
+                        _print_models(event)
+                case StepFinished():
+                    progress.update(bar, total=event.total, completed=event.done, visible=True)
+                case ImageFinished():
+                    images.images.append(event.record)
+                    if event.candidates and not as_json:
+                        _print_scores(event.candidates)
+                    if not as_json:
+                        console.line(str(event.record["path"]))
+                case RunFinished():
+                    images.grid = event.grid
+                    if event.grid and not as_json:
+                        console.line(str(event.grid))
+
+
+def _print_models(event: ModelsReady) -> None:
+    """What was loaded and what each step computes, on stderr."""
+    console.note(f"models loaded in {event.seconds:.1f} s on {event.device}, {event.dtype}")
+    for step in event.steps:
+        branches = ", ".join(f"e{index}" for index in step.branches)
+        console.note(
+            f"step {step.index + 1}: t = {step.timestep:g}, identity {step.identity:g}, text {step.text:g}, "
+            f"computes {branches}"
         )
-        if not options.as_json:
-            _print_scores(found)
-        record = describe_picture(picture, written)
-        candidates = [score.record() for score in found.scores]
-        seconds = round(sum(one.seconds for one in found.pictures), 3)
-        record["best_of"] = found.summary() | {"candidates": candidates, "seconds": seconds}
-        _tell(options, report, record)
-        if options.save_latents:
-            made.pictures.append(picture)
-        if options.grid:
-            made.cells += [(one.image, _label(found, index)) for index, one in enumerate(found.pictures)]
+    console.note(f"{sum(len(step.branches) for step in event.steps)} UNet samples per image")
 
 
-def _tell(options: Options, report: Report, record: dict[str, Any]) -> None:
-    """A picture is there: for the JSON at the end, or as a path now."""
-    report.images.append(record)
-    if not options.as_json:
-        console.line(record["path"])
-
-
-def _remember(options: Options, made: Made, picture: Picture, label: str) -> None:
-    if options.save_latents:
-        made.pictures.append(picture)
-    if options.grid:
-        made.cells.append((picture.image, label))
-
-
-def _label(found: Candidates, index: int) -> str:
-    """Below a candidate on the sheet; a star marks the one that was kept."""
-    score = found.scores[index]
-    likeness = "no face" if score.likeness is None else f"{score.likeness:.2f}"
-    return f"{'* ' if index == found.kept else ''}{score.seed}  {likeness}"
-
-
-def _print_scores(found: Candidates) -> None:
+def _print_scores(candidates: Candidates) -> None:
     """The table of candidates, on stderr."""
     from ..app.best_of import standing
 
-    stands = standing(found.scores)
+    eligible = standing(candidates.scores)
     rows = []
-    for index, score in enumerate(found.scores):
-        if index == found.kept:
+    for index, score in enumerate(candidates.scores):
+        if index == candidates.kept:
             verdict = "kept"
         elif score.likeness is None:
             verdict = "no face"
         else:
-            verdict = "" if index in stands else "follows the prompt less"
-        rows.append(
-            [
-                str(score.seed),
-                "" if score.likeness is None else f"{score.likeness:.3f}",
-                "" if score.prompt is None else f"{score.prompt:.3f}",
-                verdict,
-            ]
-        )
-    columns = ("seed", f"likeness by {found.judge}", "prompt", "")
-    prompt = found.pictures[0].request.prompt
+            verdict = "" if index in eligible else "follows the prompt less"
+        numbers = ["" if value is None else f"{value:.3f}" for value in (score.likeness, score.prompt)]
+        rows.append([str(score.seed), *numbers, verdict])
+    columns = ("seed", f"likeness by {candidates.judge}", "prompt", "")
+    prompt = candidates.pictures[0].request.prompt
     console.print_table(f"best of {len(rows)}: {prompt}", columns, rows, aside=True)
 
 
-def write(
-    picture: Picture,
-    path: Path,
-    recipe: Recipe,
-    *,
-    metadata: bool,
-    force: bool,
-    best_of: Mapping[str, Any] | None = None,
-) -> Path:
-    """Write one picture with what it says about how it was made; where it went."""
-    from ..output.images import write_png
-    from ..output.metadata import describe_made
+def _prompts(path: Path | None, *, is_read: bool) -> list[str]:
+    from ..app.jobs import prompts_file
 
-    text = describe_made(recipe, picture, best_of=best_of) if metadata else None
-    return write_png(picture.image, path, text=text, force=force)
+    return prompts_file(path) if path is not None and is_read else []
 
 
-def describe_picture(picture: Picture, path: Path) -> dict[str, Any]:
-    """The JSON record of one picture."""
-    return {
-        "path": str(path),
-        "prompt": picture.request.prompt,
-        "seed": picture.request.seed,
-        "adapter_scale": picture.adapter_scale,
-        "unet_samples": picture.unet_samples,
-        "seconds": round(picture.seconds, 3),
+def _refuse_with_jobs(request: GenerateRequest, prompts_file: Path | None) -> None:
+    """Refuse flags that a jobs file cannot follow."""
+    refused = {
+        "--grid": request.output.grid,
+        "--save-latents": request.output.save_latents is not None,
+        "--save-identity": request.output.save_identity is not None,
+        "--from": request.replay is not None,
+        "--count": request.count != 1,
+        "--prompts-file": prompts_file is not None,
+        "a list in --adapter-scale": len(request.adapter_scales) > 1,
+        "a repeated --prompt": len(request.prompts) > 1,
     }
-
-
-def finish(options: Options, work: Work, made: Made, report: Report) -> None:
-    """What is made of all pictures together: contact sheet and latents."""
-    if options.save_latents is not None:
-        import torch
-
-        from ..output.latents import save_latents
-
-        save_latents(
-            options.save_latents,
-            initial_latents=torch.stack([picture.initial_latents for picture in made.pictures]),
-            latents=torch.stack([picture.latents for picture in made.pictures], dim=1),
-            timesteps=made.pictures[0].timesteps,
-            force=options.force,
-        )
-    if options.grid:
-        from ..output.images import grid, write_png
-        from ..output.metadata import marker
-
-        images, labels = zip(*made.cells, strict=True)
-        rows_of_candidates = work.best_of if work.best_of > 1 and len(work.paths) > 1 else None
-        sheet = grid(images, rows_of_candidates, labels)
-        text = marker() if options.metadata else None
-        report.grid = write_png(sheet, _grid_path(work), text=text, force=options.force)
-        if not options.as_json:
-            console.line(str(report.grid))
-
-
-def _grid_path(work: Work) -> Path:
-    return work.paths[0].with_name(f"{work.paths[0].stem}-grid.png")
-
-
-def print_plan(steps: Sequence[Any]) -> None:
-    """What every step does, on stderr."""
-    for step in steps:
-        named = ", ".join(f"e{index}" for index in step.branches)
-        console.note(
-            f"step {step.index + 1}: t = {step.timestep:g}, identity {step.identity:g}, text {step.text:g}, "
-            f"computes {named}"
-        )
-    console.note(f"{sum(len(step.branches) for step in steps)} UNet samples a picture")
-
-
-def _text(argument: str) -> str:
-    """Bytes of an argument that are no UTF-8 come as lone surrogates, which no tokenizer takes."""
-    return argument.encode("utf-8", "replace").decode()
+    for name, is_given in refused.items():
+        if is_given:
+            raise UsageError(f"{name} does not go with --jobs", "a line of the jobs file makes one image")
 
 
 def _saving(text: str | None) -> Saving | None:

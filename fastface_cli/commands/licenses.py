@@ -21,7 +21,7 @@ def licenses(
 
     Example: fastface licenses --recipe hyper-fastface
     """
-    from ..app.api import artifacts_of
+    from ..app.licensing import artifacts_of
     from ..recipe.files import load_recipe
     from ..settings import load_settings
 

@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ..app.api import artifacts_of, check_device, is_full_size
+from ..app.licensing import artifacts_of
+from ..app.runtime import check_device, is_full_size
 from ..errors import DeviceError, FastFaceError, ModelUnavailableError
 from ..recipe.files import load_recipe, recipe_names
 from ..recipe.schema import Recipe

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..app.api import artifacts_of, check_device, fetch
+from ..app.licensing import artifacts_of
+from ..app.runtime import check_device
+from ..app.session import fetch
 from ..errors import UsageError
 from ..output.metadata import content_mark, installed_versions
 from ..settings import Settings

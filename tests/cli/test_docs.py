@@ -22,7 +22,7 @@ from PIL import Image
 from support.doc_pages import LANGUAGES, PAGES, ROOT, Block, blocks, code_spans, links, options, parse, words
 
 from fastface_cli import cli
-from fastface_cli.app.api import artifacts_of
+from fastface_cli.app.licensing import artifacts_of
 from fastface_cli.evaluation.metrics.base import make_metrics, registry
 from fastface_cli.recipe.files import load_recipe, recipe_names
 from fastface_cli.recipe.schema import Recipe

@@ -85,7 +85,7 @@ def test_verbose_prints_the_plan_and_nothing_else_chatters(made):
         "step 2: t = 749, identity 1.5, text 3, computes e0, e1, e2",
         "step 3: t = 499, identity 1.5, text 3, computes e0, e1, e2",
         "step 4: t = 249, identity 1, text 1, computes e1, e2",
-        "10 UNet samples a picture",
+        "10 UNet samples per image",
     ]
 
 
@@ -148,7 +148,7 @@ def test_replay_takes_overrides_and_notices_another_person(made, generate, layou
         "-o", tmp_path / "again.png", "--steps", 2, "--set", "adapter.scale=0.7", "--set", "prompt=other",
     )  # fmt: skip
     assert ended.code == 0
-    assert ended.err == "warning: this is not the identity that the picture was made with\n"
+    assert ended.err == "warning: this is not the identity that the image was made with\n"
     image = ended.json["images"][0]
     assert (image["prompt"], image["seed"], image["adapter_scale"], image["unet_samples"]) == (
         "other",
@@ -408,13 +408,16 @@ def test_weights_that_are_no_numbers(generate, layout, me, tmp_path):
 def test_json_lists_the_pictures_made_whatever_ends_the_run(
     raised, code, kind, message, generate, monkeypatch
 ):
-    from fastface_cli.commands import generate as command
+    from PIL import Image
 
-    def run(_options, report):
-        report.images.append({"path": "x.png"})
+    from fastface_cli.app.events import ImageFinished
+    from fastface_cli.app.session import Session
+
+    def run(_session, _request):
+        yield ImageFinished(Path("x.png"), Image.new("RGB", (8, 8)), {"path": "x.png"})
         raise raised
 
-    monkeypatch.setattr(command, "run", run)
+    monkeypatch.setattr(Session, "run", run)
     ended = generate("--json")
     assert ended.code == code
     assert ended.json["images"] == [{"path": "x.png"}]

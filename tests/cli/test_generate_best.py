@@ -101,5 +101,5 @@ def test_a_stack_without_a_matched_pair_says_so(generate, miniature, drawn, layo
     path = tmp_path / "x.png"
     ended = generate(*flags, "--identity", drawn, "-p", "a", "--seed", 1, "--best-of", 2, "-o", path)
     assert (ended.code, ended.out) == (0, f"{path}\n")
-    assert "is not scored: no CLIP is here" in ended.err
+    assert "prompts are not scored, because no CLIP model is installed" in ended.err
     assert "download clip-vit-large-patch14" in ended.err

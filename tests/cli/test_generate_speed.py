@@ -11,9 +11,12 @@ import torch
 from PIL import Image
 
 from fastface_cli import cli
-from fastface_cli.app.api import FastFace
+from fastface_cli.app.runtime import ResolvedRuntime
+from fastface_cli.models.acceleration import DEFAULT
 from fastface_cli.models.offload import GIB, LEVELS, OFF
 from fastface_cli.output.writer import Behind
+from fastface_cli.recipe.files import load_recipe
+from fastface_cli.settings import load_settings
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "portrait.png"
 
@@ -91,15 +94,19 @@ class TestLevelOfACard:
     """`auto`, on a machine whose card is made up."""
 
     @pytest.fixture(autouse=True)
-    def card(self, monkeypatch, tmp_path):
+    def card(self, monkeypatch, tmp_path, caplog):
+        self.caplog = caplog
         monkeypatch.setenv("FASTFACE_HOME", str(tmp_path))
         self.free = 24 * GIB
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (self.free, 24 * GIB))
 
     def level(self, **options):
-        said: list[str] = []
-        face = FastFace("hyper-fastface", log=said.append, **options)
-        return face._level("cuda:0"), said
+        recipe = load_recipe("hyper-fastface").recipe
+        return self.resolved(**options).level(recipe), self.caplog.messages
+
+    def resolved(self, acceleration=DEFAULT, offload=None):
+        level = offload or load_settings().low_memory
+        return ResolvedRuntime(torch.device("cuda:0"), torch.float16, level, acceleration)
 
     def test_a_large_card_keeps_everything(self):
         assert self.level() == (OFF, [])
@@ -108,7 +115,7 @@ class TestLevelOfACard:
         self.free = 8 * GIB
         level, (said,) = self.level()
         assert level is LEVELS["8"]
-        assert "8.0 GiB of the card are free: --low-memory 8" in said
+        assert "8.0 GiB of the card are free: using --low-memory 8" in said
         assert "--low-memory off" in said
 
     def test_what_is_compiled_stays_in_its_place(self):
@@ -120,13 +127,13 @@ class TestLevelOfACard:
 
     def test_the_user_and_the_settings_decide_first(self, monkeypatch):
         self.free = 8 * GIB
-        assert self.level(low_memory="off") == (OFF, [])
+        assert self.level(offload="off") == (OFF, [])
         monkeypatch.setenv("FASTFACE_LOW_MEMORY", "6")
         assert self.level() == (LEVELS["6"], [])
 
     def test_the_pocket_needs_no_saving(self):
         self.free = GIB
-        assert FastFace("pocket")._level("cuda:0") is OFF
+        assert self.resolved().level(load_recipe("pocket").recipe) is OFF
 
 
 class TestRemembered:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from fastface_cli.app.api import fetch
 from fastface_cli.app.pipeline import Request
+from fastface_cli.app.session import fetch
 from fastface_cli.benchmark.reference import Reference
 from fastface_cli.identity.identity import Identity
 from fastface_cli.recipe.files import load_recipe
