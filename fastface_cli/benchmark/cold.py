@@ -17,7 +17,7 @@ def main() -> None:
     def since() -> float:
         return time.time() - float(asked["started"])
 
-    from .machine import device_peak, process_peak
+    from .hardware import device_peak, process_peak
     from .run import one_round
     from .sides import Side, Source, analyzer, build
     from .timing import synchronize

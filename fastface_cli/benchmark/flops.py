@@ -17,13 +17,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .timing import synchronize
 
-Config = Mapping[str, Any]
+ModelConfig = Mapping[str, Any]
 
 TOKENS = 77
 """Of a prompt, in both text encoders."""
 
 
-def unet_sample(config: Config, height: int, width: int, rank: int = 0) -> int:
+def unet_sample(config: ModelConfig, height: int, width: int, rank: int = 0) -> int:
     """Operations of one UNet sample.
 
     Args:
@@ -36,7 +36,7 @@ def unet_sample(config: Config, height: int, width: int, rank: int = 0) -> int:
     )
 
 
-def vae_decode(config: Config, height: int, width: int) -> int:
+def vae_decode(config: ModelConfig, height: int, width: int) -> int:
     """Operations of decoding one picture from latents of this size."""
     return _vae_decode(_key(config), height, width)
 
@@ -62,7 +62,7 @@ def image_encoder(config: Any) -> int:
     return tower + 2 * patches * into
 
 
-def _key(config: Config) -> str:
+def _key(config: ModelConfig) -> str:
     return json.dumps({k: v for k, v in config.items() if not k.startswith("_")}, sort_keys=True, default=str)
 
 

@@ -19,8 +19,8 @@ from ..app.pipeline import Picture, Pipeline, Request
 from ..errors import FastFaceError
 from ..identity.identity import Identity, make_identity
 from ..output.images import encode_png
-from . import flops, machine
-from .sides import WEIGHTS, Engine, Side, Source, analyzer, build
+from . import flops, hardware
+from .sides import WEIGHTS, BenchmarkEngine, Side, Source, analyzer, build
 from .timing import Stopwatch, interleaved, ratio_of_medians, spread, synchronize
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ COLD_TIMEOUT = 1800
 
 
 @dataclass(frozen=True)
-class Plan:
+class BenchmarkPlan:
     """What to measure."""
 
     sides: Sequence[Side]
@@ -76,7 +76,7 @@ class Measured:
     """A side and what was seen of it."""
 
     side: Side
-    engine: Engine
+    engine: BenchmarkEngine
     first: Round | None = None
     """The first pictures after loading, which compile what is compiled."""
     rounds: list[Round] = field(default_factory=list)
@@ -106,7 +106,7 @@ def requests_of(number: int, batch: int, identity: Identity, negative: str | Non
 
 
 def one_round(
-    engine: Engine, number: int, batch: int, photo: Path | None, faces: FaceAnalyzer | None
+    engine: BenchmarkEngine, number: int, batch: int, photo: Path | None, faces: FaceAnalyzer | None
 ) -> Round:
     """Make one batch of pictures and take its times.
 
@@ -160,7 +160,7 @@ def check(picture: Picture) -> None:
         raise FastFaceError("the noise is zero: such a run would be measured too fast")
 
 
-def measure(plan: Plan, say: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+def measure(plan: BenchmarkPlan, say: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
     """Run a plan.
 
     Args:
@@ -194,7 +194,7 @@ def measure(plan: Plan, say: Callable[[str], None] = lambda _: None) -> dict[str
     return report(plan, measured)
 
 
-def sharing(side: Side, measured: Sequence[Measured]) -> Engine | None:
+def sharing(side: Side, measured: Sequence[Measured]) -> BenchmarkEngine | None:
     """Our engine for a side on the weights of an earlier one, where they are the same; else None.
 
     So an ablation of a full-size stack fits onto a card.
@@ -215,7 +215,7 @@ def sharing(side: Side, measured: Sequence[Measured]) -> Engine | None:
     return None
 
 
-def report(plan: Plan, measured: Sequence[Measured]) -> dict[str, Any]:
+def report(plan: BenchmarkPlan, measured: Sequence[Measured]) -> dict[str, Any]:
     """What is told of a run."""
     engine = measured[0].engine
     rate, side = flops.matrix_rate(engine.device, engine.dtype)
@@ -225,13 +225,13 @@ def report(plan: Plan, measured: Sequence[Measured]) -> dict[str, Any]:
         "batch": plan.batch,
         "repeats": plan.repeats,
         "photo": plan.photo is not None,
-        "machine": machine.describe(engine.device),
+        "machine": hardware.describe(engine.device),
         "matrix_product": {
             "tflops": rate / 1e12,
             "side": side,
             "dtype": _name(engine.dtype),
         },
-        "process_peak_bytes": machine.process_peak(),
+        "process_peak_bytes": hardware.process_peak(),
         "sides": [describe(one, plan.batch, rate) for one in measured],
         "ratios": ratios(measured),
     }
@@ -333,7 +333,7 @@ def distance(found: Sequence[Round], wanted: Sequence[Round]) -> float:
 # ----------------------------------------------------------------------------------------------- cold start
 
 
-def cold_start(side: Side, plan: Plan) -> dict[str, Any]:
+def cold_start(side: Side, plan: BenchmarkPlan) -> dict[str, Any]:
     """A side's first picture in a process of its own: seconds since the process was started, and peaks.
 
     Raises:

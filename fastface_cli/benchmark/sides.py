@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from ..models.offload import LevelName
 
 EngineName = Literal["ours", "reference"]
-Weights = Literal["real", "random", "random-small"]
+WeightSource = Literal["real", "random", "random-small"]
 
-WEIGHTS: dict[Weights, str] = {
+WEIGHTS: dict[WeightSource, str] = {
     "real": "the recipe's weights",
     "random": "random weights, full size",
     "random-small": "random weights, miniature",
@@ -29,7 +29,7 @@ WEIGHTS: dict[Weights, str] = {
 """How each kind is named wherever a number made with it stands."""
 
 
-class Engine(Protocol):
+class BenchmarkEngine(Protocol):
     """What both implementations have in common."""
 
     recipe: Recipe
@@ -92,13 +92,13 @@ class Side:
 class Source:
     """Where weights come from, and what they are run on."""
 
-    weights: Weights = "real"
+    weights: WeightSource = "real"
     device: str = "auto"
     dtype: str | None = None
     offline: bool | None = None
 
 
-def build(side: Side, source: Source) -> Engine:
+def build(side: Side, source: Source) -> BenchmarkEngine:
     """The models of a side, loaded or made.
 
     Raises:
@@ -108,7 +108,7 @@ def build(side: Side, source: Source) -> Engine:
     from ..models.loading import pick_device, pick_dtype
     from ..models.offload import LEVELS
     from . import random_stack
-    from .reference import Reference
+    from .reference import PublishedPipeline
     from .sdxl import MINIATURE, PUBLISHED
 
     device, level = pick_device(source.device), LEVELS[side.low_memory]
@@ -120,7 +120,7 @@ def build(side: Side, source: Source) -> Engine:
         return random_stack.random_pipeline(side.recipe, device, dtype, side.acceleration, stack, level)
     paths = _face(side, source).paths(faces=False)
     if side.engine == "reference":
-        return Reference.load(side.recipe, paths, device=source.device, dtype=source.dtype)
+        return PublishedPipeline.load(side.recipe, paths, device=source.device, dtype=source.dtype)
     return Pipeline.load(
         side.recipe,
         paths,
@@ -163,7 +163,7 @@ def ablation(recipe: Recipe, acceleration: Acceleration = DEFAULT) -> list[Side]
     return [*sides, Side("nothing", recipe, acceleration=off)]
 
 
-def check_photo(photo: Path | None, weights: Weights) -> None:
+def check_photo(photo: Path | None, weights: WeightSource) -> None:
     """Refuse a photo that no face model would see.
 
     Raises:

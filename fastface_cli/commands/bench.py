@@ -14,7 +14,7 @@ from .completion import complete_field, complete_recipe, complete_saving
 from .options import DeviceOption, DtypeOption
 
 if TYPE_CHECKING:
-    from ..benchmark.sides import Side, Weights
+    from ..benchmark.sides import Side, WeightSource
     from ..models.acceleration import Acceleration
     from ..models.offload import LevelName
     from ..recipe.schema import Recipe
@@ -95,13 +95,13 @@ def bench(
     where = _device(recipes, weights, device or settings.device)
 
     from ..app.pipeline import check_level
-    from ..benchmark import report, run, sides
+    from ..benchmark import run, sides, tables
     from ..models.acceleration import parse
     from ..models.loading import pick_device, pick_dtype
     from ..models.offload import level_of
 
     pick_dtype(dtype, pick_device(where))
-    kind: Weights = weights  # type: ignore[assignment]  # one of WEIGHTS
+    kind: WeightSource = weights  # type: ignore[assignment]  # one of WEIGHTS
     sides.check_photo(face, kind)
     changes = [*(["compile=on"] if compile_ else []), *(accelerate or [])]
     acceleration, saving = parse(changes), level_of(low_memory)
@@ -110,7 +110,7 @@ def bench(
         from ..models.compilation import keep_graphs
 
         keep_graphs(settings.home / "graphs")
-    plan = run.Plan(
+    plan = run.BenchmarkPlan(
         sides=_sides(recipes, acceleration, saving.name, against, ablation=ablation),
         source=sides.Source(kind, where, dtype, True if offline else None),
         batch=batch,
@@ -119,7 +119,7 @@ def bench(
         photo=face,
     )
     found = run.measure(plan, console.note)
-    text = report.markdown(found)
+    text = tables.markdown(found)
     if output is not None:
         _write(output, found, text)
     if as_json:

@@ -33,7 +33,7 @@ from ..store.transfer import announce, endpoint
 from . import packages as runtimes
 from .machine import Machine, first_line, reinstall, served, torch_for, why_no_gpu
 
-Level = Literal["ok", "warning", "failure"]
+Severity = Literal["ok", "warning", "failure"]
 
 FIX = "fastface doctor --fix"
 PICTURE_ROOM = 1_000_000_000
@@ -53,7 +53,7 @@ class Finding:
     """
 
     check: str
-    level: Level
+    level: Severity
     message: str
     mend: str | None = None
     error: type[FastFaceError] = FastFaceError
@@ -361,7 +361,7 @@ def check_network(store: Store, artifacts: Sequence[Artifact], to_fetch: int) ->
     try:
         announce(artifact, file)
     except ModelUnavailableError as error:
-        level: Level = "failure" if to_fetch else "warning"
+        level: Severity = "failure" if to_fetch else "warning"
         refused = re.search(r"HTTP 40[13]", error.message)
         mend = (
             "hf auth login" if refused else "export HTTPS_PROXY=http://HOST:PORT HF_ENDPOINT=https://MIRROR"

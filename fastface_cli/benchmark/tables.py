@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-Report = Mapping[str, Any]
+BenchmarkReport = Mapping[str, Any]
 
 GIB = 2**30
 
 
-def markdown(report: Report) -> str:
+def markdown(report: BenchmarkReport) -> str:
     """The whole report."""
     sides = report["sides"]
     parts = [
@@ -36,7 +36,7 @@ def markdown(report: Report) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def conditions(report: Report) -> str:
+def conditions(report: BenchmarkReport) -> str:
     """One paragraph: weights, hardware, versions."""
     machine, product = report["machine"], report["matrix_product"]
     gpu = machine.get("gpu")
@@ -63,7 +63,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def pictures(sides: Sequence[Report], batch: int) -> str:
+def pictures(sides: Sequence[BenchmarkReport], batch: int) -> str:
     """Percentiles of the whole and of the denoising loop."""
     head = ["side", "p50", "p90", "p99", "loop p50", "loop p90", "UNet samples", "first picture"]
     if batch > 1:
@@ -81,7 +81,7 @@ def pictures(sides: Sequence[Report], batch: int) -> str:
     return table(head, rows)
 
 
-def comparisons(ratios: Sequence[Report]) -> str:
+def comparisons(ratios: Sequence[BenchmarkReport]) -> str:
     """Ratios with their intervals."""
     rows = []
     for one in ratios:
@@ -102,7 +102,7 @@ def interval(ratio: Mapping[str, float]) -> str:
     return f"{ratio['value']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"
 
 
-def stages(sides: Sequence[Report]) -> str:
+def stages(sides: Sequence[BenchmarkReport]) -> str:
     """A column a side."""
     names = list(dict.fromkeys(name for side in sides for name in side["stages_ms"]))
     rows = [
@@ -115,7 +115,7 @@ def stages(sides: Sequence[Report]) -> str:
     return table(["stage", *(side["label"] for side in sides)], rows)
 
 
-def operations(sides: Sequence[Report]) -> str:
+def operations(sides: Sequence[BenchmarkReport]) -> str:
     """Counted operations, and what share of the measured rate they are done at."""
     rows = [
         [
@@ -138,7 +138,7 @@ def operations(sides: Sequence[Report]) -> str:
     return table(head, rows)
 
 
-def cold(sides: Sequence[Report]) -> str:
+def cold(sides: Sequence[BenchmarkReport]) -> str:
     """Seconds since the process was started, and what it held at most."""
     rows = []
     for side in sides:
