@@ -1,4 +1,4 @@
-"""What is compared: a recipe, run by our engine or by the published structure."""
+"""The sides of a comparison: a recipe, run by our pipeline or by the published structure."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ WEIGHTS: dict[WeightSource, str] = {
     "random": "random weights, full size",
     "random-small": "random weights, miniature",
 }
-"""How each kind is named wherever a number made with it stands."""
+"""Label of each source in reports."""
 
 
 class BenchmarkEngine(Protocol):
-    """What both implementations have in common."""
+    """Interface of both implementations."""
 
     recipe: Recipe
     parts: Any
@@ -45,13 +45,13 @@ class BenchmarkEngine(Protocol):
         batch_size: int = 1,
         on_step: Callable[[int], None] = ...,
     ) -> Iterator[Picture]:
-        """Make pictures, in order."""
+        """Generate images, in order."""
         ...
 
 
 @dataclass(frozen=True)
 class Side:
-    """One of the things that are compared."""
+    """One configuration of a comparison."""
 
     label: str
     recipe: Recipe
@@ -60,13 +60,13 @@ class Side:
     low_memory: LevelName = "off"
 
     def weights_key(self) -> tuple[Any, ...]:
-        """What decides the numbers in memory and their layout: sides of one key may share them."""
+        """Return what determines the weights in memory; sides with the same key can share them."""
         faster = self.acceleration
         layout = (faster.fuse_lora, faster.channels_last, faster.vae, faster.fp8)
         return (self.engine, self.recipe.digest(), self.low_memory, *layout)
 
     def to_json(self) -> dict[str, Any]:
-        """For the report, and for a process of its own."""
+        """Return the side for the report and for another process."""
         return {
             "label": self.label,
             "recipe": self.recipe.canonical(),
@@ -77,10 +77,10 @@ class Side:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Side:
-        """The inverse of `to_json`."""
+        """Restore a side from `to_json`."""
         return cls(
             data["label"],
-            # As JSON: in Python a strict model takes no text for the steps that some parts are chosen by.
+            # As JSON: from Python objects, the strict model refuses strings as step numbers.
             Recipe.model_validate_json(json.dumps(data["recipe"])),
             data["engine"],
             Acceleration(**data["acceleration"]),
@@ -90,7 +90,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Source:
-    """Where weights come from, and what they are run on."""
+    """Origin of the weights, and the device that runs them."""
 
     weights: WeightSource = "real"
     device: str = "auto"
@@ -99,10 +99,10 @@ class Source:
 
 
 def build(side: Side, source: Source) -> BenchmarkEngine:
-    """The models of a side, loaded or made.
+    """Load or create the models of a side.
 
     Raises:
-        FastFaceError: as of `FastFace` and `Pipeline.load`.
+        FastFaceError: see `FastFace` and `Pipeline.load`.
     """
     from ..app.pipeline import Pipeline
     from ..models.loading import pick_device, pick_dtype
@@ -132,13 +132,13 @@ def build(side: Side, source: Source) -> BenchmarkEngine:
 
 
 def analyzer(side: Side, source: Source) -> FaceAnalyzer:
-    """The face models of a side's recipe.
+    """Load the face models of a side's recipe.
 
     Raises:
-        ModelUnavailableError: they cannot be had or loaded.
+        ModelUnavailableError: they cannot be downloaded or loaded.
     """
-    found: FaceAnalyzer = _face(side, source).analyzer
-    return found
+    loaded: FaceAnalyzer = _face(side, source).analyzer
+    return loaded
 
 
 def _face(side: Side, source: Source) -> Any:
@@ -148,9 +148,9 @@ def _face(side: Side, source: Source) -> Any:
 
 
 def ablation(recipe: Recipe, acceleration: Acceleration = DEFAULT) -> list[Side]:
-    """A side for everything on, one for each item turned off alone, one for everything off.
+    """Return a side with every optimization, one without each of them, and one without any.
 
-    Items that are off in `acceleration` have no row: they take no part in it.
+    Optimizations that are disabled in `acceleration` have no side.
     """
     off = Acceleration.none()
     sides = [Side("everything", recipe, acceleration=acceleration)]
@@ -164,7 +164,7 @@ def ablation(recipe: Recipe, acceleration: Acceleration = DEFAULT) -> list[Side]
 
 
 def check_photo(photo: Path | None, weights: WeightSource) -> None:
-    """Refuse a photo that no face model would see.
+    """Refuse a photo if there are no face models.
 
     Raises:
         UsageError: random weights have no face models.
@@ -172,4 +172,4 @@ def check_photo(photo: Path | None, weights: WeightSource) -> None:
     from ..errors import UsageError
 
     if photo is not None and weights != "real":
-        raise UsageError("random weights have no face models", "leave out --face, or take --weights real")
+        raise UsageError("random weights have no face models", "omit --face, or use --weights real")

@@ -31,7 +31,7 @@ def check_face_libraries(
             "ONNX Runtime",
             "failure",
             "no ONNX Runtime is installed",
-            replacement and replacement.command_line(),
+            replacement.command_line() if replacement else None,
             fixable=True,
         )
         return

@@ -1,4 +1,4 @@
-"""Find packages that overwrite each other's files, and the two commands that install the right one.
+"""Find packages that overwrite each other's files, and the commands that install the right package.
 
 `onnxruntime` and `onnxruntime-gpu` both write the folder `onnxruntime/`; the last one installed overwrites
 the other. insightface requires the CPU package, so on a GPU machine the face models can end up on the CPU.
