@@ -1,4 +1,4 @@
-"""One process, one picture: `python -m fastface_cli.benchmark.cold` is asked on stdin, answers on stdout."""
+"""Measure one image in a new process: `python -m fastface_cli.benchmark.cold`, JSON on stdin and stdout."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ from ..console import line
 
 
 def main() -> None:
-    """Read what to run, run it once, and print the seconds since the process was started."""
-    asked = json.loads(sys.stdin.read())
+    """Read the request, run it once, and print the seconds since the process was started."""
+    request = json.loads(sys.stdin.read())
 
-    def since() -> float:
-        return time.time() - float(asked["started"])
+    def elapsed() -> float:
+        return time.time() - float(request["started"])
 
-    from .machine import device_peak, process_peak
+    from .hardware import device_peak, process_peak
     from .run import one_round
     from .sides import Side, Source, analyzer, build
     from .timing import synchronize
 
-    imported = since()
-    side, source = Side.from_json(asked["side"]), Source(**asked["source"])
+    imported = elapsed()
+    side, source = Side.from_json(request["side"]), Source(**request["source"])
     engine = build(side, source)
-    photo = Path(asked["photo"]) if asked["photo"] else None
+    photo = Path(request["photo"]) if request["photo"] else None
     faces = analyzer(side, source) if photo else None
     synchronize(engine.device)
-    built, loading = since(), device_peak(engine.device, reset=True)
-    one_round(engine, 0, asked["batch"], photo, faces)
-    found = {
-        "seconds": {"imported": imported, "built": built, "first_picture": since()},
+    built, loading = elapsed(), device_peak(engine.device, reset=True)
+    one_round(engine, 0, request["batch"], photo, faces)
+    measurements = {
+        "seconds": {"imported": imported, "built": built, "first_picture": elapsed()},
         "process_peak_bytes": process_peak(),
         "loading_peak_bytes": loading,
         "device_peak_bytes": device_peak(engine.device),
     }
-    line(json.dumps(found))
+    line(json.dumps(measurements))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Counted floating-point operations, from shapes alone, and what the device reaches on a matrix product.
+"""Count floating-point operations from shapes, and measure the device's rate on a matrix product.
 
 A multiplication and an addition count as two. Attention is counted; norms, activations and softmax are not.
 """
@@ -17,32 +17,32 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .timing import synchronize
 
-Config = Mapping[str, Any]
+ModelConfig = Mapping[str, Any]
 
 TOKENS = 77
-"""Of a prompt, in both text encoders."""
+"""Tokens of a prompt, in both text encoders."""
 
 
-def unet_sample(config: Config, height: int, width: int, rank: int = 0) -> int:
-    """Operations of one UNet sample.
+def unet_sample(config: ModelConfig, height: int, width: int, rank: int = 0) -> int:
+    """Count the operations of one UNet sample.
 
     Args:
-        config: of the UNet.
-        height, width: of the latents.
-        rank: of an unfused LoRA on the attention projections; 0 for none.
+        config: configuration of the UNet.
+        height, width: size of the latents.
+        rank: rank of an unfused LoRA on the attention projections; 0 for none.
     """
     return _unet_sample(_key(config), height, width) + (
         _lora(_key(config), height, width, rank) if rank else 0
     )
 
 
-def vae_decode(config: Config, height: int, width: int) -> int:
-    """Operations of decoding one picture from latents of this size."""
+def vae_decode(config: ModelConfig, height: int, width: int) -> int:
+    """Count the operations of decoding one image from latents of this size."""
     return _vae_decode(_key(config), height, width)
 
 
 def transformer(width: int, inner: int, layers: int, tokens: int) -> int:
-    """Operations of a CLIP tower on one sequence: its linear layers and its attention."""
+    """Count the operations of a CLIP tower on one sequence: linear layers and attention."""
     linears = 2 * tokens * (4 * width * width + 2 * width * inner)
     attention = 2 * 2 * tokens * tokens * width
     total: int = layers * (linears + attention)
@@ -50,19 +50,19 @@ def transformer(width: int, inner: int, layers: int, tokens: int) -> int:
 
 
 def text_encoder(config: Any) -> int:
-    """Operations of one prompt through a CLIP text encoder."""
+    """Count the operations of one prompt in a CLIP text encoder."""
     return transformer(config.hidden_size, config.intermediate_size, config.num_hidden_layers, TOKENS)
 
 
 def image_encoder(config: Any) -> int:
-    """Operations of one picture through the CLIP vision tower."""
+    """Count the operations of one face crop in the CLIP vision tower."""
     patches: int = (config.image_size // config.patch_size) ** 2
     tower = transformer(config.hidden_size, config.intermediate_size, config.num_hidden_layers, patches + 1)
     into: int = 3 * config.patch_size**2 * config.hidden_size
     return tower + 2 * patches * into
 
 
-def _key(config: Config) -> str:
+def _key(config: ModelConfig) -> str:
     return json.dumps({k: v for k, v in config.items() if not k.startswith("_")}, sort_keys=True, default=str)
 
 
@@ -76,20 +76,20 @@ def _unet_sample(config: str, height: int, width: int) -> int:
 
 @lru_cache(maxsize=16)
 def _lora(config: str, height: int, width: int, rank: int) -> int:
-    """Two thin products beside each attention projection, over the rows that the projection sees."""
-    unet, found = _meta_unet(config), 0
+    """Count the two low-rank products of each attention projection, for its number of rows."""
+    unet, operations = _meta_unet(config), 0
 
     def count(module: torch.nn.Linear, args: tuple[torch.Tensor, ...], _: torch.Tensor) -> None:
-        nonlocal found
+        nonlocal operations
         rows = args[0].numel() // module.in_features
-        found += 2 * rows * rank * (module.in_features + module.out_features)
+        operations += 2 * rows * rank * (module.in_features + module.out_features)
 
     for name, module in unet.named_modules():
         if name.endswith(("to_q", "to_k", "to_v", "to_out.0")):
             module.register_forward_hook(count)
     with torch.device("meta"), torch.no_grad():
         _call(unet, height, width)
-    return found
+    return operations
 
 
 def _meta_unet(config: str) -> Any:
@@ -124,17 +124,17 @@ def _vae_decode(config: str, height: int, width: int) -> int:
     return int(counter.get_total_flops())
 
 
-def picture(
+def image(
     parts: Any, *, height: int, width: int, unet_samples: float, texts: int, people: int
 ) -> dict[str, int]:
-    """Operations of one picture by stage.
+    """Count the operations of one image by stage.
 
     Args:
         parts: a loaded diffusers pipeline with its image encoder.
-        height, width: of the latents.
-        unet_samples: UNet samples of the picture.
-        texts: prompts that are encoded.
-        people: pictures that the image encoder sees.
+        height, width: size of the latents.
+        unet_samples: UNet samples of the image.
+        texts: number of encoded prompts.
+        people: number of face crops, including the empty one for no identity.
     """
     texts_each = text_encoder(parts.text_encoder.config) + text_encoder(parts.text_encoder_2.config)
     return {
@@ -146,15 +146,15 @@ def picture(
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> tuple[float, int]:
-    """Measured operations a second of a product of square random matrices, and their side.
+    """Measure the operations per second of a product of square random matrices, and return their size too.
 
-    Zeros would flatter a GPU: it draws less power over them, and clocks higher.
+    Zeros would be too fast: with them a GPU draws less power and clocks higher.
     """
     side = 8192 if device.type == "cuda" else 1024 if dtype is torch.float32 else 512
     generator = torch.Generator(device).manual_seed(0)
     a, b = (torch.randn(side, side, generator=generator, device=device).to(dtype) for _ in range(2))
     seconds: list[float] = []
-    # The first products warm up; a CPU without half precision is so slow at it that a few must do.
+    # The first products warm up. A CPU without half precision is so slow that it runs only a few.
     while len(seconds) < 5 or (len(seconds) < 13 and sum(seconds) < 1):
         synchronize(device)
         began = time.perf_counter()

@@ -22,8 +22,8 @@ from ..models.acceleration import DEFAULT, Acceleration, arrange, check
 from ..models.loading import SCHEDULERS, Homes, memory_errors, quiet_libraries, settle_adapter
 from ..models.offload import OFF, Level
 from ..recipe.schema import Recipe
-from .reference import Reference
-from .sdxl import PADS, PUBLISHED, TURBO_SCHEDULER, Config, Stack
+from .reference import PublishedPipeline
+from .sdxl import PADS, PUBLISHED, TURBO_SCHEDULER, ConfigFile, Stack
 from .structure import adapter_layout, write_tokenizer
 
 
@@ -63,10 +63,10 @@ def random_pipeline(
 
 def random_reference(
     recipe: Recipe, device: torch.device, dtype: torch.dtype, stack: Stack = PUBLISHED
-) -> Reference:
+) -> PublishedPipeline:
     """The published structure over the same random weights as `random_pipeline`'s."""
     with quiet_libraries(), memory_errors(device), torch.no_grad():
-        return Reference(recipe, random_parts(recipe, device, dtype, stack), scheduler(recipe, stack))
+        return PublishedPipeline(recipe, random_parts(recipe, device, dtype, stack), scheduler(recipe, stack))
 
 
 def random_parts(recipe: Recipe, device: torch.device, dtype: torch.dtype, stack: Stack) -> Any:
@@ -152,7 +152,7 @@ def _adapter(stack: Stack, device: torch.device, dtype: torch.dtype) -> dict[str
 def scheduler(recipe: Recipe, stack: Stack) -> Any:
     """A scheduler of the class that a recipe names."""
     wanted = recipe.model.scheduler
-    config: Config = TURBO_SCHEDULER if wanted.kind == "euler_ancestral" else stack.scheduler
+    config: ConfigFile = TURBO_SCHEDULER if wanted.kind == "euler_ancestral" else stack.scheduler
     changes = {} if wanted.spacing is None else {"timestep_spacing": wanted.spacing}
     return SCHEDULERS[wanted.kind].from_config(config, **changes)
 

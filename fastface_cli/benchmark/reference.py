@@ -103,7 +103,7 @@ class ManipulatedProcessor(IPAdapterAttnProcessor2_0):  # type: ignore[misc]
         return result
 
 
-class Reference:
+class PublishedPipeline:
     """A loaded stack in the published structure; used like `Pipeline`.
 
     Args:
@@ -141,7 +141,7 @@ class Reference:
         *,
         device: str = "auto",
         dtype: str | None = None,
-    ) -> Reference:
+    ) -> PublishedPipeline:
         """Build the stack of a recipe; arguments and errors as of `Pipeline.load`.
 
         Raises:

@@ -1,4 +1,4 @@
-"""Measuring: warm up every side, then run them in turn, and put together what was seen."""
+"""Warm up every side, measure them in alternation, and build the report."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ from ..app.pipeline import Picture, Pipeline, Request
 from ..errors import FastFaceError
 from ..identity.identity import Identity, make_identity
 from ..output.images import encode_png
-from . import flops, machine
-from .sides import WEIGHTS, Engine, Side, Source, analyzer, build
+from . import flops, hardware
+from .sides import WEIGHTS, BenchmarkEngine, Side, Source, analyzer, build
 from .timing import Stopwatch, interleaved, ratio_of_medians, spread, synchronize
 
 if TYPE_CHECKING:
     from ..identity.analyzer import FaceAnalyzer
 
 VERSION = 1
-"""Of the report's form."""
+"""Version of the report's format."""
 
 STAGES = ("face", "identity", "text", "keys", "step", "vae", "png")
-"""In the order in which a picture meets them."""
+"""In the order in which they run."""
 
 WARM_UP = 2
-"""Rounds after the first picture whose times are thrown away."""
+"""Rounds after the first image that are not measured."""
 
 COLD_TIMEOUT = 1800
-"""Seconds that a process may take to its first picture."""
+"""Time limit in seconds for the first image of a new process."""
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What to measure."""
+class BenchmarkPlan:
+    """Settings of a benchmark."""
 
     sides: Sequence[Side]
     source: Source
@@ -49,43 +49,45 @@ class Plan:
     repeats: int = 50
     cold: bool = True
     photo: Path | None = None
-    """The person's photo; None takes an identity of random numbers, and no face stage."""
+    """Photo of the person; None uses a random identity and skips the face stage."""
 
 
 @dataclass(frozen=True)
 class Round:
-    """One batch of pictures, milliseconds."""
+    """One batch of images; times are in milliseconds."""
 
     total: float
     """From the photo (or the identity) to the bytes of the last PNG."""
     stages: Mapping[str, float]
-    """By stage, steps as `step 1`, `step 2`, ..."""
+    """Time of each stage; steps are named `step 1`, `step 2`, ..."""
     unet_samples: int
-    """Of one picture."""
+    """UNet samples of one image."""
     latents: torch.Tensor
-    """[4, h, w] of the first picture, after the last step."""
+    """Final latents of the first image, [4, h, w]."""
 
     @property
     def loop(self) -> float:
-        """The denoising loop: all steps, and the keys and values that are projected once for them."""
-        return sum(taken for stage, taken in self.stages.items() if stage.startswith(("step", "keys")))
+        """Time of the denoising loop: all steps, and the projection of keys and values before them."""
+        return sum(
+            milliseconds for stage, milliseconds in self.stages.items() if stage.startswith(("step", "keys"))
+        )
 
 
 @dataclass
 class Measured:
-    """A side and what was seen of it."""
+    """A side and its measurements."""
 
     side: Side
-    engine: Engine
+    engine: BenchmarkEngine
     first: Round | None = None
-    """The first pictures after loading, which compile what is compiled."""
+    """The first batch after loading, which includes compilation."""
     rounds: list[Round] = field(default_factory=list)
     build_seconds: float = 0.0
     cold: Mapping[str, Any] | None = None
 
 
 def synthetic_person() -> Identity:
-    """An identity of random numbers: a unit embedding and a crop of noise."""
+    """Create a random identity: a unit embedding and a crop of noise."""
     rng = np.random.default_rng(0)
     embedding = rng.standard_normal((1, 512)).astype(np.float32)
     crop = rng.integers(0, 256, (1, 224, 224, 3), dtype=np.uint8)
@@ -93,10 +95,10 @@ def synthetic_person() -> Identity:
 
 
 def requests_of(number: int, batch: int, identity: Identity, negative: str | None) -> list[Request]:
-    """The pictures of one round: other prompts and seeds in every round, so that nothing is remembered."""
+    """Return the requests of one round; prompts and seeds are new in every round, so no cache helps."""
     return [
         Request(
-            f"a portrait of a person, take {number}, picture {index}",
+            f"a portrait of a person, take {number}, image {index}",
             1000 * number + index,
             identity,
             negative,
@@ -106,12 +108,12 @@ def requests_of(number: int, batch: int, identity: Identity, negative: str | Non
 
 
 def one_round(
-    engine: Engine, number: int, batch: int, photo: Path | None, faces: FaceAnalyzer | None
+    engine: BenchmarkEngine, number: int, batch: int, photo: Path | None, faces: FaceAnalyzer | None
 ) -> Round:
-    """Make one batch of pictures and take its times.
+    """Generate one batch of images and measure its times.
 
     Raises:
-        FastFaceError: a picture or its latents are not finite, or the inputs are zero.
+        FastFaceError: latents are not finite, or the noise is zero.
     """
     watch = Stopwatch(engine.device)
     engine.watch = watch
@@ -124,99 +126,99 @@ def one_round(
         with watch("face"):
             identity = make_identity([photo], faces)
     requests = requests_of(number, batch, identity, engine.recipe.negative_prompt)
-    pictures = list(engine.generate(requests, batch_size=batch))
+    outputs = list(engine.generate(requests, batch_size=batch))
     with watch("png"):
-        for picture in pictures:
-            encode_png(picture.image)
+        for output in outputs:
+            encode_png(output.image)
     total = 1000 * (time.perf_counter() - began)
-    for picture in pictures:
-        check(picture)
-    last = pictures[0].latents[-1].float()
-    return Round(total, by_stage(watch.read()), pictures[0].unet_samples, last)
+    for output in outputs:
+        check(output)
+    last = outputs[0].latents[-1].float()
+    return Round(total, by_stage(watch.read()), outputs[0].unet_samples, last)
 
 
 def by_stage(spans: Sequence[tuple[str, float]]) -> dict[str, float]:
-    """Milliseconds by stage; steps are numbered, what else comes twice is added up."""
-    found: dict[str, float] = {}
+    """Sum milliseconds by stage, with each step as a stage of its own."""
+    totals: dict[str, float] = {}
     steps = 0
-    for stage, taken in spans:
+    for stage, milliseconds in spans:
         name = stage
         if stage == "step":
             steps += 1
             name = f"step {steps}"
-        found[name] = found.get(name, 0.0) + taken
-    return found
+        totals[name] = totals.get(name, 0.0) + milliseconds
+    return totals
 
 
-def check(picture: Picture) -> None:
-    """Refuse numbers that would make a time worthless.
+def check(output: Picture) -> None:
+    """Refuse an output whose time would be meaningless.
 
     Raises:
         FastFaceError: latents that are not finite, or noise that is zero.
     """
-    if not picture.latents.isfinite().all():
-        raise FastFaceError("the latents hold numbers that are not finite", "try --dtype bfloat16 or float32")
-    if not picture.initial_latents.any():
-        raise FastFaceError("the noise is zero: such a run would be measured too fast")
+    if not output.latents.isfinite().all():
+        raise FastFaceError("the latents are not finite", "try --dtype bfloat16 or float32")
+    if not output.initial_latents.any():
+        raise FastFaceError("the noise is zero, so the measured time would be too short")
 
 
-def measure(plan: Plan, say: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
-    """Run a plan.
+def measure(plan: BenchmarkPlan, log: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+    """Run a benchmark.
 
     Args:
-        plan: what to measure.
-        say: takes a line of progress.
+        plan: the settings.
+        log: called with each line of progress.
 
     Returns:
         The report, ready for JSON.
 
     Raises:
-        FastFaceError: a side cannot be built or run.
+        FastFaceError: a side cannot be loaded or run.
     """
     cold = [cold_start(side, plan) if plan.cold else None for side in plan.sides]
     measured: list[Measured] = []
     faces = analyzer(plan.sides[0], plan.source) if plan.photo else None
     for side, started in zip(plan.sides, cold, strict=True):
-        say(f"{side.label}: building")
+        log(f"{side.label}: loading")
         began = time.perf_counter()
         engine = sharing(side, measured) or build(side, plan.source)
         synchronize(engine.device)
-        found = Measured(side, engine, build_seconds=time.perf_counter() - began, cold=started)
-        found.first = one_round(engine, 0, plan.batch, plan.photo, faces)
+        result = Measured(side, engine, build_seconds=time.perf_counter() - began, cold=started)
+        result.first = one_round(engine, 0, plan.batch, plan.photo, faces)
         for number in range(WARM_UP):
             one_round(engine, 1 + number, plan.batch, plan.photo, faces)
-        measured.append(found)
+        measured.append(result)
     for number, order in enumerate(interleaved(len(measured), plan.repeats), start=1 + WARM_UP):
-        say(f"round {number - WARM_UP} of {plan.repeats}")
+        log(f"round {number - WARM_UP} of {plan.repeats}")
         for index in order:
-            one = measured[index]
-            one.rounds.append(one_round(one.engine, number, plan.batch, plan.photo, faces))
+            result = measured[index]
+            result.rounds.append(one_round(result.engine, number, plan.batch, plan.photo, faces))
     return report(plan, measured)
 
 
-def sharing(side: Side, measured: Sequence[Measured]) -> Engine | None:
-    """Our engine for a side on the weights of an earlier one, where they are the same; else None.
+def sharing(side: Side, measured: Sequence[Measured]) -> BenchmarkEngine | None:
+    """Return a pipeline that shares the weights of an earlier side, or None if they differ.
 
-    So an ablation of a full-size stack fits onto a card.
+    Sharing lets an ablation of full-size models fit into GPU memory.
     """
     for other in measured:
         if isinstance(other.engine, Pipeline) and side.weights_key() == other.side.weights_key():
-            mine = other.engine
+            shared = other.engine
             return Pipeline(
                 side.recipe,
-                mine.parts,
-                mine.projection,
-                mine.scheduler,
-                mine.log,
+                shared.parts,
+                shared.projection,
+                shared.scheduler,
+                shared.log,
                 side.acceleration,
-                mine.level,
-                mine.device,
+                shared.level,
+                shared.device,
             )
     return None
 
 
-def report(plan: Plan, measured: Sequence[Measured]) -> dict[str, Any]:
-    """What is told of a run."""
+def report(plan: BenchmarkPlan, measured: Sequence[Measured]) -> dict[str, Any]:
+    """Build the report."""
     engine = measured[0].engine
     rate, side = flops.matrix_rate(engine.device, engine.dtype)
     return {
@@ -225,14 +227,14 @@ def report(plan: Plan, measured: Sequence[Measured]) -> dict[str, Any]:
         "batch": plan.batch,
         "repeats": plan.repeats,
         "photo": plan.photo is not None,
-        "machine": machine.describe(engine.device),
+        "machine": hardware.describe(engine.device),
         "matrix_product": {
             "tflops": rate / 1e12,
             "side": side,
             "dtype": _name(engine.dtype),
         },
-        "process_peak_bytes": machine.process_peak(),
-        "sides": [describe(one, plan.batch, rate) for one in measured],
+        "process_peak_bytes": hardware.process_peak(),
+        "sides": [describe(result, plan.batch, rate) for result in measured],
         "ratios": ratios(measured),
     }
 
@@ -241,12 +243,12 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def describe(one: Measured, batch: int, rate: float) -> dict[str, Any]:
-    """What is told of a side; times are milliseconds a batch, operations are of one picture."""
-    engine, rounds = one.engine, one.rounds
+def describe(result: Measured, batch: int, rate: float) -> dict[str, Any]:
+    """Build the report of a side: milliseconds per batch, operations per image."""
+    engine, rounds = result.engine, result.rounds
     height, width = rounds[0].latents.shape[-2:]
     samples = rounds[0].unet_samples
-    counted = flops.picture(
+    counted = flops.image(
         engine.parts,
         height=height,
         width=width,
@@ -257,15 +259,15 @@ def describe(one: Measured, batch: int, rate: float) -> dict[str, Any]:
     total = spread([r.total for r in rounds])
     loop = spread([r.loop for r in rounds])
     floor = 1000 * batch / rate
-    first = one.first
+    first = result.first
     assert first is not None
     return {
-        **one.side.to_json(),
+        **result.side.to_json(),
         "dtype": _name(engine.dtype),
-        "vae_dtype": _vae_dtype(one),
+        "vae_dtype": _vae_dtype(result),
         "pixels": [engine.recipe.sampling.width, engine.recipe.sampling.height],
         "unet_samples": samples,
-        "build_seconds": one.build_seconds,
+        "build_seconds": result.build_seconds,
         "first_ms": first.total,
         "total_ms": total.to_json(),
         "loop_ms": loop.to_json(),
@@ -277,24 +279,24 @@ def describe(one: Measured, batch: int, rate: float) -> dict[str, Any]:
             "total": sum(counted.values()) * floor / total.p50,
             "loop": counted["unet"] * floor / loop.p50,
         },
-        "cold": one.cold,
+        "cold": result.cold,
     }
 
 
 def ordered(stages: Mapping[str, float]) -> list[str]:
-    """Stage names in the order in which a picture meets them."""
+    """Sort stage names in the order in which they run."""
     return sorted(stages, key=lambda stage: (STAGES.index(stage.split()[0]), len(stage), stage))
 
 
-def _vae_dtype(one: Measured) -> str:
-    engine = one.engine
-    if one.side.engine == "reference" and engine.dtype is torch.float16:
+def _vae_dtype(result: Measured) -> str:
+    engine = result.engine
+    if result.side.engine == "reference" and engine.dtype is torch.float16:
         return "float16, decodes in float32"
     return _name(engine.parts.vae.dtype)
 
 
 def compared(sides: Sequence[Side]) -> list[tuple[int, int]]:
-    """Which side is set against which: the first one of the same recipe, else the very first one."""
+    """Pair each side with the first side of the same recipe, otherwise with the first side."""
     return [
         (index, next((i for i in range(index) if sides[i].recipe == side.recipe), 0))
         for index, side in enumerate(sides)
@@ -303,14 +305,14 @@ def compared(sides: Sequence[Side]) -> list[tuple[int, int]]:
 
 
 def ratios(measured: Sequence[Measured]) -> list[dict[str, Any]]:
-    """How many times as long a side takes as the one it is set against, and how far its latents are off."""
-    found = []
-    for index, to in compared([one.side for one in measured]):
+    """Compare each side with its partner: ratio of times, and difference of latents."""
+    comparisons = []
+    for index, to in compared([result.side for result in measured]):
         other, first = measured[index], measured[to]
         same = other.side.recipe == first.side.recipe
         total = ratio_of_medians([r.total for r in other.rounds], [r.total for r in first.rounds])
         loop = ratio_of_medians([r.loop for r in other.rounds], [r.loop for r in first.rounds])
-        found.append(
+        comparisons.append(
             {
                 "of": other.side.label,
                 "to": first.side.label,
@@ -319,13 +321,14 @@ def ratios(measured: Sequence[Measured]) -> list[dict[str, Any]]:
                 "latents_relative_l2": distance(other.rounds, first.rounds) if same else None,
             }
         )
-    return found
+    return comparisons
 
 
-def distance(found: Sequence[Round], wanted: Sequence[Round]) -> float:
-    """The largest relative L2 distance between final latents of the same round."""
+def distance(actual: Sequence[Round], expected: Sequence[Round]) -> float:
+    """Return the largest relative L2 distance between the final latents of the same round."""
     errors = [
-        float((a.latents - b.latents).norm() / b.latents.norm()) for a, b in zip(found, wanted, strict=True)
+        float((a.latents - b.latents).norm() / b.latents.norm())
+        for a, b in zip(actual, expected, strict=True)
     ]
     return max(errors) if all(map(math.isfinite, errors)) else math.inf
 
@@ -333,14 +336,14 @@ def distance(found: Sequence[Round], wanted: Sequence[Round]) -> float:
 # ----------------------------------------------------------------------------------------------- cold start
 
 
-def cold_start(side: Side, plan: Plan) -> dict[str, Any]:
-    """A side's first picture in a process of its own: seconds since the process was started, and peaks.
+def cold_start(side: Side, plan: BenchmarkPlan) -> dict[str, Any]:
+    """Measure the first image of a side in a new process: seconds since its start, and peak memory.
 
     Raises:
         FastFaceError: the process failed.
     """
     source = plan.source
-    asked = {
+    request = {
         "side": side.to_json(),
         "source": {
             "weights": source.weights,
@@ -352,16 +355,16 @@ def cold_start(side: Side, plan: Plan) -> dict[str, Any]:
         "photo": None if plan.photo is None else str(plan.photo),
         "started": time.time(),
     }
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-m", "fastface_cli.benchmark.cold"],
-        input=json.dumps(asked),
+        input=json.dumps(request),
         capture_output=True,
         text=True,
         timeout=COLD_TIMEOUT,
         check=False,
     )
-    if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        raise FastFaceError(f"the cold start of {side.label} failed: {last}", "--no-cold leaves it out")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    if result.returncode != 0:
+        last = (result.stderr.strip().splitlines() or ["no output"])[-1]
+        raise FastFaceError(f"the cold start of {side.label} failed: {last}", "use --no-cold to skip it")
+    measurements: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    return measurements

@@ -10,9 +10,9 @@ import json
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-Config = dict[str, Any]
+ConfigFile = dict[str, Any]
 
-_UNET: Config = {
+_UNET: ConfigFile = {
     "_class_name": "UNet2DConditionModel",
     "_diffusers_version": "0.19.0.dev0",
     "act_fn": "silu",
@@ -62,7 +62,7 @@ _UNET: Config = {
     "use_linear_projection": True,
 }
 
-_TEXT_ENCODER: Config = {
+_TEXT_ENCODER: ConfigFile = {
     "architectures": ["CLIPTextModel"],
     "attention_dropout": 0.0,
     "bos_token_id": 0,
@@ -85,7 +85,7 @@ _TEXT_ENCODER: Config = {
     "vocab_size": 49408,
 }
 
-_TEXT_ENCODER_2: Config = {
+_TEXT_ENCODER_2: ConfigFile = {
     **_TEXT_ENCODER,
     "architectures": ["CLIPTextModelWithProjection"],
     "hidden_act": "gelu",
@@ -96,7 +96,7 @@ _TEXT_ENCODER_2: Config = {
     "projection_dim": 1280,
 }
 
-_VAE: Config = {
+_VAE: ConfigFile = {
     "_class_name": "AutoencoderKL",
     "_diffusers_version": "0.20.0.dev0",
     "_name_or_path": "../sdxl-vae/",
@@ -114,7 +114,7 @@ _VAE: Config = {
     "up_block_types": ["UpDecoderBlock2D"] * 4,
 }
 
-_IMAGE_ENCODER: Config = {
+_IMAGE_ENCODER: ConfigFile = {
     "_name_or_path": "./image_encoder",
     "architectures": ["CLIPVisionModelWithProjection"],
     "attention_dropout": 0.0,
@@ -136,7 +136,7 @@ _IMAGE_ENCODER: Config = {
     "transformers_version": "4.28.0.dev0",
 }
 
-_SCHEDULER: Config = {
+_SCHEDULER: ConfigFile = {
     "_class_name": "EulerDiscreteScheduler",
     "_diffusers_version": "0.19.0.dev0",
     "beta_end": 0.012,
@@ -155,7 +155,7 @@ _SCHEDULER: Config = {
     "use_karras_sigmas": False,
 }
 
-_MODEL_INDEX: Config = {
+_MODEL_INDEX: ConfigFile = {
     "_class_name": "StableDiffusionXLPipeline",
     "_diffusers_version": "0.19.0.dev0",
     "force_zeros_for_empty_prompt": True,
@@ -169,7 +169,7 @@ _MODEL_INDEX: Config = {
     "vae": ["diffusers", "AutoencoderKL"],
 }
 
-TURBO_SCHEDULER: Config = {
+TURBO_SCHEDULER: ConfigFile = {
     "_class_name": "EulerAncestralDiscreteScheduler",
     "_diffusers_version": "0.24.0.dev0",
     "beta_end": 0.012,
@@ -191,11 +191,11 @@ TURBO_SCHEDULER: Config = {
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 
 
-def _special(content: str) -> Config:
+def _special(content: str) -> ConfigFile:
     return {"content": content, "lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
 
 
-def special_tokens(pad: str) -> Config:
+def special_tokens(pad: str) -> ConfigFile:
     """`special_tokens_map.json` of a CLIP tokenizer that pads with `pad`."""
     return {
         "bos_token": _special(BEGIN),
@@ -205,7 +205,7 @@ def special_tokens(pad: str) -> Config:
     }
 
 
-def tokenizer_config(pad: str) -> Config:
+def tokenizer_config(pad: str) -> ConfigFile:
     """`tokenizer_config.json` of a CLIP tokenizer that pads with `pad`."""
     return {
         "add_prefix_space": False,
@@ -229,19 +229,19 @@ PADS = {"tokenizer": END, "tokenizer_2": "!"}
 class Stack:
     """The configurations that fix every tensor of the stack, and the two ranks that no configuration says."""
 
-    unet: Config
-    text_encoder: Config
-    text_encoder_2: Config
-    vae: Config
-    image_encoder: Config
-    scheduler: Config = field(default_factory=lambda: _SCHEDULER)
-    model_index: Config = field(default_factory=lambda: _MODEL_INDEX)
+    unet: ConfigFile
+    text_encoder: ConfigFile
+    text_encoder_2: ConfigFile
+    vae: ConfigFile
+    image_encoder: ConfigFile
+    scheduler: ConfigFile = field(default_factory=lambda: _SCHEDULER)
+    model_index: ConfigFile = field(default_factory=lambda: _MODEL_INDEX)
     lora_rank: int = 64
     """Of the distillation LoRAs."""
     adapter_rank: int = 128
     """Of the LoRA inside the adapter file."""
 
-    def base_configs(self) -> dict[str, Config]:
+    def base_configs(self) -> dict[str, ConfigFile]:
         """Path inside the base folder to what stands there, tokenizers included."""
         return {
             "model_index.json": self.model_index,
@@ -258,7 +258,7 @@ class Stack:
 PUBLISHED = Stack(_UNET, _TEXT_ENCODER, _TEXT_ENCODER_2, _VAE, _IMAGE_ENCODER)
 """stabilityai/stable-diffusion-xl-base-1.0 at 4621659, and h94/IP-Adapter's image encoder."""
 
-_SMALL_TEXT: Config = {
+_SMALL_TEXT: ConfigFile = {
     "hidden_size": 32,
     "intermediate_size": 64,
     "num_attention_heads": 2,
@@ -298,6 +298,6 @@ MINIATURE = replace(
 """The same architecture in miniature: every kind of layer and every rule of naming, a few megabytes."""
 
 
-def config_text(config: Config) -> str:
+def config_text(config: ConfigFile) -> str:
     """A configuration file's text as diffusers and transformers write it."""
     return json.dumps(config, indent=2) + "\n"

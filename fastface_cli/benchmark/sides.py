@@ -1,4 +1,4 @@
-"""What is compared: a recipe, run by our engine or by the published structure."""
+"""The sides of a comparison: a recipe, run by our pipeline or by the published structure."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ if TYPE_CHECKING:
     from ..models.offload import LevelName
 
 EngineName = Literal["ours", "reference"]
-Weights = Literal["real", "random", "random-small"]
+WeightSource = Literal["real", "random", "random-small"]
 
-WEIGHTS: dict[Weights, str] = {
+WEIGHTS: dict[WeightSource, str] = {
     "real": "the recipe's weights",
     "random": "random weights, full size",
     "random-small": "random weights, miniature",
 }
-"""How each kind is named wherever a number made with it stands."""
+"""Label of each source in reports."""
 
 
-class Engine(Protocol):
-    """What both implementations have in common."""
+class BenchmarkEngine(Protocol):
+    """Interface of both implementations."""
 
     recipe: Recipe
     parts: Any
@@ -45,13 +45,13 @@ class Engine(Protocol):
         batch_size: int = 1,
         on_step: Callable[[int], None] = ...,
     ) -> Iterator[Picture]:
-        """Make pictures, in order."""
+        """Generate images, in order."""
         ...
 
 
 @dataclass(frozen=True)
 class Side:
-    """One of the things that are compared."""
+    """One configuration of a comparison."""
 
     label: str
     recipe: Recipe
@@ -60,13 +60,13 @@ class Side:
     low_memory: LevelName = "off"
 
     def weights_key(self) -> tuple[Any, ...]:
-        """What decides the numbers in memory and their layout: sides of one key may share them."""
+        """Return what determines the weights in memory; sides with the same key can share them."""
         faster = self.acceleration
         layout = (faster.fuse_lora, faster.channels_last, faster.vae, faster.fp8)
         return (self.engine, self.recipe.digest(), self.low_memory, *layout)
 
     def to_json(self) -> dict[str, Any]:
-        """For the report, and for a process of its own."""
+        """Return the side for the report and for another process."""
         return {
             "label": self.label,
             "recipe": self.recipe.canonical(),
@@ -77,10 +77,10 @@ class Side:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Side:
-        """The inverse of `to_json`."""
+        """Restore a side from `to_json`."""
         return cls(
             data["label"],
-            # As JSON: in Python a strict model takes no text for the steps that some parts are chosen by.
+            # As JSON: from Python objects, the strict model refuses strings as step numbers.
             Recipe.model_validate_json(json.dumps(data["recipe"])),
             data["engine"],
             Acceleration(**data["acceleration"]),
@@ -90,25 +90,25 @@ class Side:
 
 @dataclass(frozen=True)
 class Source:
-    """Where weights come from, and what they are run on."""
+    """Origin of the weights, and the device that runs them."""
 
-    weights: Weights = "real"
+    weights: WeightSource = "real"
     device: str = "auto"
     dtype: str | None = None
     offline: bool | None = None
 
 
-def build(side: Side, source: Source) -> Engine:
-    """The models of a side, loaded or made.
+def build(side: Side, source: Source) -> BenchmarkEngine:
+    """Load or create the models of a side.
 
     Raises:
-        FastFaceError: as of `FastFace` and `Pipeline.load`.
+        FastFaceError: see `FastFace` and `Pipeline.load`.
     """
     from ..app.pipeline import Pipeline
     from ..models.loading import pick_device, pick_dtype
     from ..models.offload import LEVELS
     from . import random_stack
-    from .reference import Reference
+    from .reference import PublishedPipeline
     from .sdxl import MINIATURE, PUBLISHED
 
     device, level = pick_device(source.device), LEVELS[side.low_memory]
@@ -120,7 +120,7 @@ def build(side: Side, source: Source) -> Engine:
         return random_stack.random_pipeline(side.recipe, device, dtype, side.acceleration, stack, level)
     paths = _face(side, source).paths(faces=False)
     if side.engine == "reference":
-        return Reference.load(side.recipe, paths, device=source.device, dtype=source.dtype)
+        return PublishedPipeline.load(side.recipe, paths, device=source.device, dtype=source.dtype)
     return Pipeline.load(
         side.recipe,
         paths,
@@ -132,13 +132,13 @@ def build(side: Side, source: Source) -> Engine:
 
 
 def analyzer(side: Side, source: Source) -> FaceAnalyzer:
-    """The face models of a side's recipe.
+    """Load the face models of a side's recipe.
 
     Raises:
-        ModelUnavailableError: they cannot be had or loaded.
+        ModelUnavailableError: they cannot be downloaded or loaded.
     """
-    found: FaceAnalyzer = _face(side, source).analyzer
-    return found
+    loaded: FaceAnalyzer = _face(side, source).analyzer
+    return loaded
 
 
 def _face(side: Side, source: Source) -> Any:
@@ -148,9 +148,9 @@ def _face(side: Side, source: Source) -> Any:
 
 
 def ablation(recipe: Recipe, acceleration: Acceleration = DEFAULT) -> list[Side]:
-    """A side for everything on, one for each item turned off alone, one for everything off.
+    """Return a side with every optimization, one without each of them, and one without any.
 
-    Items that are off in `acceleration` have no row: they take no part in it.
+    Optimizations that are disabled in `acceleration` have no side.
     """
     off = Acceleration.none()
     sides = [Side("everything", recipe, acceleration=acceleration)]
@@ -163,8 +163,8 @@ def ablation(recipe: Recipe, acceleration: Acceleration = DEFAULT) -> list[Side]
     return [*sides, Side("nothing", recipe, acceleration=off)]
 
 
-def check_photo(photo: Path | None, weights: Weights) -> None:
-    """Refuse a photo that no face model would see.
+def check_photo(photo: Path | None, weights: WeightSource) -> None:
+    """Refuse a photo if there are no face models.
 
     Raises:
         UsageError: random weights have no face models.
@@ -172,4 +172,4 @@ def check_photo(photo: Path | None, weights: Weights) -> None:
     from ..errors import UsageError
 
     if photo is not None and weights != "real":
-        raise UsageError("random weights have no face models", "leave out --face, or take --weights real")
+        raise UsageError("random weights have no face models", "omit --face, or use --weights real")

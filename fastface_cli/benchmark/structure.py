@@ -26,7 +26,7 @@ from .sdxl import (
     PADS,
     PUBLISHED,
     TURBO_SCHEDULER,
-    Config,
+    ConfigFile,
     Stack,
     config_text,
     special_tokens,
@@ -52,7 +52,7 @@ _ORDER = list(_NAMES)  # the format stores wider types first, and these in this 
 
 
 @dataclass(frozen=True)
-class Layout:
+class TensorLayout:
     """One checkpoint file: name to (shape, dtype), and the metadata of its header (None: none)."""
 
     tensors: Mapping[str, tuple[Shape, torch.dtype]]
@@ -68,7 +68,7 @@ class Layout:
         """Numbers in all tensors together."""
         return sum(_numel(shape) for shape, _ in self.tensors.values())
 
-    def cast(self, dtype: torch.dtype) -> Layout:
+    def cast(self, dtype: torch.dtype) -> TensorLayout:
         """The same with floating tensors of another type."""
         return replace(
             self,
@@ -90,11 +90,11 @@ def _nbytes(shape: Shape, dtype: torch.dtype) -> int:
 # --------------------------------------------------------------------------------------------- the files
 
 
-def _layout(module: torch.nn.Module, dtype: torch.dtype, metadata: Mapping[str, str] | None) -> Layout:
-    return Layout({name: (tuple(t.shape), dtype) for name, t in module.state_dict().items()}, metadata)
+def _layout(module: torch.nn.Module, dtype: torch.dtype, metadata: Mapping[str, str] | None) -> TensorLayout:
+    return TensorLayout({name: (tuple(t.shape), dtype) for name, t in module.state_dict().items()}, metadata)
 
 
-def _unet(config: Config) -> Any:
+def _unet(config: ConfigFile) -> Any:
     from diffusers import UNet2DConditionModel
 
     with torch.device("meta"):
@@ -102,14 +102,14 @@ def _unet(config: Config) -> Any:
 
 
 def unet_layout(
-    config: Config, dtype: torch.dtype = torch.float16, metadata: Mapping[str, str] | None = PT
-) -> Layout:
+    config: ConfigFile, dtype: torch.dtype = torch.float16, metadata: Mapping[str, str] | None = PT
+) -> TensorLayout:
     """A UNet file: `unet/diffusion_pytorch_model.fp16.safetensors` of the base and of SDXL-Turbo; without
     metadata, a single-file UNet of SDXL-Lightning."""
     return _layout(_unet(config), dtype, metadata)
 
 
-def vae_layout(config: Config, dtype: torch.dtype = torch.float16) -> Layout:
+def vae_layout(config: ConfigFile, dtype: torch.dtype = torch.float16) -> TensorLayout:
     """A VAE file: the base's in float16, sdxl-vae-fp16-fix in float32."""
     from diffusers import AutoencoderKL
 
@@ -117,7 +117,7 @@ def vae_layout(config: Config, dtype: torch.dtype = torch.float16) -> Layout:
         return _layout(AutoencoderKL.from_config(config), dtype, PT)
 
 
-def text_encoder_layout(config: Config, dtype: torch.dtype = torch.float16) -> Layout:
+def text_encoder_layout(config: ConfigFile, dtype: torch.dtype = torch.float16) -> TensorLayout:
     """A text encoder's file; with a projection where `architectures` says so.
 
     Published files prefix every name with `text_model.`; transformers 5 keeps CLIPTextModel without it.
@@ -137,7 +137,7 @@ def text_encoder_layout(config: Config, dtype: torch.dtype = torch.float16) -> L
     )
 
 
-def image_encoder_layout(config: Config, dtype: torch.dtype = torch.float32) -> Layout:
+def image_encoder_layout(config: ConfigFile, dtype: torch.dtype = torch.float32) -> TensorLayout:
     """The CLIP vision tower with projection, with the `position_ids` that older transformers stored."""
     import transformers
 
@@ -174,11 +174,11 @@ def lora_targets(unet: torch.nn.Module) -> dict[str, torch.nn.Module]:
 
 
 def lora_layout(
-    config: Config,
+    config: ConfigFile,
     rank: int,
     dtype: torch.dtype = torch.float16,
     metadata: Mapping[str, str] | None = None,
-) -> Layout:
+) -> TensorLayout:
     """A distillation LoRA of the UNet in kohya's names.
 
     float16 without metadata: SDXL-Lightning, DMD2; float32 with `PT`: Hyper-SD; float16 with a longer
@@ -191,10 +191,10 @@ def lora_layout(
         tensors[f"{stem}.alpha"] = ((), dtype)
         tensors[f"{stem}.lora_down.weight"] = ((rank, into, *kernel), dtype)
         tensors[f"{stem}.lora_up.weight"] = ((out, rank, *(1 for _ in kernel)), dtype)
-    return Layout(tensors, metadata)
+    return TensorLayout(tensors, metadata)
 
 
-def adapter_layout(stack: Stack, dtype: torch.dtype = torch.float16) -> Layout:
+def adapter_layout(stack: Stack, dtype: torch.dtype = torch.float16) -> TensorLayout:
     """The FaceID-PlusV2 adapter: names are `image_proj.X` and `ip_adapter.X`, the two dicts of the file.
 
     `ip_adapter` counts the UNet's attention layers in the order of its processors (down, up, mid): a LoRA
@@ -215,7 +215,7 @@ def adapter_layout(stack: Stack, dtype: torch.dtype = torch.float16) -> Layout:
             for role in ("to_k", "to_v"):
                 shape = tuple(linears[role].weight.shape)
                 tensors[f"ip_adapter.{index}.{role}_ip.weight"] = (shape, dtype)
-    return Layout(tensors)
+    return TensorLayout(tensors)
 
 
 def _projection(stack: Stack) -> Iterator[tuple[str, Shape]]:
@@ -259,13 +259,13 @@ def _projection(stack: Stack) -> Iterator[tuple[str, Shape]]:
 # ------------------------------------------------------------------------------------------- safetensors
 
 
-def _ordered(layout: Layout) -> list[tuple[str, Shape, torch.dtype]]:
+def _ordered(layout: TensorLayout) -> list[tuple[str, Shape, torch.dtype]]:
     """The order in the file: wider types first, then by name."""
     items = [(name, shape, dtype) for name, (shape, dtype) in layout.tensors.items()]
     return sorted(items, key=lambda item: (-_ORDER.index(item[2]), item[0].encode()))
 
 
-def safetensors_header(layout: Layout) -> bytes:
+def safetensors_header(layout: TensorLayout) -> bytes:
     """The first bytes of the file: length of the header, the header as compact JSON, padded to 8 bytes."""
     header: dict[str, Any] = {}
     if layout.metadata is not None:
@@ -280,12 +280,12 @@ def safetensors_header(layout: Layout) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def safetensors_length(layout: Layout) -> int:
+def safetensors_length(layout: TensorLayout) -> int:
     """Bytes of the whole file."""
     return len(safetensors_header(layout)) + layout.nbytes
 
 
-def safetensors_pieces(layout: Layout, tensor: Callable[[str], Tensor]) -> Iterator[memoryview]:
+def safetensors_pieces(layout: TensorLayout, tensor: Callable[[str], Tensor]) -> Iterator[memoryview]:
     """The whole file piece by piece, so that never more than one tensor is in memory for it.
 
     Args:
@@ -297,7 +297,7 @@ def safetensors_pieces(layout: Layout, tensor: Callable[[str], Tensor]) -> Itera
         yield tensor(name).contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def _write_safetensors(file: BinaryIO, layout: Layout, fill: Fill, seed: int, scale: float) -> None:
+def _write_safetensors(file: BinaryIO, layout: TensorLayout, fill: Fill, seed: int, scale: float) -> None:
     if fill == "sparse":
         file.write(safetensors_header(layout))
         file.truncate(safetensors_length(layout))
@@ -310,7 +310,7 @@ def _write_safetensors(file: BinaryIO, layout: Layout, fill: Fill, seed: int, sc
 # ------------------------------------------------------------------------------------------ PyTorch files
 
 
-def _write_pickle(path: Path, layout: Layout, fill: Fill, seed: int, scale: float) -> None:
+def _write_pickle(path: Path, layout: TensorLayout, fill: Fill, seed: int, scale: float) -> None:
     """Two dicts of views of one storage, as the published adapter has it."""
     (dtype,) = {dtype for _, dtype in layout.tensors.values()}
     # torch.empty touches no page of its memory, and skip_data leaves a hole where the numbers would be.
@@ -356,7 +356,7 @@ def random_tensor(name: str, shape: Shape, dtype: torch.dtype, seed: int, scale:
     return noise.to(dtype)
 
 
-def write(path: Path, layout: Layout, fill: Fill = "sparse", seed: int = 0, scale: float = 1.0) -> Path:
+def write(path: Path, layout: TensorLayout, fill: Fill = "sparse", seed: int = 0, scale: float = 1.0) -> Path:
     """Write a checkpoint file of this layout; its folder is made.
 
     Args:
@@ -409,7 +409,7 @@ PARTS = {
 
 def part_layouts(
     part: str, stack: Stack = PUBLISHED, dtype: torch.dtype = torch.float16
-) -> dict[str, Layout]:
+) -> dict[str, TensorLayout]:
     """The checkpoint files of one part: path inside its folder (empty: the part is one file) to layout.
 
     Args:
@@ -446,7 +446,7 @@ def part_layouts(
     raise ValueError(f"no part {part!r}; there are {', '.join(PARTS)}")
 
 
-def part_configs(part: str, stack: Stack = PUBLISHED) -> dict[str, Config]:
+def part_configs(part: str, stack: Stack = PUBLISHED) -> dict[str, ConfigFile]:
     """The configuration files of one part, by path inside its folder."""
     return {
         "base": stack.base_configs(),

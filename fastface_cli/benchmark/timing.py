@@ -1,4 +1,4 @@
-"""How times are taken, ordered and compared: one stopwatch, and pure functions over numbers."""
+"""Measure times, and compute percentiles and ratios from them."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ if TYPE_CHECKING:
     import torch
 
 HOST_STAGES = ("face", "png")
-"""Stages that run on the CPU while the device is idle: their clock is the CPU's."""
+"""Stages that run on the CPU while the device is idle: they are timed with the CPU clock."""
 
 RESAMPLES = 2000
-"""Of the bootstrap behind every interval."""
+"""Bootstrap resamples for every confidence interval."""
 
 
 class Stopwatch:
-    """Takes the time of every stage of a run; given to a pipeline as its `watch`.
+    """Measure the time of every stage of a run; passed to a pipeline as its `watch`.
 
-    On a CUDA device two events stand around a stage, so that nothing waits for the device while it works.
+    On a CUDA device, events mark the start and end of a stage, so that nothing waits for the device.
 
     Args:
-        device: where the stages run.
+        device: the device that the stages run on.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -36,7 +36,7 @@ class Stopwatch:
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
-        """Take the time of the block."""
+        """Measure the time of the block."""
         host = stage in HOST_STAGES
         began = self._mark(host=host)
         yield
@@ -53,7 +53,7 @@ class Stopwatch:
         return time.perf_counter()
 
     def read(self) -> list[tuple[str, float]]:
-        """Stage and milliseconds in the order they ended; waits for the device and begins anew."""
+        """Return stages with milliseconds in the order in which they ended, and start from scratch."""
         synchronize(self.device)
         spans, self._spans = self._spans, []
         return [
@@ -63,7 +63,7 @@ class Stopwatch:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until a device has done all it was told."""
+    """Wait until a device has finished all queued work."""
     import torch
 
     if device.type == "cuda":
@@ -74,7 +74,7 @@ def synchronize(device: torch.device) -> None:
 
 @dataclass(frozen=True)
 class Spread:
-    """Where repeated measurements lie."""
+    """Percentiles of repeated measurements."""
 
     p50: float
     p90: float
@@ -82,15 +82,15 @@ class Spread:
     n: int
 
     def to_json(self) -> dict[str, float]:
-        """For the report."""
+        """Return the values for the report."""
         return asdict(self)
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Percentiles by linear interpolation between the sorted values.
+    """Compute percentiles by linear interpolation between the sorted values.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are no values.
     """
     if not values:
         raise ValueError("there is nothing to summarize")
@@ -99,9 +99,9 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def interleaved(sides: int, rounds: int) -> list[list[int]]:
-    """Which side runs when: each round runs every side once, every second round in reverse.
+    """Return the order of the sides in each round; every second round is reversed.
 
-    So a machine that slows down or speeds up meanwhile does so for all sides alike.
+    A machine that slows down or speeds up during the run then affects all sides equally.
     """
     forward = list(range(sides))
     return [forward if index % 2 == 0 else forward[::-1] for index in range(rounds)]
@@ -109,26 +109,26 @@ def interleaved(sides: int, rounds: int) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class Ratio:
-    """A ratio of medians and its 95% interval."""
+    """A ratio of medians with its 95% confidence interval."""
 
     value: float
     low: float
     high: float
 
     def to_json(self) -> dict[str, float]:
-        """For the report."""
+        """Return the values for the report."""
         return asdict(self)
 
 
 def ratio_of_medians(slow: Sequence[float], fast: Sequence[float], seed: int = 0) -> Ratio:
-    """How many times as long `slow` takes, with a percentile bootstrap over the rounds.
+    """Return how many times as long `slow` takes, with a percentile bootstrap over the rounds.
 
     Args:
-        slow, fast: one number a round, of the same rounds: a round is drawn for both at once.
-        seed: of the bootstrap.
+        slow, fast: one number per round; the bootstrap draws the same rounds for both.
+        seed: seed of the bootstrap.
 
     Raises:
-        ValueError: the rounds do not match, or there are none.
+        ValueError: the numbers of rounds differ, or there are no rounds.
     """
     if len(slow) != len(fast) or not slow:
         raise ValueError(f"{len(slow)} and {len(fast)} rounds cannot be compared")

@@ -1,4 +1,4 @@
-"""`fastface bench`: how long a picture takes, and what that is worth."""
+"""`fastface bench`: measure speed and memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .completion import complete_field, complete_recipe, complete_saving
 from .options import DeviceOption, DtypeOption
 
 if TYPE_CHECKING:
-    from ..benchmark.sides import Side, Weights
+    from ..benchmark.sides import Side, WeightSource
     from ..models.acceleration import Acceleration
     from ..models.offload import LevelName
     from ..recipe.schema import Recipe
@@ -34,47 +34,50 @@ def bench(
         ),
     ] = None,
     against: Annotated[
-        str | None, typer.Option(help="'reference': the published implementation's structure as well.")
+        str | None, typer.Option(help="Also measure this: 'reference' (the published implementation).")
     ] = None,
     ablation: Annotated[
-        bool, typer.Option("--ablation", help="One side for every item of speed, turned off alone.")
+        bool, typer.Option("--ablation", help="Also measure with each optimization disabled.")
     ] = False,
     weights: Annotated[
-        str, typer.Option(help="real; random: full size, no download; random-small: a miniature.")
+        str, typer.Option(help="real, random (full size, no download) or random-small (miniature).")
     ] = "real",
     face: Annotated[
-        Path | None, typer.Option(help="Photo to time face detection on; random numbers without it.")
+        Path | None,
+        typer.Option(help="Photo for timing face detection; without it, a random identity is used."),
     ] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", help="Change the recipes: sampling.width=512.", autocompletion=complete_field),
+        typer.Option(
+            "--set", help="Override a recipe field: sampling.width=512.", autocompletion=complete_field
+        ),
     ] = None,
-    compile_: Annotated[
-        bool, typer.Option("--compile", help="Compile each step and the VAE to one static graph.")
-    ] = False,
+    compile_: Annotated[bool, typer.Option("--compile", help="Compile the UNet step and the VAE.")] = False,
     accelerate: Annotated[
-        list[str] | None, typer.Option("--accelerate", help="Change an item of speed: channels_last=on.")
+        list[str] | None, typer.Option("--accelerate", help="Change an optimization: channels_last=on.")
     ] = None,
     low_memory: Annotated[
         str,
-        typer.Option(help="off, 12, 8 or 6: GB of the card to fit into.", autocompletion=complete_saving),
+        typer.Option(
+            help="Fit into this much GPU memory, in GB: off, 12, 8 or 6.", autocompletion=complete_saving
+        ),
     ] = "off",
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Pictures that share a UNet call.")] = 1,
-    repeats: Annotated[int, typer.Option(min=2, help="Rounds that are measured.")] = 50,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Number of images per UNet call.")] = 1,
+    repeats: Annotated[int, typer.Option(min=2, help="Number of measured rounds.")] = 50,
     cold: Annotated[
-        bool, typer.Option("--cold/--no-cold", help="Also start a process for each side.")
+        bool, typer.Option("--cold/--no-cold", help="Also measure a new process for each configuration.")
     ] = True,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder for bench.json and bench.md.")
+        Path | None, typer.Option("--output", "-o", help="Output folder for bench.json and bench.md.")
     ] = None,
-    offline: Annotated[bool, typer.Option("--offline", help="Fetch nothing.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    offline: Annotated[bool, typer.Option("--offline", help="Do not use the network.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Measure how long pictures take: stages, percentiles, first picture, memory, counted operations.
+    """Measure the time per image by stage, the first image, memory and the number of operations.
 
-    Sides are run in turn, round by round, so that their ratios hold on a noisy machine.
+    Configurations alternate within each round, so that their ratios are reliable on a noisy machine.
 
     Examples:
 
@@ -85,24 +88,24 @@ def bench(
       fastface bench --recipe pocket-fastface --ablation
     """
     if against not in (None, *AGAINST):
-        raise UsageError(f"--against '{against}' is not known", "the one choice is: reference")
+        raise UsageError(f"unknown value for --against: '{against}'", "the only choice is: reference")
     if weights not in WEIGHTS:
-        raise UsageError(f"--weights '{weights}' is not known", f"choose one of {', '.join(WEIGHTS)}")
+        raise UsageError(f"unknown value for --weights: '{weights}'", f"choose one of {', '.join(WEIGHTS)}")
     from ..settings import load_settings
 
     settings = load_settings()
     recipes = [_load(name, set_ or []) for name in recipe or [settings.recipe]]
-    where = _device(recipes, weights, device or settings.device)
+    device_name = _device(recipes, weights, device or settings.device)
 
     from ..app.pipeline import check_level
-    from ..benchmark import report, run, sides
+    from ..benchmark import run, sides, tables
     from ..models.acceleration import parse
     from ..models.loading import pick_device, pick_dtype
     from ..models.offload import level_of
 
-    pick_dtype(dtype, pick_device(where))
-    kind: Weights = weights  # type: ignore[assignment]  # one of WEIGHTS
-    sides.check_photo(face, kind)
+    pick_dtype(dtype, pick_device(device_name))
+    source: WeightSource = weights  # type: ignore[assignment]  # one of WEIGHTS
+    sides.check_photo(face, source)
     changes = [*(["compile=on"] if compile_ else []), *(accelerate or [])]
     acceleration, saving = parse(changes), level_of(low_memory)
     check_level(saving, acceleration)
@@ -110,20 +113,20 @@ def bench(
         from ..models.compilation import keep_graphs
 
         keep_graphs(settings.home / "graphs")
-    plan = run.Plan(
+    plan = run.BenchmarkPlan(
         sides=_sides(recipes, acceleration, saving.name, against, ablation=ablation),
-        source=sides.Source(kind, where, dtype, True if offline else None),
+        source=sides.Source(source, device_name, dtype, True if offline else None),
         batch=batch,
         repeats=repeats,
         cold=cold,
         photo=face,
     )
-    found = run.measure(plan, console.note)
-    text = report.markdown(found)
+    report = run.measure(plan, console.note)
+    text = tables.markdown(report)
     if output is not None:
-        _write(output, found, text)
+        _write(output, report, text)
     if as_json:
-        console.print_json({"ok": True, **found, "error": None})
+        console.print_json({"ok": True, **report, "error": None})
     else:
         console.line(text.rstrip())
 
@@ -134,26 +137,26 @@ def _load(name: str, overrides: list[str]) -> Recipe:
     return load_recipe(name, overrides=overrides).recipe
 
 
-def _device(recipes: list[Recipe], weights: str, wanted: str) -> str:
-    """The device, asked before anything is fetched.
+def _device(recipes: list[Recipe], weights: str, requested: str) -> str:
+    """Select the device before anything is downloaded.
 
     Raises:
-        DeviceError: no such device, or a full-size stack and no GPU.
+        DeviceError: the device does not exist, or a full-size model has no GPU.
     """
     from ..app.runtime import check_device
     from ..errors import DeviceError
     from ..models.loading import pick_device
 
     if weights == "real":
-        devices = [check_device(recipe, wanted) for recipe in recipes]
+        devices = [check_device(recipe, requested) for recipe in recipes]
         return devices[0]
-    found = pick_device(wanted)
-    if weights == "random" and found.type == "cpu" and wanted == "auto":
+    selected = pick_device(requested)
+    if weights == "random" and selected.type == "cpu" and requested == "auto":
         raise DeviceError(
-            "a full-size stack needs a GPU, and there is no CUDA device here",
-            "--weights random-small runs anywhere; --device cpu tries all the same (slow, 30 GB of memory)",
+            "a full-size model needs a GPU, and there is no CUDA device here",
+            "use --weights random-small, which runs anywhere, or --device cpu (slow, 30 GB of memory)",
         )
-    return str(found)
+    return str(selected)
 
 
 def _sides(
@@ -169,20 +172,20 @@ def _sides(
     from ..benchmark.sides import Side
     from ..benchmark.sides import ablation as ablated
 
-    found = []
+    sides: list[Side] = []
     for recipe in recipes:
         prefix = f"{recipe.name}, " if len(recipes) > 1 else ""
         ours = ablated(recipe, acceleration) if ablation else [Side("ours", recipe, "ours", acceleration)]
         ours = [replace(side, low_memory=saving) for side in ours]
         if against:
             ours.append(Side("reference", recipe, "reference"))
-        found += [replace(side, label=prefix + side.label) for side in ours]
-    return found
+        sides += [replace(side, label=prefix + side.label) for side in ours]
+    return sides
 
 
-def _write(folder: Path, found: dict[str, Any], text: str) -> None:
+def _write(folder: Path, report: dict[str, Any], text: str) -> None:
     from ..files import write_atomically
 
-    write_atomically(folder / "bench.json", (json.dumps(found, indent=1) + "\n").encode(), force=True)
+    write_atomically(folder / "bench.json", (json.dumps(report, indent=1) + "\n").encode(), force=True)
     write_atomically(folder / "bench.md", text.encode(), force=True)
     console.note(f"wrote {folder / 'bench.json'} and {folder / 'bench.md'}")

@@ -1,24 +1,23 @@
-"""What this machine has: PyTorch, the CUDA it was built for, NVIDIA's driver; and whether they fit."""
+"""Describe this machine: PyTorch, the CUDA version it was built for, and NVIDIA's driver."""
 
 from __future__ import annotations
 
 import re
 import shlex
-import shutil
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..errors import FastFaceError
-from . import packages as runtimes
+from . import packages
+from .nvidia import driver_versions, nvml_installed
 
 DRIVERS = {13: "580", 12: "525", 11: "450"}
-"""The first driver that serves a CUDA generation (NVIDIA's table of minor version compatibility)."""
+"""The oldest driver for each CUDA major version (NVIDIA's table of minor version compatibility)."""
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """One CUDA device; bytes of memory, and the compute capability as "9.0"."""
+    """One CUDA device; memory in bytes, and the compute capability such as "9.0"."""
 
     name: str
     total: int
@@ -28,16 +27,16 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Machine:
-    """What was seen of the machine.
+    """The software and hardware that the checks depend on.
 
     Args:
         torch: version of PyTorch.
-        cuda: version of the CUDA that PyTorch was built for, or None.
-        architectures: those it was built for, as "sm_90".
-        gpus: what PyTorch can use.
-        driver: version of NVIDIA's driver, or None where there is none.
-        driver_cuda: the newest CUDA that this driver serves.
-        mps: whether Apple's GPU is there.
+        cuda: CUDA version that PyTorch was built for, or None.
+        architectures: GPU architectures that PyTorch was built for, such as "sm_90".
+        gpus: GPUs that PyTorch can use.
+        driver: version of NVIDIA's driver, or None if unknown.
+        driver_cuda: newest CUDA version that this driver supports.
+        mps: whether Apple's GPU is available.
     """
 
     torch: str
@@ -50,21 +49,23 @@ class Machine:
 
     @property
     def cuda_in_use(self) -> str | None:
-        """The CUDA that PyTorch runs with here; None: no GPU that it can use."""
+        """The CUDA version that PyTorch uses here; None if it can use no GPU."""
         return self.cuda if self.gpus else None
 
 
-def look() -> Machine:
-    """Ask PyTorch and NVIDIA's driver.
+def inspect_machine() -> Machine:
+    """Query PyTorch and NVIDIA's driver.
 
     Raises:
-        FastFaceError: PyTorch does not load.
+        FastFaceError: PyTorch cannot be imported.
     """
     try:
         import torch
     except (ImportError, OSError) as error:
-        raise FastFaceError(f"PyTorch does not load: {first_line(error)}", reinstall("torch")) from error
-    driver, driver_cuda = _driver()
+        raise FastFaceError(
+            f"PyTorch cannot be imported: {first_line(error)}", reinstall_command("torch")
+        ) from error
+    driver, driver_cuda = driver_versions()
     gpus: tuple[Gpu, ...] = ()
     architectures: tuple[str, ...] = ()
     if torch.cuda.is_available():
@@ -84,50 +85,46 @@ def look() -> Machine:
 def _gpu(index: int) -> Gpu:
     import torch
 
-    seen = torch.cuda.get_device_properties(index)
+    properties = torch.cuda.get_device_properties(index)
     free, total = torch.cuda.mem_get_info(index)
-    return Gpu(seen.name, total, free, f"{seen.major}.{seen.minor}")
+    return Gpu(properties.name, total, free, f"{properties.major}.{properties.minor}")
 
 
-def _driver() -> tuple[str | None, str | None]:
-    """Versions of the driver and of the newest CUDA that it serves, as `nvidia-smi` tells them."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return None, None
-    try:
-        said = subprocess.run([tool], capture_output=True, text=True, check=False, timeout=20).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        return None, None
-    driver = re.search(r"Driver Version:\s*([\d.]+)", said)
-    cuda = re.search(r"CUDA[^:|]*Version:\s*([\d.]+)", said)
-    return driver and driver[1], cuda and cuda[1]
-
-
-def why_no_gpu(machine: Machine) -> tuple[str | None, str | None]:
-    """Why PyTorch sees no GPU although there is a driver, and what to do; nothing where there is none."""
+def explain_missing_gpu(machine: Machine) -> tuple[str | None, str | None]:
+    """Return why PyTorch sees no GPU, and the command that fixes it; None where unknown."""
     if machine.driver is None:
+        if machine.cuda is not None and not nvml_installed():
+            return (
+                "there is no CUDA device here, and the NVIDIA driver was not checked: "
+                "nvidia-ml-py is not installed",
+                install_command("nvidia-ml-py"),
+            )
         return None, None
     if machine.cuda is None:
         return (
             f"PyTorch {machine.torch} cannot use the GPU: it is built for the CPU",
-            torch_for(machine.driver_cuda),
+            torch_install_command(machine.driver_cuda),
         )
     if machine.driver_cuda and int(machine.driver_cuda.split(".")[0]) < int(machine.cuda.split(".")[0]):
-        need = DRIVERS.get(int(machine.cuda.split(".")[0]), "a newer one")
+        required = DRIVERS.get(int(machine.cuda.split(".")[0]), "a newer one")
         return (
-            f"driver {machine.driver} serves CUDA {machine.driver_cuda}, PyTorch {machine.torch} needs "
-            f"CUDA {machine.cuda} (driver {need} or later)",
-            torch_for(machine.driver_cuda),
+            f"driver {machine.driver} supports CUDA {machine.driver_cuda}, PyTorch {machine.torch} requires "
+            f"CUDA {machine.cuda} (driver {required} or later)",
+            torch_install_command(machine.driver_cuda),
         )
     return (
-        f"driver {machine.driver} is here, but PyTorch sees no GPU: a container without its devices, "
-        "CUDA_VISIBLE_DEVICES, or a driver that was replaced while it ran",
+        f"driver {machine.driver} is installed, but PyTorch sees no GPU: check that the container has access "
+        "to the GPU, that CUDA_VISIBLE_DEVICES is correct, and reboot if the driver was just updated",
         "nvidia-smi",
     )
 
 
-def served(capability: str, architectures: Sequence[str]) -> bool:
-    """Whether a build runs on a GPU: the same major version and no later minor one, or code it compiles."""
+def supports_gpu(capability: str, architectures: Sequence[str]) -> bool:
+    """Return whether a PyTorch build runs on a GPU.
+
+    It does if it has code for the same major version and no later minor version, or code that the driver
+    can compile for this GPU.
+    """
     major, minor = (int(part) for part in capability.split("."))
     for architecture in architectures:
         kind, _, digits = architecture.partition("_")
@@ -142,25 +139,27 @@ def served(capability: str, architectures: Sequence[str]) -> bool:
     return not architectures
 
 
-def torch_for(cuda: str | None) -> str:
-    """The command that installs a PyTorch for a driver which serves that CUDA."""
+def torch_install_command(cuda: str | None) -> str:
+    """Return the command that installs a PyTorch build for a driver that supports this CUDA version."""
     major, minor = (int(part) for part in ((cuda or "13.0") + ".0").split(".")[:2])
     build = "cu130" if major >= 13 else "cu128" if (major, minor) >= (12, 8) else "cu126"
-    return f"{_pip()} install --force-reinstall torch --index-url https://download.pytorch.org/whl/{build}"
+    return f"{reinstall_command('torch')} --index-url https://download.pytorch.org/whl/{build}"
 
 
-def reinstall(package: str) -> str:
-    """The command that installs a package again."""
-    return f"{_pip()} install --force-reinstall {package}"
+def reinstall_command(package: str) -> str:
+    """Return the command that installs a package again."""
+    return install_command(f"--force-reinstall {package}")
 
 
-def _pip() -> str:
+def install_command(package: str) -> str:
+    """Return the command that installs a package into this environment."""
     try:
-        return shlex.join(runtimes.installer())
+        tool = shlex.join(packages.installer())
     except FastFaceError:
-        return "pip"
+        tool = "pip"
+    return f"{tool} install {package}"
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception says, without what follows."""
+    """Return the first line of an exception's message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -21,7 +21,7 @@ from diffusers.models.embeddings import IPAdapterFaceIDPlusImageProjection
 from safetensors import safe_open
 from torch import Tensor
 
-from ..benchmark.structure import Layout, safetensors_length, safetensors_pieces
+from ..benchmark.structure import TensorLayout, safetensors_length, safetensors_pieces
 from ..recipe.schema import Recipe
 from ..store.fused_cache import FusedCache
 
@@ -61,7 +61,7 @@ def keep(
     """
     tensors = models.tensors()
     config = {name: value for name, value in models.unet.config.items() if not name.startswith("_")}
-    layout = Layout(
+    layout = TensorLayout(
         {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()},
         {"format": "pt", "unet": json.dumps(config)},
     )

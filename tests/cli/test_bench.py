@@ -1,4 +1,4 @@
-"""`fastface bench` as a user meets it, on a random miniature."""
+"""`fastface bench` on a random miniature."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ SMALL = ["--set", "sampling.width=64", "--set", "sampling.height=64", "--device"
 QUICK = ["bench", "--weights", "random-small", *SMALL, "--repeats", "2"]
 
 
-def test_a_recipe_against_the_reference(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_recipe_against_reference(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     command = [*QUICK, "--recipe", "hyper-am1", "--against", "reference", "--no-cold", "--json"]
     assert run([*command, "-o", str(tmp_path / "out")]) == 0
-    told = json.loads(capfd.readouterr().out)
-    assert told["weights"] == "random weights, miniature"
-    ours, theirs = told["sides"]
+    report = json.loads(capfd.readouterr().out)
+    assert report["weights"] == "random weights, miniature"
+    ours, theirs = report["sides"]
     assert (ours["unet_samples"], theirs["unet_samples"]) == (4, 12)
     for side in (ours, theirs):
         stages = side["stages_ms"]
@@ -30,46 +30,46 @@ def test_a_recipe_against_the_reference(tmp_path: Path, capfd: pytest.CaptureFix
         assert sum(stage["p50"] for stage in stages.values()) <= 1.5 * total["p99"]
         assert side["share_of_rate"]["loop"] > 0
         assert side["first_ms"] > 0
-    (ratio,) = told["ratios"]
+    (ratio,) = report["ratios"]
     assert (ratio["of"], ratio["to"]) == ("reference", "ours")
     assert ratio["loop"]["low"] <= ratio["loop"]["value"] <= ratio["loop"]["high"]
     assert ratio["latents_relative_l2"] < 1e-5
-    machine = told["machine"]
+    machine = report["machine"]
     assert machine["versions"]["torch"]
     assert machine["cpu"]
     assert "commit" in machine
     written = json.loads((tmp_path / "out" / "bench.json").read_text())
-    assert written["sides"] == told["sides"]
+    assert written["sides"] == report["sides"]
     text = (tmp_path / "out" / "bench.md").read_text()
     assert "random weights, miniature" in text
     assert "| reference / ours |" in text
 
 
-def test_a_level_of_saving_memory_is_measured_too(capfd: pytest.CaptureFixture[str]) -> None:
+def test_low_memory_level_is_reported(capfd: pytest.CaptureFixture[str]) -> None:
     command = [*QUICK, "--recipe", "hyper-fastface", "--no-cold", "--json"]
-    found = []
+    measured = []
     for level in ("off", "6"):
         assert run([*command, "--low-memory", level]) == 0
         (side,) = json.loads(capfd.readouterr().out)["sides"]
-        found.append((side["low_memory"], side["unet_samples"]))
-    assert found == [("off", 10), ("6", 10)]
+        measured.append((side["low_memory"], side["unet_samples"]))
+    assert measured == [("off", 10), ("6", 10)]
     assert run([*command, "--low-memory", "8", "--compile"]) == 2
 
 
-def test_an_ablation_changes_no_result(capfd: pytest.CaptureFixture[str]) -> None:
+def test_ablation_keeps_latents(capfd: pytest.CaptureFixture[str]) -> None:
     assert run([*QUICK, "--recipe", "hyper-am1", "--ablation", "--no-cold", "--json"]) == 0
-    told = json.loads(capfd.readouterr().out)
-    labels = [side["label"] for side in told["sides"]]
+    report = json.loads(capfd.readouterr().out)
+    labels = [side["label"] for side in report["sides"]]
     assert labels[0] == "everything"
     assert labels[-1] == "nothing"
     assert "without prune" in labels
-    assert told["sides"][labels.index("without prune")]["unet_samples"] == 12
-    # Items of speed change no result.
-    assert all(ratio["latents_relative_l2"] < 1e-5 for ratio in told["ratios"])
+    assert report["sides"][labels.index("without prune")]["unet_samples"] == 12
+    # Optimizations do not change the result.
+    assert all(ratio["latents_relative_l2"] < 1e-5 for ratio in report["ratios"])
 
 
 @pytest.mark.slow
-def test_a_cold_start_is_a_process_of_its_own(capfd: pytest.CaptureFixture[str]) -> None:
+def test_cold_start_runs_in_a_new_process(capfd: pytest.CaptureFixture[str]) -> None:
     assert run([*QUICK, "--recipe", "hyper-am1", "--cold", "--json"]) == 0
     (side,) = json.loads(capfd.readouterr().out)["sides"]
     seconds = side["cold"]["seconds"]
@@ -79,21 +79,23 @@ def test_a_cold_start_is_a_process_of_its_own(capfd: pytest.CaptureFixture[str])
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
-        (["--against", "nothing"], "the one choice is: reference"),
+        (["--against", "nothing"], "the only choice is: reference"),
         (["--weights", "some"], "choose one of real, random, random-small"),
         (["--accelerate", "warp=on"], "there is no such item"),
         (["--accelerate", "prune=maybe"], "prune is one of on, off"),
         (["--weights", "random-small", "--face", "x.png"], "random weights have no face models"),
     ],
 )
-def test_wrong_arguments(arguments: list[str], said: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_invalid_arguments_are_refused(
+    arguments: list[str], message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     assert run(["bench", "--recipe", "pocket", *arguments]) == 2
-    assert said in capfd.readouterr().err
+    assert message in capfd.readouterr().err
 
 
-def test_a_full_size_stack_is_not_made_on_a_cpu_by_accident(
+def test_random_full_size_model_needs_a_gpu(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import torch

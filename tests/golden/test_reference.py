@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from fastface_cli.app.pipeline import Request
 from fastface_cli.app.session import fetch
-from fastface_cli.benchmark.reference import Reference
+from fastface_cli.benchmark.reference import PublishedPipeline
 from fastface_cli.identity.identity import Identity
 from fastface_cli.recipe.files import load_recipe
 from fastface_cli.settings import load_settings
@@ -22,7 +22,7 @@ def test_golden_case(case: str, golden: Path) -> None:
     source = golden / "cases" / f"{case}.json"
     recipe = load_recipe(str(source), stack=golden).recipe
     paths = fetch(recipe, load_settings(), faces=False, progress=False)
-    reference = Reference.load(recipe, paths, device="cpu", dtype="float32")
+    reference = PublishedPipeline.load(recipe, paths, device="cpu", dtype="float32")
     identity = Identity.load(golden / "identity.safetensors")
     assert recipe.prompt is not None
     assert recipe.seed is not None

@@ -27,7 +27,7 @@ from fastface_cli.benchmark.sdxl import MINIATURE, PUBLISHED, Stack, config_text
 from fastface_cli.benchmark.structure import (
     PARTS,
     PT,
-    Layout,
+    TensorLayout,
     lora_layout,
     part_layouts,
     random_tensor,
@@ -80,7 +80,7 @@ def test_image_encoder_configuration_has_the_published_length() -> None:
 
 
 @cache
-def published(part: str) -> dict[str, Layout]:
+def published(part: str) -> dict[str, TensorLayout]:
     return part_layouts(part)
 
 
@@ -156,7 +156,7 @@ def test_original_single_file() -> None:
     }
     found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in original(**parts).items()}
     assert len(found) == 2_515
-    assert safetensors_length(Layout(found)) == 6_938_041_144
+    assert safetensors_length(TensorLayout(found)) == 6_938_041_144
 
 
 DTYPES = st.sampled_from(
@@ -176,7 +176,7 @@ def test_header_is_the_serialisers(
     written = save(
         {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in tensors.items()}, metadata
     )
-    layout = Layout(tensors, metadata)
+    layout = TensorLayout(tensors, metadata)
     assert written.startswith(safetensors_header(layout))
     assert len(written) == safetensors_length(layout)
 
@@ -204,7 +204,7 @@ def test_random_tensors_are_reproducible_and_well_scaled() -> None:
     assert positions.tolist() == [[0, 1, 2, 3, 4]]
 
 
-def _kinds(layout: Layout) -> set[tuple[str, int, torch.dtype]]:
+def _kinds(layout: TensorLayout) -> set[tuple[str, int, torch.dtype]]:
     """Names without their numbers, with ranks and types."""
     return {(re.sub(r"\d+", "#", name), len(shape), dtype) for name, (shape, dtype) in layout.tensors.items()}
 

@@ -24,7 +24,7 @@ from fastface_cli.app import pipeline
 from fastface_cli.benchmark.sdxl import PADS, PUBLISHED, config_text
 from fastface_cli.benchmark.structure import (
     PT,
-    Layout,
+    TensorLayout,
     lora_targets,
     part_layouts,
     safetensors_length,
@@ -39,7 +39,7 @@ from support.original_names import original
 HALF = torch.float16
 
 
-def check(module: torch.nn.Module, layout: Layout, dtype: torch.dtype) -> int:
+def check(module: torch.nn.Module, layout: TensorLayout, dtype: torch.dtype) -> int:
     """Every parameter is there, in memory, of the right type, and zero; how many numbers they are."""
     state = module.state_dict()
     published = {name.removeprefix("text_model."): shape for name, (shape, _) in layout.tensors.items()}
@@ -63,7 +63,7 @@ def shell(unet: torch.nn.Module) -> StableDiffusionXLPipeline:
     return StableDiffusionXLPipeline(**dict.fromkeys(others), unet=unet, add_watermarker=False)
 
 
-def layout(part: str, name: str = "") -> Layout:
+def layout(part: str, name: str = "") -> TensorLayout:
     return next(found for key, found in part_layouts(part).items() if key.startswith(name))
 
 
@@ -166,7 +166,7 @@ def single_file(folder: Path) -> dict[str, Any]:
         for name, found in parts.items()
     }
     names = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in original(**state).items()}
-    path = write(folder / "model.safetensors", Layout(names, PT))
+    path = write(folder / "model.safetensors", TensorLayout(names, PT))
     for name, config in PUBLISHED.base_configs().items():
         (folder / "config" / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / "config" / name).write_text(config_text(config))
@@ -175,7 +175,7 @@ def single_file(folder: Path) -> dict[str, Any]:
     pipe = loading.load_single_file(path, folder / "config", HALF)
     vae = pipe.vae.dtype
     return {
-        "bytes": safetensors_length(Layout(names)),
+        "bytes": safetensors_length(TensorLayout(names)),
         "parameters": check(pipe.unet, layout("base", "unet"), HALF),
         "text_encoder": check(pipe.text_encoder, layout("base", "text_encoder/"), HALF),
         "text_encoder_2": check(pipe.text_encoder_2, layout("base", "text_encoder_2"), HALF),

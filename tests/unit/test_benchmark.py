@@ -1,4 +1,4 @@
-"""What a benchmark computes without running one: counts, orders, percentiles, ratios."""
+"""Benchmark calculations: operation counts, order of rounds, percentiles and ratios."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from fastface_cli.benchmark import flops, timing
 from fastface_cli.benchmark.sdxl import MINIATURE, PUBLISHED
 
 
-def test_a_full_size_sample_and_picture_cost_what_was_counted():
+def test_full_size_unet_and_vae_operation_counts():
     assert flops.unet_sample(PUBLISHED.unet, 128, 128) == pytest.approx(6.76e12, rel=1e-3)
     assert flops.vae_decode(PUBLISHED.vae, 128, 128) == pytest.approx(10.47e12, rel=1e-3)
 
 
-def test_an_unfused_lora_costs_what_was_counted():
+def test_unfused_lora_operation_count():
     more = flops.unet_sample(PUBLISHED.unet, 128, 128, rank=128) - flops.unet_sample(PUBLISHED.unet, 128, 128)
     assert more == pytest.approx(0.33e12, rel=0.02)
 
 
-def test_the_encoders_cost_what_was_counted():
+def test_encoder_operation_counts():
     from transformers import CLIPTextConfig, CLIPVisionConfig
 
     assert flops.text_encoder(CLIPTextConfig(**PUBLISHED.text_encoder)) == pytest.approx(0.0134e12, rel=0.05)
@@ -29,12 +29,12 @@ def test_the_encoders_cost_what_was_counted():
     )
 
 
-def test_the_count_of_a_tower_is_that_of_the_tower_run():
+def test_image_encoder_count_equals_pytorch_flop_counter():
     from torch.utils.flop_counter import FlopCounterMode
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
     config = CLIPVisionConfig(**MINIATURE.image_encoder)
-    config._attn_implementation = "eager"  # the counter knows no fused attention of a CPU
+    config._attn_implementation = "eager"  # the counter does not support fused attention on the CPU
     model = CLIPVisionModelWithProjection(config).float().eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.rand(1, 3, config.image_size, config.image_size))
@@ -42,32 +42,32 @@ def test_the_count_of_a_tower_is_that_of_the_tower_run():
     assert flops.image_encoder(config) == counter.get_total_flops() - projection
 
 
-def test_percentiles():
-    found = timing.spread([5.0, 1.0, 3.0, 2.0, 4.0])
-    assert (found.p50, found.n) == (3.0, 5)
-    assert found.p90 == pytest.approx(4.6)
-    assert found.p99 == pytest.approx(4.96)
+def test_percentiles_are_interpolated():
+    result = timing.spread([5.0, 1.0, 3.0, 2.0, 4.0])
+    assert (result.p50, result.n) == (3.0, 5)
+    assert result.p90 == pytest.approx(4.6)
+    assert result.p99 == pytest.approx(4.96)
     with pytest.raises(ValueError, match="nothing"):
         timing.spread([])
 
 
-def test_rounds_alternate_their_order():
+def test_every_second_round_is_reversed():
     assert timing.interleaved(3, 4) == [[0, 1, 2], [2, 1, 0], [0, 1, 2], [2, 1, 0]]
 
 
-def test_a_ratio_is_of_medians_and_its_interval_holds_it():
+def test_confidence_interval_contains_the_ratio_of_medians():
     fast = [1.0, 1.1, 0.9, 1.0, 5.0]
-    found = timing.ratio_of_medians([2 * x for x in fast], fast)
-    assert found.value == pytest.approx(2.0)
-    assert found.low == pytest.approx(2.0)  # the same rounds are drawn for both
-    assert found.high == pytest.approx(2.0)
+    result = timing.ratio_of_medians([2 * x for x in fast], fast)
+    assert result.value == pytest.approx(2.0)
+    assert result.low == pytest.approx(2.0)  # the bootstrap draws the same rounds for both
+    assert result.high == pytest.approx(2.0)
     noisy = timing.ratio_of_medians([2.0, 2.2, 1.8, 2.1, 1.9], [1.0, 0.9, 1.1, 1.0, 1.0])
     assert noisy.low < noisy.value < noisy.high
     with pytest.raises(ValueError, match="rounds"):
         timing.ratio_of_medians([1.0], [1.0, 2.0])
 
 
-def test_the_stopwatch_tells_stages_in_order_and_begins_anew():
+def test_stopwatch_returns_stages_in_order_and_resets():
     watch = timing.Stopwatch(torch.device("cpu"))
     with watch("text"):
         torch.ones(10).sum()
@@ -75,9 +75,9 @@ def test_the_stopwatch_tells_stages_in_order_and_begins_anew():
         pass
     with watch("step"):
         pass
-    found = watch.read()
-    assert [stage for stage, _ in found] == ["text", "step", "step"]
-    assert all(milliseconds >= 0 for _, milliseconds in found)
+    spans = watch.read()
+    assert [stage for stage, _ in spans] == ["text", "step", "step"]
+    assert all(milliseconds >= 0 for _, milliseconds in spans)
     assert watch.read() == []
 
 
@@ -87,10 +87,10 @@ def recipe(name: str = "pocket-fastface"):
     return load_recipe(name).recipe
 
 
-def test_stages_are_numbered_added_up_and_ordered():
+def test_stages_are_summed_and_ordered():
     from fastface_cli.benchmark.run import Round, by_stage, ordered
 
-    found = by_stage(
+    totals = by_stage(
         [
             ("png", 1.0),
             ("step", 2.0),
@@ -101,22 +101,24 @@ def test_stages_are_numbered_added_up_and_ordered():
             ("face", 6.0),
         ]
     )
-    assert found["text"] == 4.5
-    assert ordered(found) == ["face", "text", "keys", "step 1", "step 2", "png"]
+    assert totals["text"] == 4.5
+    assert ordered(totals) == ["face", "text", "keys", "step 1", "step 2", "png"]
     assert ordered({f"step {i}": 0.0 for i in range(12, 0, -1)})[-1] == "step 12"
-    assert Round(20.0, found, 10, torch.zeros(1)).loop == 6.5  # the steps and what is projected for them
+    assert (
+        Round(20.0, totals, 10, torch.zeros(1)).loop == 6.5
+    )  # the steps and the projection of keys and values
 
 
-def test_a_side_is_set_against_the_first_of_its_recipe():
+def test_side_is_compared_with_the_first_side_of_its_recipe():
     from fastface_cli.benchmark.run import compared
     from fastface_cli.benchmark.sides import Side
 
-    one, other = recipe(), recipe("pocket-am1")
-    sides = [Side("a", one), Side("b", one, "reference"), Side("c", other), Side("d", other, "reference")]
+    first, other = recipe(), recipe("pocket-am1")
+    sides = [Side("a", first), Side("b", first, "reference"), Side("c", other), Side("d", other, "reference")]
     assert compared(sides) == [(1, 0), (2, 0), (3, 2)]
 
 
-def test_an_ablation_turns_off_one_item_a_row():
+def test_ablation_disables_one_optimization_per_side():
     from fastface_cli.benchmark.sides import ablation
     from fastface_cli.models.acceleration import Acceleration
 
@@ -129,10 +131,10 @@ def test_an_ablation_turns_off_one_item_a_row():
         assert [side.label] == [f"without {name}" for name in changed]
     labels = {side.label for side in sides}
     assert {"without fuse_lora", "without prune", "without cache_kv", "without channels_last"} <= labels
-    assert "without fp8" not in labels  # it is off
+    assert "without fp8" not in labels  # it is disabled in `acceleration`
 
 
-def test_a_side_crosses_to_another_process():
+def test_side_survives_json_round_trip():
     import json
 
     from fastface_cli.benchmark.sides import Side
@@ -143,26 +145,26 @@ def test_a_side_crosses_to_another_process():
         assert Side.from_json(json.loads(json.dumps(side.to_json()))) == side
 
 
-def test_pictures_that_would_be_measured_too_fast_are_refused(person):
+def test_invalid_outputs_are_refused(person):
     from PIL import Image
 
     from fastface_cli.app.pipeline import Picture, Request
     from fastface_cli.benchmark.run import check
     from fastface_cli.errors import FastFaceError
 
-    def picture(noise, latents):
+    def output(noise, latents):
         image = Image.new("RGB", (8, 8))
         return Picture(image, Request("x", 0, person), 0.8, 4, 0.1, noise, latents, torch.zeros(1))
 
     ones = torch.ones(1, 4, 2, 2)
-    check(picture(ones[0], ones))
+    check(output(ones[0], ones))
     with pytest.raises(FastFaceError, match="noise is zero"):
-        check(picture(0 * ones[0], ones))
+        check(output(0 * ones[0], ones))
     with pytest.raises(FastFaceError, match="not finite"):
-        check(picture(ones[0], ones / 0))
+        check(output(ones[0], ones / 0))
 
 
-def test_random_weights_are_the_same_for_both_and_so_are_the_latents(person):
+def test_random_pipeline_and_published_pipeline_have_equal_latents(person):
     from fastface_cli.app.pipeline import Request
     from fastface_cli.benchmark.random_stack import random_pipeline, random_reference
     from fastface_cli.recipe.files import load_recipe

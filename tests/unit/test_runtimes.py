@@ -1,17 +1,16 @@
-"""Two packages over one folder: who claims it, who won, and what is done about it."""
+"""Packages that write the same folder: which one is active, and the commands that replace them."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import shlex
 import sys
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from fastface_cli.doctor import packages as runtimes
+from fastface_cli.doctor import packages
 from fastface_cli.errors import FastFaceError
 
 Install = Callable[..., None]
@@ -19,7 +18,7 @@ Install = Callable[..., None]
 
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
-    """An environment of its own: distributions that all claim `onnxruntime/`, the last one's files on top."""
+    """Simulate an environment: each installed distribution overwrites the files in `onnxruntime/`."""
     folder = tmp_path / "site"
     folder.mkdir()
     monkeypatch.setattr(sys, "path", [str(folder)])
@@ -44,27 +43,27 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
     return install
 
 
-def test_the_last_one_wins(site: Install) -> None:
+def test_last_installed_package_is_active(site: Install) -> None:
     site("onnxruntime-gpu", "1.31.1")
     site("onnxruntime", "1.32.0")
-    assert runtimes.onnx_owners() == {"onnxruntime": "1.32.0", "onnxruntime-gpu": "1.31.1"}
-    assert runtimes.onnx_winner() == "onnxruntime"
+    assert packages.onnx_owners() == {"onnxruntime": "1.32.0", "onnxruntime-gpu": "1.31.1"}
+    assert packages.onnx_active() == "onnxruntime"
 
 
-def test_nothing_installed(site: Install) -> None:
-    assert runtimes.onnx_owners() == {}
-    assert runtimes.onnx_winner() == ""
+def test_no_runtime_is_installed(site: Install) -> None:
+    assert packages.onnx_owners() == {}
+    assert packages.onnx_active() == ""
 
 
-def test_a_stand_in_claims_nothing(site: Install) -> None:
-    site("onnxruntime", runtimes.STAND_IN_VERSION, files=False)
+def test_distribution_without_files_is_ignored(site: Install) -> None:
+    site("onnxruntime", "1.32.0", files=False)
     site("onnxruntime-gpu", "1.31.1")
-    assert runtimes.onnx_owners() == {"onnxruntime-gpu": "1.31.1"}
-    assert runtimes.onnx_swap("13.0") is None
+    assert packages.onnx_owners() == {"onnxruntime-gpu": "1.31.1"}
+    assert packages.onnx_replacement("13.0") is None
 
 
 @pytest.mark.parametrize(
-    ("installed", "cuda", "wanted"),
+    ("installed", "cuda", "expected"),
     [
         (["onnxruntime"], None, None),
         (["onnxruntime-gpu"], None, None),
@@ -77,80 +76,70 @@ def test_a_stand_in_claims_nothing(site: Install) -> None:
         ([], None, "onnxruntime"),
     ],
 )
-def test_what_mends(site: Install, installed: list[str], cuda: str | None, wanted: str | None) -> None:
+def test_replacement_for_installed_packages_and_cuda(
+    site: Install, installed: list[str], cuda: str | None, expected: str | None
+) -> None:
     for name in installed:
         site(name, "1.31.1")
-    swap = runtimes.onnx_swap(cuda)
-    assert (swap and swap.install) == wanted
-    if swap is not None:
-        assert swap.remove == ("onnxruntime", "onnxruntime-gpu")
-        assert swap.stand_in == ("onnxruntime" if cuda else None)
+    replacement = packages.onnx_replacement(cuda)
+    assert (replacement and replacement.install) == expected
+    if replacement is not None:
+        assert replacement.remove == ("onnxruntime", "onnxruntime-gpu")
 
 
-def test_the_right_package_that_does_not_work_is_replaced(site: Install) -> None:
+def test_correct_package_that_does_not_work_is_replaced(site: Install) -> None:
     site("onnxruntime-gpu", "1.31.1")
-    assert runtimes.onnx_swap("12.8", works=True) is None
-    swap = runtimes.onnx_swap("12.8", works=False)
-    assert swap is not None
-    assert swap.name == "onnxruntime-gpu"
+    assert packages.onnx_replacement("12.8", works=True) is None
+    replacement = packages.onnx_replacement("12.8", works=False)
+    assert replacement is not None
+    assert replacement.name == "onnxruntime-gpu"
 
 
-SWAP = runtimes.Swap(("onnxruntime", "onnxruntime-gpu"), "onnxruntime-gpu[cuda]>=1.27", "onnxruntime")
+REPLACEMENT = packages.Replacement(("onnxruntime", "onnxruntime-gpu"), "onnxruntime-gpu[cuda]>=1.27")
 
 
-def _steps(swap: runtimes.Swap) -> list[list[str]]:
-    steps: list[list[str]] = []
-    said: list[str] = []
-    runtimes.apply(swap, said.append, steps.append)
-    assert [shlex.split(line)[1:] for line in said] == steps
-    return steps
+def _commands(replacement: packages.Replacement) -> list[list[str]]:
+    commands: list[list[str]] = []
+    lines: list[str] = []
+    packages.apply(replacement, lines.append, commands.append)
+    assert [shlex.split(line)[1:] for line in lines] == commands
+    assert replacement.command_line() == " && ".join(line.removeprefix("$ ") for line in lines)
+    return commands
 
 
-def test_nothing_is_removed_before_all_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtimes, "installer", lambda: [sys.executable, "-m", "pip"])
-    steps = _steps(SWAP)
+def test_replacement_uninstalls_both_packages_and_installs_one(monkeypatch: pytest.MonkeyPatch) -> None:
     pip = [sys.executable, "-m", "pip"]
-    assert [step[:4] for step in steps] == [
-        [*pip, "install"],
-        [*pip, "download"],
-        [*pip, "uninstall"],
-        [*pip, "install"],
+    monkeypatch.setattr(packages, "installer", lambda: pip)
+    assert _commands(REPLACEMENT) == [
+        [*pip, "uninstall", "--yes", "onnxruntime", "onnxruntime-gpu"],
+        [*pip, "install", "onnxruntime-gpu[cuda]>=1.27"],
     ]
-    assert steps[2][-2:] == ["onnxruntime", "onnxruntime-gpu"]
-    assert "--no-index" in steps[3]
-    assert steps[3][-1].endswith("onnxruntime-999+standin-py3-none-any.whl")
 
 
-def test_an_environment_without_pip_is_changed_with_uv(monkeypatch: pytest.MonkeyPatch) -> None:
-    find = runtimes.importlib.util.find_spec
+def test_environment_without_pip_uses_uv(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = packages.importlib.util.find_spec
     monkeypatch.setattr(
-        runtimes.importlib.util, "find_spec", lambda name: None if name == "pip" else find(name)
+        packages.importlib.util, "find_spec", lambda name: None if name == "pip" else find(name)
     )
-    monkeypatch.setattr(runtimes.shutil, "which", lambda name: "/bin/uv" if name == "uv" else None)
-    steps = _steps(SWAP)
-    assert [step[:5] for step in steps] == [
-        ["/bin/uv", "pip", verb, "--python", sys.executable] for verb in ("install", "uninstall", "install")
+    monkeypatch.setattr(packages.shutil, "which", lambda name: "/bin/uv" if name == "uv" else None)
+    assert _commands(REPLACEMENT) == [
+        ["/bin/uv", "pip", "uninstall", "--python", sys.executable, "onnxruntime", "onnxruntime-gpu"],
+        ["/bin/uv", "pip", "install", "--python", sys.executable, "onnxruntime-gpu[cuda]>=1.27"],
     ]
-    monkeypatch.setattr(runtimes.shutil, "which", lambda name: None)
+    monkeypatch.setattr(packages.shutil, "which", lambda name: None)
     with pytest.raises(FastFaceError, match="has no pip"):
-        runtimes.apply(SWAP, lambda _: None, lambda _: None)
+        packages.apply(REPLACEMENT, lambda _: None, lambda _: None)
+    assert "docs/install.md" in REPLACEMENT.command_line()
 
 
-def test_a_failed_step_ends_it_with_what_it_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    tool = [sys.executable, "-c", "import sys; sys.exit('no route to host')", "pip"]
-    monkeypatch.setattr(runtimes, "installer", lambda: tool)
-    with pytest.raises(FastFaceError, match="no route to host"):
-        runtimes.apply(SWAP, lambda _: None)
-
-
-def test_the_stand_in_is_a_wheel_of_nothing_but_a_name(tmp_path: Path) -> None:
-    path = runtimes.write_stand_in(tmp_path, "opencv-python", "opencv-python-headless")
-    assert path.name == "opencv_python-999+standin-py3-none-any.whl"
-    with zipfile.ZipFile(path) as wheel:
-        assert all(name.startswith("opencv_python-999+standin.dist-info/") for name in wheel.namelist())
-        wheel.extractall(tmp_path / "site")
-    (found,) = importlib.metadata.distributions(path=[str(tmp_path / "site")])
-    assert found.metadata["Name"] == "opencv-python"
-    assert found.version == "999+standin"
-    assert found.requires == ["opencv-python-headless"]
-    assert {file.parts[0] for file in found.files or ()} == {"opencv_python-999+standin.dist-info"}
+def test_failed_command_reports_its_output_and_the_remaining_commands(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fails_on_install = "import sys; sys.exit('no route to host' if 'install' in sys.argv else 0)"
+    tool = [sys.executable, "-c", fails_on_install, "-m", "pip"]
+    monkeypatch.setattr(packages, "installer", lambda: tool)
+    with pytest.raises(FastFaceError, match="no route to host") as caught:
+        packages.apply(REPLACEMENT, lambda _: None)
+    hint = caught.value.hint or ""
+    assert hint.endswith("install 'onnxruntime-gpu[cuda]>=1.27'")
+    assert "uninstall" not in hint

@@ -1,43 +1,43 @@
-"""A benchmark's report as Markdown: pure text from the JSON."""
+"""Render a benchmark report as Markdown."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-Report = Mapping[str, Any]
+BenchmarkReport = Mapping[str, Any]
 
 GIB = 2**30
 
 
-def markdown(report: Report) -> str:
-    """The whole report."""
+def markdown(report: BenchmarkReport) -> str:
+    """Render the complete report."""
     sides = report["sides"]
     parts = [
         f"# Benchmark: {', '.join(side['label'] for side in sides)}",
         conditions(report),
-        "## Pictures, milliseconds",
-        pictures(sides, report["batch"]),
+        "## Images, milliseconds",
+        images(sides, report["batch"]),
     ]
     if report["ratios"]:
         parts += [
-            "## Compared",
+            "## Comparison",
             comparisons(report["ratios"]),
             "Ratios are of medians over interleaved rounds, with 95% bootstrap intervals.",
         ]
     parts += [
         "## Stages, median milliseconds",
         stages(sides),
-        "## Operations of a picture",
+        "## Operations per image",
         operations(sides),
     ]
     if any(side["cold"] for side in sides):
-        parts += ["## A new process to its first picture", cold(sides)]
+        parts += ["## First image in a new process", cold(sides)]
     return "\n\n".join(parts) + "\n"
 
 
-def conditions(report: Report) -> str:
-    """One paragraph: weights, hardware, versions."""
+def conditions(report: BenchmarkReport) -> str:
+    """List weights, hardware and versions."""
     machine, product = report["machine"], report["matrix_product"]
     gpu = machine.get("gpu")
     hardware = f"{machine['cpu']}, {machine['torch_threads']} threads of {machine['usable_cores']} cores"
@@ -48,24 +48,24 @@ def conditions(report: Report) -> str:
     return "\n".join(
         [
             f"- weights: **{report['weights']}**; batch {report['batch']}, {report['repeats']} rounds"
-            + ("" if report["photo"] else "; the person is an identity of random numbers, without a photo"),
+            + ("" if report["photo"] else "; the identity is random, without a photo"),
             f"- hardware: {hardware}",
             f"- measured matrix product: {product['tflops']:.3g} TFLOP/s ({product['dtype']}, "
-            f"side {product['side']})",
+            f"size {product['side']})",
             f"- {versions}; commit {machine['commit'] or 'unknown'}",
         ]
     )
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; the first column is text, the others are numbers."""
+    """Render a Markdown table; the first column is text, the others are numbers."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def pictures(sides: Sequence[Report], batch: int) -> str:
-    """Percentiles of the whole and of the denoising loop."""
-    head = ["side", "p50", "p90", "p99", "loop p50", "loop p90", "UNet samples", "first picture"]
+def images(sides: Sequence[BenchmarkReport], batch: int) -> str:
+    """Render percentiles of the total time and of the denoising loop."""
+    head = ["side", "p50", "p90", "p99", "loop p50", "loop p90", "UNet samples", "first image"]
     if batch > 1:
         head[1:6] = [f"{name} of {batch}" for name in head[1:6]]
     rows = [
@@ -81,16 +81,16 @@ def pictures(sides: Sequence[Report], batch: int) -> str:
     return table(head, rows)
 
 
-def comparisons(ratios: Sequence[Report]) -> str:
-    """Ratios with their intervals."""
+def comparisons(ratios: Sequence[BenchmarkReport]) -> str:
+    """Render ratios with their confidence intervals."""
     rows = []
-    for one in ratios:
-        error = one["latents_relative_l2"]
+    for ratio in ratios:
+        error = ratio["latents_relative_l2"]
         rows.append(
             [
-                f"{one['of']} / {one['to']}",
-                interval(one["loop"]),
-                interval(one["total"]),
+                f"{ratio['of']} / {ratio['to']}",
+                interval(ratio["loop"]),
+                interval(ratio["total"]),
                 "" if error is None else f"{error:.1e}",
             ]
         )
@@ -98,12 +98,12 @@ def comparisons(ratios: Sequence[Report]) -> str:
 
 
 def interval(ratio: Mapping[str, float]) -> str:
-    """A ratio as `1.32 (1.30 to 1.35)`."""
+    """Format a ratio, for example `1.32 (1.30 to 1.35)`."""
     return f"{ratio['value']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"
 
 
-def stages(sides: Sequence[Report]) -> str:
-    """A column a side."""
+def stages(sides: Sequence[BenchmarkReport]) -> str:
+    """Render the median time of each stage, one column per side."""
     names = list(dict.fromkeys(name for side in sides for name in side["stages_ms"]))
     rows = [
         [
@@ -115,8 +115,8 @@ def stages(sides: Sequence[Report]) -> str:
     return table(["stage", *(side["label"] for side in sides)], rows)
 
 
-def operations(sides: Sequence[Report]) -> str:
-    """Counted operations, and what share of the measured rate they are done at."""
+def operations(sides: Sequence[BenchmarkReport]) -> str:
+    """Render operations, and the share of the measured matrix rate that each side reaches."""
     rows = [
         [
             side["label"],
@@ -138,17 +138,17 @@ def operations(sides: Sequence[Report]) -> str:
     return table(head, rows)
 
 
-def cold(sides: Sequence[Report]) -> str:
-    """Seconds since the process was started, and what it held at most."""
+def cold(sides: Sequence[BenchmarkReport]) -> str:
+    """Render the seconds since the process was started, and its peak memory."""
     rows = []
     for side in sides:
-        if found := side["cold"]:
-            seconds, device = found["seconds"], found["device_peak_bytes"]
+        if cold_start := side["cold"]:
+            seconds, device = cold_start["seconds"], cold_start["device_peak_bytes"]
             rows.append(
                 [
                     side["label"],
                     *(f"{seconds[name]:.2f}" for name in ("imported", "built", "first_picture")),
-                    f"{found['process_peak_bytes'] / GIB:.2f}",
+                    f"{cold_start['process_peak_bytes'] / GIB:.2f}",
                     "" if device is None else f"{device['allocated'] / GIB:.2f}",
                 ]
             )
@@ -156,7 +156,7 @@ def cold(sides: Sequence[Report]) -> str:
         "side",
         "imported, s",
         "models ready, s",
-        "first picture, s",
+        "first image, s",
         "process peak, GiB",
         "device peak, GiB",
     ]
@@ -164,5 +164,5 @@ def cold(sides: Sequence[Report]) -> str:
 
 
 def number(milliseconds: float) -> str:
-    """Three significant digits, and no exponent."""
+    """Format with three significant digits and no exponent."""
     return f"{milliseconds:.0f}" if milliseconds >= 100 else f"{milliseconds:.3g}"

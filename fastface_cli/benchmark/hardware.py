@@ -1,15 +1,16 @@
-"""On what numbers were taken: hardware, driver, versions, commit, memory."""
+"""Describe the machine that a benchmark runs on: hardware, driver, versions, commit, memory."""
 
 from __future__ import annotations
 
 import os
 import platform
-import shutil
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ..doctor.nvidia import gpu_state
 
 if TYPE_CHECKING:
     import torch
@@ -27,14 +28,14 @@ PACKAGES = (
     "numpy",
     "pillow",
 )
-"""Whose versions a number depends on."""
+"""Packages whose versions affect the measurements."""
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """Everything that a reader needs to take the same numbers again."""
+    """Return everything a reader needs to reproduce the measurements."""
     import torch
 
-    found: dict[str, Any] = {
+    description: dict[str, Any] = {
         "system": platform.platform(),
         "python": platform.python_version(),
         "cpu": _cpu(),
@@ -47,14 +48,14 @@ def describe(device: torch.device) -> dict[str, Any]:
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        found["gpu"] = {
+        description["gpu"] = {
             "name": properties.name,
             "memory_gib": round(properties.total_memory / 2**30, 1),
             "cuda": torch.version.cuda,
             "cudnn": _cudnn(),
-            **_driver(device.index or 0),
+            **gpu_state(device.index or 0),
         }
-    return found
+    return description
 
 
 def _cpu() -> str:
@@ -74,13 +75,13 @@ def _version(name: str) -> str | None:
 
 
 def commit(folder: Path) -> str | None:
-    """The commit that a checkout stands at, with `+` where files were changed since; None outside of one."""
-    if not (folder / ".git").exists() or shutil.which("git") is None:
+    """Return the commit of a checkout, with `+` if files have changed since; None outside a checkout."""
+    if not (folder / ".git").exists():
         return None
-    head = _said(["git", "-C", str(folder), "rev-parse", "HEAD"])
+    head = _git(folder, "rev-parse", "HEAD")
     if head is None:
         return None
-    changed = _said(["git", "-C", str(folder), "status", "--porcelain", "--untracked-files=no"])
+    changed = _git(folder, "status", "--porcelain", "--untracked-files=no")
     return head + ("+" if changed else "")
 
 
@@ -90,24 +91,17 @@ def _cudnn() -> Any:
     return torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
 
 
-def _driver(index: int) -> dict[str, str | None]:
-    asked = ("driver_version", "clocks.sm", "clocks.mem", "power.limit")
-    if shutil.which("nvidia-smi") is None:
-        return {}
-    said = _said(["nvidia-smi", f"--query-gpu={','.join(asked)}", "--format=csv,noheader", f"--id={index}"])
-    return {} if said is None else dict(zip(asked, said.split(", "), strict=False))
-
-
-def _said(command: list[str]) -> str | None:
+def _git(folder: Path, *arguments: str) -> str | None:
+    command = ["git", "-C", str(folder), *arguments]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+        result = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip()
+    return result.stdout.strip()
 
 
 def process_peak() -> int:
-    """Bytes of the most memory that this process has held at once."""
+    """Return the peak memory of this process in bytes."""
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -115,16 +109,16 @@ def process_peak() -> int:
 
 
 def device_peak(device: torch.device, *, reset: bool = False) -> dict[str, int] | None:
-    """Bytes at most allocated and at most reserved on a CUDA device since the last `reset`; else None."""
+    """Return the peak bytes allocated and reserved on a CUDA device since the last `reset`; else None."""
     import torch
 
     if device.type != "cuda":
         return None
-    found = {
+    peak = {
         "allocated": torch.cuda.max_memory_allocated(device),
         "reserved": torch.cuda.max_memory_reserved(device),
     }
     if reset:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-    return found
+    return peak
