@@ -25,10 +25,10 @@ from fastface_cli.evaluation.metrics.clip import (
     prepare,
 )
 from fastface_cli.evaluation.metrics.face_clip import FaceClip, crops
+from fastface_cli.evaluation.metrics.image_cache import Memory
 from fastface_cli.evaluation.metrics.image_reward import DEVIATION as IR_DEVIATION
 from fastface_cli.evaluation.metrics.image_reward import MEAN as IR_MEAN
 from fastface_cli.evaluation.metrics.image_reward import ImageReward, Towers, our_name, read_words
-from fastface_cli.evaluation.metrics.memory import Memory
 from fastface_cli.evaluation.metrics.mtcnn import SHAPES, Mtcnn, moved, squared, suppress
 from fastface_cli.store.manifest import load_manifest
 

@@ -31,7 +31,7 @@ from fastface_cli.evaluation.metrics.identity import (
     rank_first,
     verify,
 )
-from fastface_cli.evaluation.metrics.memory import Memory, digest
+from fastface_cli.evaluation.metrics.image_cache import Memory, digest
 from fastface_cli.evaluation.rows import Row
 from fastface_cli.evaluation.summary import summarize
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from ...errors import ModelUnavailableError
 from .base import Column, Context, Needs, Sample, Scores
-from .memory import Memory, digest
+from .image_cache import Memory, digest
 
 if TYPE_CHECKING:
     import torch

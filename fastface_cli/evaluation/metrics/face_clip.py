@@ -11,7 +11,7 @@ from ...identity.analyzer import Box
 from .aesthetic import broken, read_pickle
 from .base import Column, Context, Needs, Sample, Scores
 from .clip import CLIP_L14, Clip, hub_clip
-from .memory import Memory, digest
+from .image_cache import Memory, digest
 from .mtcnn import Mtcnn
 
 NETWORKS = ("mtcnn-pnet", "mtcnn-rnet", "mtcnn-onet")

@@ -7,7 +7,7 @@ from PIL import Image
 from ...identity.analyzer import Face, FaceAnalyzer, load_face_models
 from ...identity.search import SIZES, bgr, find_faces
 from .base import Context, Rules
-from .memory import Memory, digest
+from .image_cache import Memory, digest
 
 RATIO_SIZE = 320
 """Detector size in pixels at which the published face ratio was measured: its loop over sizes never ends

@@ -16,7 +16,7 @@ from ...identity.search import bgr
 from ..rows import Row
 from .base import Column, Context, Needs, Sample, Scores
 from .faces import Faces, faces_of
-from .memory import Memory, digest
+from .image_cache import Memory, digest
 
 FALSE_ACCEPTS = 0.01
 """Share of comparisons with other identities that verification may accept."""
