@@ -23,11 +23,11 @@ from pathlib import Path
 from fastface_cli.evaluation import setup
 from fastface_cli.evaluation.dataset import load_dataset
 from fastface_cli.evaluation.engines import LocalPool, Outcome
-from fastface_cli.evaluation.maker import Job, Make, MakerFactory
+from fastface_cli.evaluation.maker import ImageTask, Make, MakerFactory
 from fastface_cli.evaluation.metrics.base import Metric
-from fastface_cli.evaluation.runner import Plan, Scoring, generate, score
+from fastface_cli.evaluation.runner import EvaluationPlan, Scoring, generate, score
 from fastface_cli.evaluation.runs import Run
-from fastface_cli.evaluation.scoring import Judge, Load, ToScore
+from fastface_cli.evaluation.scoring import Load, ScoringProcess, ToScore
 from fastface_cli.recipe.files import load_recipe
 from fastface_cli.settings import load_settings
 
@@ -56,9 +56,9 @@ class Warm(LocalPool):
     def end(self) -> None:
         super().close()
 
-    def warm_up(self, job: Job) -> list[tuple[int, Outcome]]:
+    def warm_up(self, task: ImageTask) -> list[tuple[int, Outcome]]:
         self.start(0)
-        self.send(0, job)
+        self.send(0, task)
         return self.wait()
 
 
@@ -71,7 +71,7 @@ class Loaded(Scoring):
         self._ready.send(ToScore(Path(), ()))
         self._ready.receive()
 
-    def judge(self) -> Judge:
+    def judge(self) -> ScoringProcess:
         return self._ready
 
 
@@ -99,9 +99,9 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3)
     options = parser.parse_args()
     os.sched_setaffinity(0, {CORES[0]})
-    settings, machine = load_settings(), setup.Machine(device="cpu")
+    settings, machine = load_settings(), setup.WorkerSetup(device="cpu")
     recipes = {options.recipe: load_recipe(options.recipe).recipe}
-    plan = Plan(recipes, load_dataset(options.dataset), options.seeds)
+    plan = EvaluationPlan(recipes, load_dataset(options.dataset), options.seeds)
     names = options.metrics.split(",") if options.metrics else setup.default_metrics(recipes, "fastface")
 
     def loaded() -> Loaded:
@@ -119,7 +119,7 @@ def main() -> None:
         for subject in subjects.values():
             people.identity(subject, None, str(recipes[row.recipe].model.face))
         pool = Warm(functools.partial(pinned, MakerFactory(recipes), CORES[-1]), ["cpu"])
-        pool.warm_up(Job(row, people.identity(subjects[row.identity], None, "pocket-face")))
+        pool.warm_up(ImageTask(row, people.identity(subjects[row.identity], None, "pocket-face")))
         print(f"{plan.count()} images, metrics {', '.join(names)}, cores {CORES[0]} and {CORES[-1]}")
         ratios = []
         for number in range(options.repeat):

@@ -19,7 +19,7 @@ from .options import DeviceOption, DtypeOption
 if TYPE_CHECKING:
     from ..evaluation.dataset import Dataset
     from ..evaluation.metrics.base import Rules
-    from ..evaluation.runner import Watch
+    from ..evaluation.runner import RunObserver
     from ..evaluation.runs import Run
     from ..recipe.schema import Recipe
 
@@ -118,7 +118,7 @@ def evaluate(
             "fastface eval --recipe pocket-fastface --recipe pocket-baseline --dataset examples/mini -o run/",
         )
     from ..evaluation import setup
-    from ..evaluation.runner import Plan, generate
+    from ..evaluation.runner import EvaluationPlan, generate
     from ..evaluation.runs import Run
     from ..evaluation.stress import parse_stresses
     from ..settings import load_settings
@@ -127,7 +127,7 @@ def evaluate(
     rules = _rules(protocol)
     if engine not in ("local", "ray"):
         raise UsageError(f"there is no engine '{engine}'", "use local or ray")
-    machine = setup.Machine(
+    worker_setup = setup.WorkerSetup(
         engine="ray" if engine == "ray" else "local",
         address=address,
         workers=workers,
@@ -136,7 +136,7 @@ def evaluate(
         dtype=dtype,
         offline=True if offline else None,
     )
-    plan = Plan(
+    plan = EvaluationPlan(
         _recipes(recipe, set_ or [], stack, rules),
         _dataset(dataset, prompts, split, rules),
         seeds,
@@ -146,20 +146,20 @@ def evaluate(
     names = _metrics(metrics, plan.recipes, rules)
     if commercial:
         _check_licenses(plan.recipes, names)
-    setup.check_machine(plan.recipes, machine)
-    scoring = setup.scoring(names, plan.recipes, machine, rules, settings)
-    info = setup.describe(plan, machine, rules=rules, split=split, metrics=names)
-    people = setup.people(output, plan.recipes, machine, settings, console.note)
+    setup.check_machine(plan.recipes, worker_setup)
+    scoring = setup.scoring(names, plan.recipes, worker_setup, rules, settings)
+    info = setup.describe(plan, worker_setup, rules=rules, split=split, metrics=names)
+    people = setup.people(output, plan.recipes, worker_setup, settings, console.note)
     with Run.open(output, info) as run:
-        with _watched(plan.count()) as watch:
+        with _progress(plan.count()) as observer:
             generate(
                 run,
                 plan,
-                lambda: setup.pool(plan, machine),
+                lambda: setup.pool(plan, worker_setup),
                 people,
                 scoring,
                 retry_failed=retry_failed,
-                watch=watch,
+                observer=observer,
             )
         _finish(run, as_json=as_json)
 
@@ -203,7 +203,7 @@ def score(
     from ..settings import load_settings
 
     settings = load_settings()
-    machine = setup.Machine(device=device or settings.device, offline=True if offline else None)
+    worker_setup = setup.WorkerSetup(device=device or settings.device, offline=True if offline else None)
     if (run / "run.json").is_file():
         if identity_order is not None or dataset is not None or output is not None:
             raise UsageError(
@@ -236,9 +236,9 @@ def score(
             key: Recipe.model_validate(value, strict=False) for key, value in opened.info["recipes"].items()
         }
         names = _metrics(metrics, recipes, rules)
-        scoring = setup.scoring(names, recipes, machine, rules, settings)
-        with _watched(len(opened.rows()), making=False) as watch:
-            score_run(opened, scoring, watch, again=again)
+        scoring = setup.scoring(names, recipes, worker_setup, rules, settings)
+        with _progress(len(opened.rows()), making=False) as observer:
+            score_run(opened, scoring, observer, again=again)
         _finish(opened, as_json=as_json)
 
 
@@ -454,9 +454,9 @@ def _shard(text: str) -> tuple[int, int]:
 
 
 @contextmanager
-def _watched(total: int, *, making: bool = True) -> Iterator[Watch]:
+def _progress(total: int, *, making: bool = True) -> Iterator[RunObserver]:
     """Progress of making and scoring."""
-    from ..evaluation.runner import Watch
+    from ..evaluation.runner import RunObserver
 
     with console.step_progress() as progress:
         made = progress.add_task("made", total=total, visible=making)
@@ -465,4 +465,6 @@ def _watched(total: int, *, making: bool = True) -> Iterator[Watch]:
         def advance(task: Any, count: int) -> None:
             progress.advance(task, count)
 
-        yield Watch(console.note, lambda count: advance(made, count), lambda count: advance(scored, count))
+        yield RunObserver(
+            console.note, lambda count: advance(made, count), lambda count: advance(scored, count)
+        )

@@ -16,7 +16,7 @@ from multiprocessing import connection
 from typing import Any, Protocol, TypeAlias
 
 from ..errors import FastFaceError, ModelUnavailableError, UsageError
-from .maker import Factory, Job, Made, error_record, failed
+from .maker import Factory, ImageOutcome, ImageTask, error_record, failed
 from .processes import Answerer, Broken, GoneError
 
 ATTEMPTS = 3
@@ -27,12 +27,12 @@ LOSSES = 6
 
 @dataclass(frozen=True)
 class Lost:
-    """A worker died over its job."""
+    """A worker died over its task."""
 
     reason: str
 
 
-Outcome: TypeAlias = Made | Lost | Broken
+Outcome: TypeAlias = ImageOutcome | Lost | Broken
 
 
 class Pool(Protocol):
@@ -44,8 +44,8 @@ class Pool(Protocol):
         """Start a worker, or another one in place of a lost one."""
         ...
 
-    def send(self, slot: int, job: Job) -> None:
-        """Give an idle worker its job."""
+    def send(self, slot: int, task: ImageTask) -> None:
+        """Give an idle worker its task."""
         ...
 
     def wait(self) -> list[tuple[int, Outcome]]:
@@ -57,74 +57,76 @@ class Pool(Protocol):
         ...
 
 
-def make_all(pool: Pool, jobs: Iterable[Job], log: Callable[[str], None] = lambda _: None) -> Iterator[Made]:
-    """Every job through the pool, in the order in which they get done.
+def make_all(
+    pool: Pool, tasks: Iterable[ImageTask], log: Callable[[str], None] = lambda _: None
+) -> Iterator[ImageOutcome]:
+    """Every task through the pool, in the order in which they get done.
 
     Args:
         pool: closed at the end, whatever the end is.
-        jobs: taken one by one, as workers come free.
+        tasks: taken one by one, as workers come free.
         log: told of lost workers.
 
     Raises:
         FastFaceError: workers cannot make images at all.
     """
-    source = iter(jobs)
-    again: deque[Job] = deque()
+    source = iter(tasks)
+    again: deque[ImageTask] = deque()
     attempts: Counter[str] = Counter()
     losses = 0
-    idle, busy = deque(range(pool.size)), dict[int, Job]()
-    made: list[Made] = []
+    idle, busy = deque(range(pool.size)), dict[int, ImageTask]()
+    finished: list[ImageOutcome] = []
     try:
         for slot in range(pool.size):
             pool.start(slot)
         while True:
-            while idle and (job := again.popleft() if again else next(source, None)) is not None:
-                busy[idle[0]] = job
-                pool.send(idle.popleft(), job)
-            yield from made  # only now: whoever writes them keeps no worker waiting
-            made.clear()
+            while idle and (task := again.popleft() if again else next(source, None)) is not None:
+                busy[idle[0]] = task
+                pool.send(idle.popleft(), task)
+            yield from finished  # only now: whoever writes them keeps no worker waiting
+            finished.clear()
             if not busy:
                 return
             for slot, outcome in pool.wait():
-                job = busy.pop(slot)
+                task = busy.pop(slot)
                 idle.append(slot)
                 if isinstance(outcome, Broken):
                     raise outcome.raised()
-                if isinstance(outcome, Made):
+                if isinstance(outcome, ImageOutcome):
                     losses = 0
-                    made.append(outcome)
+                    finished.append(outcome)
                     continue
-                attempts[job.row.key] += 1
+                attempts[task.row.key] += 1
                 losses += 1
-                log(f"a worker was lost over {job.row.key}: {outcome.reason}")
+                log(f"a worker was lost over {task.row.key}: {outcome.reason}")
                 if losses >= LOSSES:
                     raise FastFaceError(
                         f"{losses} workers in a row were lost ({outcome.reason})",
                         "is there memory for so many? --workers takes fewer",
                     )
                 pool.start(slot)
-                if attempts[job.row.key] < ATTEMPTS:
-                    again.append(job)
+                if attempts[task.row.key] < ATTEMPTS:
+                    again.append(task)
                 else:
                     lost = FastFaceError(f"{ATTEMPTS} workers were lost over it: {outcome.reason}")
-                    made.append(failed(job.row, lost))
+                    finished.append(failed(task.row, lost))
     finally:
         pool.close()
 
 
-def work(factory: Factory, device: str) -> Callable[[Job], Outcome]:
-    """What a worker of any engine does with a job; models come with the first one."""
+def work(factory: Factory, device: str) -> Callable[[ImageTask], Outcome]:
+    """What a worker of any engine does with a task; models come with the first one."""
     make = None
 
-    def one(job: Job) -> Outcome:
+    def answer(task: ImageTask) -> Outcome:
         nonlocal make
         try:
             make = make or factory(device)
-            return make(job)
+            return make(task)
         except Exception as error:
             return Broken(error_record(error))
 
-    return one
+    return answer
 
 
 # ------------------------------------------------------------------------------------------------- local
@@ -151,22 +153,22 @@ class LocalPool:
             self._workers.pop(slot).close()
         self._workers[slot] = Answerer(functools.partial(work, self._factory, self._devices[slot]))
 
-    def send(self, slot: int, job: Job) -> None:
+    def send(self, slot: int, task: ImageTask) -> None:
         """See `Pool`."""
         self._busy.add(slot)
-        self._workers[slot].send(job)
+        self._workers[slot].send(task)
 
     def wait(self) -> list[tuple[int, Outcome]]:
         """See `Pool`."""
         slots = {end: slot for slot in self._busy for end in self._workers[slot].ends}
-        found: list[tuple[int, Outcome]] = []
+        outcomes: list[tuple[int, Outcome]] = []
         for slot in dict.fromkeys(slots[end] for end in connection.wait(list(slots))):
             self._busy.discard(slot)
             try:
-                found.append((slot, self._workers[slot].receive()))
+                outcomes.append((slot, self._workers[slot].receive()))
             except GoneError as gone:
-                found.append((slot, Lost(str(gone))))
-        return found
+                outcomes.append((slot, Lost(str(gone))))
+        return outcomes
 
     def close(self) -> None:
         """See `Pool`."""
@@ -188,11 +190,11 @@ def local_devices(device: str, workers: int | None) -> list[str]:
 
     from ..models.loading import pick_device
 
-    found = pick_device(device)
-    if device in ("auto", "cuda") and found.type == "cuda":
+    chosen = pick_device(device)
+    if device in ("auto", "cuda") and chosen.type == "cuda":
         every = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
         return [every[index % len(every)] for index in range(workers or len(every))]
-    return [str(found)] * (workers or 1)
+    return [str(chosen)] * (workers or 1)
 
 
 # --------------------------------------------------------------------------------------------------- ray
@@ -202,10 +204,10 @@ class _Actor:
     """A Ray actor's code; the actor itself is made where Ray is there."""
 
     def __init__(self, factory: Factory, device: str) -> None:
-        self._one = work(factory, device)
+        self._answer = work(factory, device)
 
-    def make(self, job: Job) -> Outcome:
-        return self._one(job)
+    def make(self, task: ImageTask) -> Outcome:
+        return self._answer(task)
 
     def pid(self) -> int:
         return os.getpid()
@@ -255,9 +257,9 @@ class RayPool:
                 raise UsageError(
                     f"cannot reach the Ray cluster {address or 'of this machine'}: {error}", "check --address"
                 ) from error
-        there = ray.cluster_resources()
-        gpus = 0 if device == "cpu" else int(there.get("GPU", 0))
-        cpus = max(1, int(there.get("CPU", 1)))
+        resources = ray.cluster_resources()
+        gpus = 0 if device == "cpu" else int(resources.get("GPU", 0))
+        cpus = max(1, int(resources.get("CPU", 1)))
         self.size = workers or gpus or cpus
         if not gpus and self.size > cpus:  # Ray would keep the rest waiting for ever, and say nothing
             if self._own:
@@ -279,23 +281,23 @@ class RayPool:
         """See `Pool`."""
         self._actors[slot] = self._kind.remote(self._factory, self._device)
 
-    def send(self, slot: int, job: Job) -> None:
+    def send(self, slot: int, task: ImageTask) -> None:
         """See `Pool`."""
-        self._busy[self._actors[slot].make.remote(job)] = slot
+        self._busy[self._actors[slot].make.remote(task)] = slot
 
     def wait(self) -> list[tuple[int, Outcome]]:
         """See `Pool`."""
         ready, _ = self._ray.wait(list(self._busy), num_returns=1)
-        found: list[tuple[int, Outcome]] = []
+        outcomes: list[tuple[int, Outcome]] = []
         for reference in ready:
             slot = self._busy.pop(reference)
             try:
-                found.append((slot, self._ray.get(reference)))
+                outcomes.append((slot, self._ray.get(reference)))
             except self._ray.exceptions.RayTaskError as error:
-                found.append((slot, Broken(error_record(error))))
+                outcomes.append((slot, Broken(error_record(error))))
             except self._ray.exceptions.RayError as error:  # the actor or its machine is gone
-                found.append((slot, Lost((str(error) or type(error).__name__).splitlines()[0])))
-        return found
+                outcomes.append((slot, Lost((str(error) or type(error).__name__).splitlines()[0])))
+        return outcomes
 
     def close(self) -> None:
         """See `Pool`."""

@@ -19,7 +19,7 @@ from .maker import error_record
 from .metrics.base import Rules
 from .people import People
 from .rows import Row
-from .runner import Plan
+from .runner import EvaluationPlan
 from .runs import Run
 
 
@@ -103,7 +103,7 @@ def adopt(
         "metrics": [],
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-    plan = Plan({name: recipe}, dataset)
+    plan = EvaluationPlan({name: recipe}, dataset)
     with Run.open(folder, info) as run:
         keeper = People(folder, {}, log)
         for subject in dataset.subjects:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Job:
+class ImageTask:
     """One image to make."""
 
     row: Row
@@ -25,15 +25,15 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Made:
-    """What became of a job: a picture, or the row's error says why not."""
+class ImageOutcome:
+    """What became of a task: a picture, or the row's error says why not."""
 
     row: Row
-    picture: bytes | None
+    image: bytes | None
     """An encoded PNG."""
 
 
-Make: TypeAlias = Callable[[Job], Made]
+Make: TypeAlias = Callable[[ImageTask], ImageOutcome]
 Factory: TypeAlias = Callable[[str], Make]
 """Device name to what makes images on it; called once in each worker, and therefore picklable."""
 
@@ -69,7 +69,7 @@ class Maker:
         self._face: FastFace | None = None
         self._pipeline: Pipeline | None = None
 
-    def __call__(self, job: Job) -> Made:
+    def __call__(self, task: ImageTask) -> ImageOutcome:
         """Make one image; what goes wrong with it is recorded in its row.
 
         Raises:
@@ -79,17 +79,17 @@ class Maker:
         from ..output.images import encode_png
         from ..output.metadata import describe_made
 
-        recipe = self.setup.recipes[job.row.recipe]
-        pipeline = self._ready(recipe, job)
+        recipe = self.setup.recipes[task.row.recipe]
+        pipeline = self._ready(recipe, task)
         try:
-            request = Request(job.row.prompt, job.row.seed, job.identity, recipe.negative_prompt)
-            picture = next(iter(pipeline.generate([request])))
-            row = replace(job.row, seconds=round(picture.seconds, 6), unet_samples=picture.unet_samples)
-            return Made(row, encode_png(picture.image, describe_made(recipe, picture)))
+            request = Request(task.row.prompt, task.row.seed, task.identity, recipe.negative_prompt)
+            image = next(iter(pipeline.generate([request])))
+            row = replace(task.row, seconds=round(image.seconds, 6), unet_samples=image.unet_samples)
+            return ImageOutcome(row, encode_png(image.image, describe_made(recipe, image)))
         except Exception as error:
-            return failed(job.row, error)
+            return failed(task.row, error)
 
-    def _ready(self, recipe: Recipe, job: Job) -> Pipeline:
+    def _ready(self, recipe: Recipe, task: ImageTask) -> Pipeline:
         """The pipeline of a recipe; models that it shares with the last one stay."""
         from ..app.api import FastFace
 
@@ -104,22 +104,22 @@ class Maker:
         if self._pipeline is None:
             self._face = face
             self._pipeline = face.pipeline
-        self._warm_up(self._pipeline, job)
+        self._warm_up(self._pipeline, task)
         return self._pipeline
 
-    def _warm_up(self, pipeline: Pipeline, job: Job) -> None:
+    def _warm_up(self, pipeline: Pipeline, task: ImageTask) -> None:
         """One picture that nobody sees, so that the first one's seconds hold no compilation."""
         from ..app.pipeline import Request
 
         try:
-            next(iter(pipeline.generate([Request(job.row.prompt, 0, job.identity)])))
+            next(iter(pipeline.generate([Request(task.row.prompt, 0, task.identity)])))
         except Exception:
             return  # the image itself will say what is wrong
 
 
-def failed(row: Row, error: BaseException) -> Made:
+def failed(row: Row, error: BaseException) -> ImageOutcome:
     """A row that records why its picture could not be made."""
-    return Made(replace(row, file=None, error=error_record(error)), None)
+    return ImageOutcome(replace(row, file=None, error=error_record(error)), None)
 
 
 def error_record(error: BaseException) -> dict[str, Any]:

@@ -14,22 +14,20 @@ from ..errors import DeviceError, ModelUnavailableError
 from ..files import write_atomically
 from .dataset import Dataset
 from .engines import Pool, make_all
-from .maker import Job, error_record
+from .maker import ImageTask, error_record
 from .people import People, degraded_path, held_out_path, reference_path
 from .processes import Answerer
 from .rows import Row, image_seed, row_key
 from .runs import Run, read_info, read_lines
-from .scoring import CHUNK, Chunks, Judge, Load, Scorer, judging, load_vectors
+from .scoring import CHUNK, Chunks, Load, RunScorer, ScoringProcess, judging, load_vectors
 
 if TYPE_CHECKING:
     from ..recipe.schema import Recipe
     from .metrics.base import Column, Metric
 
-FINISHED = ("images.jsonl", "summary.json", "summary.csv", "images.csv", "report.html")
-
 
 @dataclass(frozen=True)
-class Plan:
+class EvaluationPlan:
     """What is to be made."""
 
     recipes: Mapping[str, Recipe]
@@ -85,8 +83,8 @@ class Plan:
 
 
 @dataclass
-class Watch:
-    """Whoever follows a run."""
+class RunObserver:
+    """Callbacks that report the progress of a run."""
 
     log: Callable[[str], None] = lambda _: None
     made: Callable[[int], None] = lambda _: None
@@ -103,26 +101,26 @@ class Scoring:
     """Not loaded: here they only say what they are, and look at the run as a whole."""
     load: Load
 
-    def judge(self) -> Judge:
+    def judge(self) -> ScoringProcess:
         """Start the process that scores. It comes last: who waits for a score is nobody, but a worker waits
         for its next job, and that for whoever hands it out."""
         return Answerer(functools.partial(judging, self.load), last=True)
 
-    def start(self, run: Run, scored: Callable[[int], None]) -> Scorer | None:
+    def start(self, run: Run, scored: Callable[[int], None]) -> RunScorer | None:
         """A scorer for a run; None where there is nothing to measure."""
         names = [metric.name for metric in self.metrics]
-        return Scorer(run, names, self.judge, scored) if names else None
+        return RunScorer(run, names, self.judge, scored) if names else None
 
 
 def generate(
     run: Run,
-    plan: Plan,
+    plan: EvaluationPlan,
     pool: Callable[[], Pool],
     people: People,
     scoring: Scoring,
     *,
     retry_failed: bool = False,
-    watch: Watch | None = None,
+    observer: RunObserver | None = None,
 ) -> None:
     """Make what is not made yet, and score what is not scored yet beside that.
 
@@ -133,28 +131,28 @@ def generate(
         people: makes identities.
         scoring: what measures.
         retry_failed: try rows again that have failed before.
-        watch: told of progress.
+        observer: told of progress.
 
     Raises:
         FastFaceError: no image can be made or scored at all; what was done is kept.
     """
-    watch = watch or Watch()
+    observer = observer or RunObserver()
     done = {key: row for key, row in run.rows().items() if row.file is not None or not retry_failed}
-    scorer = scoring.start(run, watch.scored)
-    chunks = _Pending(Chunks(run.info), scorer, _scored_already(run, scoring), watch)
+    scorer = scoring.start(run, observer.scored)
+    chunks = _Pending(Chunks(run.info), scorer, _scored_already(run, scoring), observer)
     try:
         for row in done.values():
             chunks.add(row)
-        watch.made(len(done))
+        observer.made(len(done))
         known = set(done)
         del done  # a run may have more rows than should lie in memory twice
         left = (row for row in plan.rows() if row.key not in known)
         if (first := next(left, None)) is not None:
             if scorer is not None:
                 scorer.begin()
-            jobs = _Jobs(run, plan, people, chunks, watch, itertools.chain([first], left))
-            for made in make_all(pool(), jobs, watch.log):
-                jobs.finished(made.row, made.picture)
+            tasks = _Tasks(run, plan, people, chunks, observer, itertools.chain([first], left))
+            for outcome in make_all(pool(), tasks, observer.log):
+                tasks.finished(outcome.row, outcome.image)
         chunks.close()
         if scorer is not None:
             scorer.finish()
@@ -167,8 +165,10 @@ def generate(
 class _Pending:
     """Hands complete chunks to the scorer, unless all of their rows are scored."""
 
-    def __init__(self, chunks: Chunks, scorer: Scorer | None, scored: set[str], watch: Watch) -> None:
-        self._watch = watch
+    def __init__(
+        self, chunks: Chunks, scorer: RunScorer | None, scored: set[str], observer: RunObserver
+    ) -> None:
+        self._observer = observer
         self._chunks = chunks
         self._scorer = scorer
         self._scored = scored
@@ -190,25 +190,31 @@ class _Pending:
         if any(row.key not in self._scored for row in to_score):
             self._scorer.put(rows)
         else:
-            self._watch.scored(len(rows))
+            self._observer.scored(len(rows))
 
 
-class _Jobs:
+class _Tasks:
     """Jobs for the workers, one by one; a person without a usable face fails here."""
 
     def __init__(
-        self, run: Run, plan: Plan, people: People, chunks: _Pending, watch: Watch, rows: Iterable[Row]
+        self,
+        run: Run,
+        plan: EvaluationPlan,
+        people: People,
+        chunks: _Pending,
+        observer: RunObserver,
+        rows: Iterable[Row],
     ) -> None:
         self._run = run
         self._plan = plan
         self._people = people
         self._chunks = chunks
-        self._watch = watch
+        self._observer = observer
         self._rows = rows
         self._subjects = {subject.name: subject for subject in plan.dataset.subjects}
         self._kept: set[str] = set()
 
-    def __iter__(self) -> Iterator[Job]:
+    def __iter__(self) -> Iterator[ImageTask]:
         for row in self._rows:
             subject = self._subjects[row.identity]
             if row.identity not in self._kept:
@@ -222,30 +228,30 @@ class _Jobs:
             except Exception as error:  # whatever a photo brings about costs its own person alone
                 self.finished(replace(row, file=None, error=error_record(error)), None)
                 continue
-            yield Job(row, identity)
+            yield ImageTask(row, identity)
 
     def finished(self, row: Row, picture: bytes | None) -> None:
         """Write a row and its picture, and pass it on to be scored."""
         self._run.add(row, picture)
         self._chunks.add(row)
-        self._watch.made(1)
+        self._observer.made(1)
 
 
-def score(run: Run, scoring: Scoring, watch: Watch | None = None, *, again: bool = False) -> None:
+def score(run: Run, scoring: Scoring, observer: RunObserver | None = None, *, again: bool = False) -> None:
     """Score what a run holds and has no scores of these metrics for.
 
     Args:
         run: open for writing.
         scoring: what measures.
-        watch: told of progress.
+        observer: told of progress.
         again: also what is scored already.
     """
-    watch = watch or Watch()
-    scorer = scoring.start(run, watch.scored)
+    observer = observer or RunObserver()
+    scorer = scoring.start(run, observer.scored)
     if scorer is None:
         return
     known = set() if again else _scored_already(run, scoring)
-    chunks = _Pending(Chunks(run.info), scorer, known, watch)
+    chunks = _Pending(Chunks(run.info), scorer, known, observer)
     try:
         for row in run.rows().values():
             chunks.add(row)

@@ -37,7 +37,7 @@ UNCOMPARED = ("hardware", "metrics", "started")
 """What may differ when a run is taken up again: it changes no picture."""
 
 
-class Log:
+class RowLog:
     """An append-only file of JSON lines that survives being cut off anywhere."""
 
     def __init__(self, path: Path) -> None:
@@ -87,8 +87,8 @@ class Run:
         self.folder = folder
         self.info = info
         self._lock = _locked(folder) if writable else None
-        self._generated = Log(folder / "generated.jsonl") if writable else None
-        self._scores = Log(folder / "scores.jsonl") if writable else None
+        self._generated = RowLog(folder / "generated.jsonl") if writable else None
+        self._scores = RowLog(folder / "scores.jsonl") if writable else None
 
     @classmethod
     def open(cls, folder: Path, info: Mapping[str, Any]) -> Run:
@@ -197,14 +197,14 @@ class Run:
                 found.pop(row.key, None)
         return found
 
-    def scores(self) -> dict[str, Scored]:
+    def scores(self) -> dict[str, RowScores]:
         """Every score so far, by key; later lines add to earlier ones."""
-        found: dict[str, Scored] = {}
+        found: dict[str, RowScores] = {}
         for record in read_lines(self.folder / "scores.jsonl"):
             key = record.get("key")
             if not isinstance(key, str):
                 continue
-            scored = found.setdefault(key, Scored())
+            scored = found.setdefault(key, RowScores())
             scored.scores.update(record.get("scores") or {})
             asked = record.get("metrics") or []
             scored.metrics.update(asked)
@@ -219,7 +219,7 @@ class Run:
 
 
 @dataclass
-class Scored:
+class RowScores:
     """What scoring has given for one image."""
 
     scores: dict[str, float | None] = field(default_factory=dict)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
-    from .metrics.base import Metric, Scored
+    from .metrics.base import Metric, SampleResult
 
 CHUNK = 16
 """Rows that are scored together."""
@@ -87,7 +87,7 @@ class ToScore:
     rows: tuple[Row, ...]
 
 
-Judged: TypeAlias = "dict[str, Scored] | Broken"
+Judged: TypeAlias = "dict[str, SampleResult] | Broken"
 """Its answer, by key."""
 
 
@@ -98,17 +98,17 @@ def judging(load: Load) -> Callable[[ToScore], Judged]:
 
     def one(chunk: ToScore) -> Judged:
         from ..identity.photos import read_photo
-        from .metrics.base import Sample, Scored, score_batch
+        from .metrics.base import Sample, SampleResult, score_batch
 
         nonlocal metrics
-        judged, samples = dict[str, Scored](), []
+        judged, samples = dict[str, SampleResult](), []
         try:
             metrics = load() if metrics is None else metrics
             for row in chunk.rows:
                 try:
                     picture = read_photo(chunk.folder / str(row.file))
                 except FastFaceError as error:
-                    judged[row.key] = Scored({}, {READ: error_record(error)}, {})
+                    judged[row.key] = SampleResult({}, {READ: error_record(error)}, {})
                     continue
                 samples.append(
                     Sample(
@@ -128,7 +128,7 @@ def judging(load: Load) -> Callable[[ToScore], Judged]:
     return one
 
 
-class Judge(Protocol):
+class ScoringProcess(Protocol):
     """What answers `ToScore` with `Judged`: an `Answerer`, or a stand-in."""
 
     def send(self, request: Any) -> None: ...
@@ -137,7 +137,7 @@ class Judge(Protocol):
     def close(self) -> None: ...
 
 
-class Scorer:
+class RunScorer:
     """Has chunks scored and keeps what comes of them; what goes wrong is raised at the next call.
 
     Args:
@@ -151,14 +151,14 @@ class Scorer:
         self,
         run: Run,
         metrics: Sequence[str],
-        start: Callable[[], Judge],
+        start: Callable[[], ScoringProcess],
         scored: Callable[[int], None] = lambda _: None,
     ) -> None:
         self._run = run
         self._metrics = metrics
         self._start = start
         self._scored = scored
-        self._judge: Judge | None = None
+        self._judge: ScoringProcess | None = None
         self._queue: queue.Queue[list[Row] | None] = queue.Queue(WAITING)
         self._error: BaseException | None = None
         self._stopped = False
@@ -218,7 +218,7 @@ class Scorer:
         if self._error is not None:
             raise self._error
 
-    def _work(self, judge: Judge) -> None:
+    def _work(self, judge: ScoringProcess) -> None:
         """The thread that talks to the judge: it mostly waits, and keeps nobody else from working."""
         rows: list[Row] | None = []
         try:
@@ -241,7 +241,7 @@ class Scorer:
         except BaseException as error:
             self._error = error
 
-    def _keep(self, rows: Sequence[Row], judged: Mapping[str, Scored]) -> None:
+    def _keep(self, rows: Sequence[Row], judged: Mapping[str, SampleResult]) -> None:
         vectors: dict[str, dict[str, np.ndarray]] = {}
         for key, one in judged.items():
             for name, vector in one.vectors.items():

@@ -22,7 +22,7 @@ from .engines import LocalPool, Pool, RayPool, local_devices
 from .maker import MakerFactory
 from .metrics.base import Context, Metric, Rules, make_metrics, missing_modules, registry
 from .people import People
-from .runner import Plan, Scoring
+from .runner import EvaluationPlan, Scoring
 
 if TYPE_CHECKING:
     from ..identity.analyzer import FaceAnalyzer
@@ -32,14 +32,14 @@ POCKET = ("id", "dlib", "clip-pocket", "cost")
 """Metrics of runs in which every model is the packaged miniature: none of them needs the network."""
 FULL = ("id", "adaface", "dlib", "clip-b32", "clip-l14", "face-clip", "image-reward", "aesthetic", "cost")
 PUBLISHED = ("id", "clip-b32", "clip-l14", "image-reward", "aesthetic", "face-clip")
-Engine = Literal["local", "ray"]
+PoolEngine = Literal["local", "ray"]
 
 
 @dataclass(frozen=True)
-class Machine:
+class WorkerSetup:
     """Where and how a run's pictures are made."""
 
-    engine: Engine = "local"
+    engine: PoolEngine = "local"
     address: str | None = None
     workers: int | None = None
     threads: int = 1
@@ -49,12 +49,12 @@ class Machine:
 
 
 def describe(
-    plan: Plan, machine: Machine, *, rules: Rules, split: str, metrics: Sequence[str]
+    plan: EvaluationPlan, worker_setup: WorkerSetup, *, rules: Rules, split: str, metrics: Sequence[str]
 ) -> dict[str, Any]:
     """What `run.json` says; all but `hardware`, `metrics` and `started` must stay for a run to go on."""
     from ..models.loading import pick_device, pick_dtype
 
-    device = pick_device(machine.device)
+    device = pick_device(worker_setup.device)
     return {
         "recipes": {name: recipe.canonical() for name, recipe in plan.recipes.items()},
         "local_models": {name: marks for name, recipe in plan.recipes.items() if (marks := _marks(recipe))},
@@ -66,12 +66,12 @@ def describe(
             "stress": list(plan.stresses),
             "shard": "{}/{}".format(*plan.shard),
             "device": device.type,
-            "dtype": str(pick_dtype(machine.dtype, device)).removeprefix("torch."),
-            "threads": machine.threads,
+            "dtype": str(pick_dtype(worker_setup.dtype, device)).removeprefix("torch."),
+            "threads": worker_setup.threads,
         },
         "versions": dict(installed_versions()),
         "metrics": list(metrics),
-        "hardware": hardware() | {"engine": machine.engine},
+        "hardware": hardware() | {"engine": worker_setup.engine},
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 
@@ -108,7 +108,7 @@ def default_metrics(recipes: Mapping[str, Recipe], rules: Rules) -> list[str]:
     return [name for name in chosen if name in known and not missing_modules(known[name])]
 
 
-def check_machine(recipes: Mapping[str, Recipe], machine: Machine) -> None:
+def check_machine(recipes: Mapping[str, Recipe], worker_setup: WorkerSetup) -> None:
     """Refuse what this machine cannot do; asked before any model is fetched. A cluster speaks for itself.
 
     Raises:
@@ -117,28 +117,30 @@ def check_machine(recipes: Mapping[str, Recipe], machine: Machine) -> None:
     """
     from ..models.loading import pick_device, pick_dtype
 
-    if machine.engine == "local":
+    if worker_setup.engine == "local":
         for recipe in recipes.values():
-            check_device(recipe, machine.device)
-    pick_dtype(machine.dtype, pick_device("auto" if machine.engine == "ray" else machine.device))
+            check_device(recipe, worker_setup.device)
+    pick_dtype(
+        worker_setup.dtype, pick_device("auto" if worker_setup.engine == "ray" else worker_setup.device)
+    )
 
 
 def people(
     folder: Path,
     recipes: Mapping[str, Recipe],
-    machine: Machine,
+    worker_setup: WorkerSetup,
     settings: Settings,
     log: Callable[[str], None],
 ) -> People:
     """What makes identities, the models of all recipes fetched."""
     packs: dict[str, Path] = {}
     for recipe in recipes.values():
-        packs[str(recipe.model.face)] = fetch(recipe, settings, offline=machine.offline)["face"]
+        packs[str(recipe.model.face)] = fetch(recipe, settings, offline=worker_setup.offline)["face"]
 
     def analyzer(pack: Path) -> FaceAnalyzer:
         from ..identity.analyzer import load_face_models
 
-        found = load_face_models(pack, device=_beside(machine))
+        found = load_face_models(pack, device=_beside(worker_setup))
         if found.note:
             log(found.note)
         return found
@@ -146,18 +148,24 @@ def people(
     return People(folder, {face: functools.partial(analyzer, pack) for face, pack in packs.items()}, log)
 
 
-def pool(plan: Plan, machine: Machine) -> Pool:
+def pool(plan: EvaluationPlan, worker_setup: WorkerSetup) -> Pool:
     """The workers of a run."""
-    factory = MakerFactory(plan.recipes, machine.dtype, machine.offline, machine.threads)
-    if machine.engine == "ray":
-        return RayPool(factory, address=machine.address, workers=machine.workers, device=machine.device)
-    if machine.address is not None:
+    factory = MakerFactory(plan.recipes, worker_setup.dtype, worker_setup.offline, worker_setup.threads)
+    if worker_setup.engine == "ray":
+        return RayPool(
+            factory, address=worker_setup.address, workers=worker_setup.workers, device=worker_setup.device
+        )
+    if worker_setup.address is not None:
         raise UsageError("--address belongs to --engine ray", "leave it out, or add --engine ray")
-    return LocalPool(factory, local_devices(machine.device, machine.workers))
+    return LocalPool(factory, local_devices(worker_setup.device, worker_setup.workers))
 
 
 def scoring(
-    names: Sequence[str], recipes: Mapping[str, Recipe], machine: Machine, rules: Rules, settings: Settings
+    names: Sequence[str],
+    recipes: Mapping[str, Recipe],
+    worker_setup: WorkerSetup,
+    rules: Rules,
+    settings: Settings,
 ) -> Scoring:
     """Metrics by name, their files fetched now and their models loaded beside the first pictures.
 
@@ -171,9 +179,9 @@ def scoring(
     roles = {role for metric in metrics for role in metric.needs.roles}
     by_role = _roles(roles, recipes)
     wanted = {name: resolve(name) for metric in metrics for name in metric.needs.artifacts} | by_role
-    found = Store(settings, offline=machine.offline).ensure(list(wanted.values()))
-    context = Context({name: found[one.name] for name, one in wanted.items()}, _beside(machine), rules)
-    return Scoring(metrics, functools.partial(_load, list(names), context, machine.threads))
+    found = Store(settings, offline=worker_setup.offline).ensure(list(wanted.values()))
+    context = Context({name: found[one.name] for name, one in wanted.items()}, _beside(worker_setup), rules)
+    return Scoring(metrics, functools.partial(_load, list(names), context, worker_setup.threads))
 
 
 def _roles(roles: set[str], recipes: Mapping[str, Recipe]) -> dict[str, Any]:
@@ -207,8 +215,8 @@ def _load(names: Sequence[str], context: Context, threads: int) -> list[Metric]:
     return metrics
 
 
-def _beside(machine: Machine) -> str:
+def _beside(worker_setup: WorkerSetup) -> str:
     """The device of what is not generation: scoring and faces."""
     from ..models.loading import pick_device
 
-    return str(pick_device(machine.device if machine.engine == "local" else "auto"))
+    return str(pick_device(worker_setup.device if worker_setup.engine == "local" else "auto"))

@@ -17,9 +17,9 @@ from fastface_cli.errors import DeviceError, NoFaceError
 from fastface_cli.evaluation import runner
 from fastface_cli.evaluation.dataset import Dataset, Subject
 from fastface_cli.evaluation.engines import Lost, Outcome, Pool, work
-from fastface_cli.evaluation.maker import Factory, Job, Made, failed
+from fastface_cli.evaluation.maker import Factory, ImageOutcome, ImageTask, failed
 from fastface_cli.evaluation.metrics.base import Column, Context, Needs, Sample, Scores
-from fastface_cli.evaluation.runner import Plan
+from fastface_cli.evaluation.runner import EvaluationPlan
 from fastface_cli.evaluation.scoring import Judged, Load, ToScore, judging
 from fastface_cli.identity.identity import Identity
 from fastface_cli.output.images import encode_png
@@ -35,12 +35,14 @@ def dataset(people: int = 3, prompts: int = 4) -> Dataset:
     return Dataset("made-up", subjects, texts, "hash", dict.fromkeys(names, "mark"))
 
 
-def plan(people: int = 3, prompts: int = 4, *, recipes: tuple[str, ...] = ("pocket",), **more) -> Plan:
+def plan(
+    people: int = 3, prompts: int = 4, *, recipes: tuple[str, ...] = ("pocket",), **more
+) -> EvaluationPlan:
     known = {name: load_recipe("pocket").recipe.model_copy(update={"name": name}) for name in recipes}
-    return Plan(known, dataset(people, prompts), **more)
+    return EvaluationPlan(known, dataset(people, prompts), **more)
 
 
-def info(of: Plan) -> dict:
+def info(of: EvaluationPlan) -> dict:
     return {
         "recipes": {name: recipe.canonical() for name, recipe in of.recipes.items()},
         "dataset": of.dataset.record(),
@@ -74,17 +76,17 @@ class People:
         return somebody()
 
 
-def picture(job: Job) -> bytes:
+def image(task: ImageTask) -> bytes:
     """A plain picture whose color is of the row's seed."""
-    color = (job.row.seed % 256, job.row.seed // 256 % 256, len(job.row.recipe))
+    color = (task.row.seed % 256, task.row.seed // 256 % 256, len(task.row.recipe))
     return encode_png(Image.new("RGB", (SIDE, SIDE), color))
 
 
-def make(job: Job) -> Made:
+def make(task: ImageTask) -> ImageOutcome:
     """What a worker does, in a moment."""
-    if job.row.prompt == "too large":
-        return failed(job.row, DeviceError("out of memory on cpu"))
-    return Made(job.row, picture(job))
+    if task.row.prompt == "too large":
+        return failed(task.row, DeviceError("out of memory on cpu"))
+    return ImageOutcome(task.row, image(task))
 
 
 def plain(device: str):
@@ -92,9 +94,9 @@ def plain(device: str):
 
 
 def slow(device: str):
-    def one(job: Job) -> Made:
+    def one(task: ImageTask) -> ImageOutcome:
         time.sleep(0.02)
-        return make(job)
+        return make(task)
 
     return one
 
@@ -112,14 +114,14 @@ class Dying:
     def __call__(self, device: str):
         return self.one
 
-    def one(self, job: Job) -> Made:
-        if job.row.prompt == self.prompt:
+    def one(self, task: ImageTask) -> ImageOutcome:
+        if task.row.prompt == self.prompt:
             for attempt in range(self.times):
-                mark = self.folder / f"{job.row.key.replace('/', '-')}.{attempt}"
+                mark = self.folder / f"{task.row.key.replace('/', '-')}.{attempt}"
                 if not mark.exists():
                     mark.touch()
                     os.kill(os.getpid(), signal.SIGKILL)
-        return make(job)
+        return make(task)
 
 
 class Here(Pool):
@@ -130,18 +132,18 @@ class Here(Pool):
         self.closed = False
         self.sent = 0
         self._one = work(factory, "cpu")
-        self._waiting: deque[tuple[int, Job]] = deque()
+        self._waiting: deque[tuple[int, ImageTask]] = deque()
 
     def start(self, slot: int) -> None:
         pass
 
-    def send(self, slot: int, job: Job) -> None:
+    def send(self, slot: int, task: ImageTask) -> None:
         self.sent += 1
-        self._waiting.append((slot, job))
+        self._waiting.append((slot, task))
 
     def wait(self) -> list[tuple[int, Outcome]]:
-        slot, job = self._waiting.pop()
-        return [(slot, self._one(job))]
+        slot, task = self._waiting.pop()
+        return [(slot, self._one(task))]
 
     def close(self) -> None:
         self.closed = True
@@ -214,7 +216,7 @@ class Endless(Brightness):
         return []
 
 
-class Judge:
+class ScoringInPlace:
     """A judge that is this process."""
 
     def __init__(self, load: Load) -> None:
@@ -237,8 +239,8 @@ class Judge:
 class Scoring(runner.Scoring):
     """Scoring in this process."""
 
-    def judge(self) -> Judge:
-        return Judge(self.load)
+    def judge(self) -> ScoringInPlace:
+        return ScoringInPlace(self.load)
 
 
 def scoring(metric: Brightness | None = None, *, process: bool = False) -> runner.Scoring:

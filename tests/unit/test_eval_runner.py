@@ -21,11 +21,11 @@ from support import eval_stand_ins as stand_in
 
 from fastface_cli.errors import DeviceError, FastFaceError, ModelUnavailableError, UsageError
 from fastface_cli.evaluation.engines import LocalPool, RayPool, make_all
-from fastface_cli.evaluation.maker import Job
+from fastface_cli.evaluation.maker import ImageTask
 from fastface_cli.evaluation.merge import merge
 from fastface_cli.evaluation.rows import Row, image_seed, row_key
-from fastface_cli.evaluation.runner import Watch, generate, joined, score
-from fastface_cli.evaluation.runs import Log, Run, compare, read_lines
+from fastface_cli.evaluation.runner import RunObserver, generate, joined, score
+from fastface_cli.evaluation.runs import RowLog, Run, compare, read_lines
 from fastface_cli.evaluation.scoring import CHUNK, Chunks
 
 
@@ -124,17 +124,17 @@ def test_a_torn_line_counts_as_never_written(tmp_path):
     path = tmp_path / "log.jsonl"
     path.write_bytes(b'{"a": 1}\n' + b"\0" * 9 + b'\n{"a": 2}\n{"a": 3')
     assert [record["a"] for record in read_lines(path)] == [1, 2]
-    log = Log(path)
+    log = RowLog(path)
     log.append([{"a": 4}])
     log.close()
     assert [record["a"] for record in read_lines(path)] == [1, 2, 4]
     path.write_bytes(b"x" * 200_000)
-    Log(path).close()
+    RowLog(path).close()
     assert path.read_bytes() == b""
 
 
 def test_a_disk_that_takes_a_part_of_a_line_gets_the_rest(tmp_path, monkeypatch):
-    log = Log(tmp_path / "log.jsonl")
+    log = RowLog(tmp_path / "log.jsonl")
     whole = log._file.write
 
     class Slow:
@@ -232,7 +232,9 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path, name, content, said)
 def test_every_image_is_made_and_scored_in_fixed_chunks(tmp_path):
     plan, metric = stand_in.plan(5, 7, recipes=("one", "two")), stand_in.Brightness()
     made, scored = [], []
-    rows = run_all(tmp_path / "run", plan, metric=metric, watch=Watch(made=made.append, scored=scored.append))
+    rows = run_all(
+        tmp_path / "run", plan, metric=metric, observer=RunObserver(made=made.append, scored=scored.append)
+    )
     assert [row.key for row in rows] == sorted(row.key for row in plan.rows())
     assert sum(made) == sum(scored) == 70
     assert all(row.scores["brightness"] == row.seed % 256 for row in rows)
@@ -305,7 +307,7 @@ def test_cut_off_anywhere_and_taken_up_the_numbers_are_the_same(tmp_path):
                 raise CutError
 
         try:
-            cut = run_all(tmp_path / "cut", plan, watch=Watch(made=made))
+            cut = run_all(tmp_path / "cut", plan, observer=RunObserver(made=made))
         except CutError:
             cuts += 1
             for name in ("generated.jsonl", "scores.jsonl"):
@@ -409,7 +411,7 @@ def test_a_run_that_is_stopped_ends_its_scoring_process_at_once(tmp_path):
     with Run.open(tmp_path / "run", stand_in.info(plan)) as run:
         scoring = stand_in.scoring(stand_in.Endless(), process=True)
         with pytest.raises(KeyboardInterrupt):
-            generate(run, plan, stand_in.Here, stand_in.People(), scoring, watch=Watch(made=made))
+            generate(run, plan, stand_in.Here, stand_in.People(), scoring, observer=RunObserver(made=made))
         assert len(run.rows()) == plan.count()
         assert run.scores() == {}
     assert time.monotonic() - began < 60
@@ -429,7 +431,7 @@ def test_memory_stays_flat_over_2000_rows(tmp_path):
 
     tracemalloc.start()
     try:
-        run_all(tmp_path / "run", plan, watch=Watch(scored=scored))
+        run_all(tmp_path / "run", plan, observer=RunObserver(scored=scored))
     finally:
         tracemalloc.stop()
     assert sizes[2000] - sizes[512] < 500_000, sizes  # 1,500 rows held would be 2,000,000
@@ -438,22 +440,22 @@ def test_memory_stays_flat_over_2000_rows(tmp_path):
 # -------------------------------------------------------------------------------------------- workers
 
 
-def jobs(plan) -> list[Job]:
-    return [Job(row, stand_in.somebody()) for row in plan.rows()]
+def tasks(plan) -> list[ImageTask]:
+    return [ImageTask(row, stand_in.somebody()) for row in plan.rows()]
 
 
 def test_processes_make_what_this_process_makes(tmp_path):
     plan = stand_in.plan(2, 3)
-    made = list(make_all(LocalPool(stand_in.plain, ["cpu", "cpu"]), jobs(plan)))
-    assert {one.row.key: one.picture for one in made} == {
-        job.row.key: stand_in.picture(job) for job in jobs(plan)
+    made = list(make_all(LocalPool(stand_in.plain, ["cpu", "cpu"]), tasks(plan)))
+    assert {outcome.row.key: outcome.image for outcome in made} == {
+        task.row.key: stand_in.image(task) for task in tasks(plan)
     }
 
 
 def test_a_killed_workers_image_is_made_by_another(tmp_path):
     plan, said = stand_in.plan(2, 3), []
     pool = LocalPool(stand_in.Dying(tmp_path, "prompt 1", 1), ["cpu", "cpu"])
-    made = list(make_all(pool, jobs(plan), said.append))
+    made = list(make_all(pool, tasks(plan), said.append))
     assert len(said) == 2
     assert "ended by SIGKILL" in said[0]
     assert all(one.row.error is None for one in made)
@@ -463,7 +465,7 @@ def test_a_killed_workers_image_is_made_by_another(tmp_path):
 def test_an_image_that_costs_every_worker_fails_alone(tmp_path):
     plan, said = stand_in.plan(1, 3), []
     made = list(
-        make_all(LocalPool(stand_in.Dying(tmp_path, "prompt 1", 9), ["cpu"]), jobs(plan), said.append)
+        make_all(LocalPool(stand_in.Dying(tmp_path, "prompt 1", 9), ["cpu"]), tasks(plan), said.append)
     )
     assert len(said) == 3
     errors = {one.row.prompt: one.row.error for one in made}
@@ -474,14 +476,14 @@ def test_an_image_that_costs_every_worker_fails_alone(tmp_path):
 def test_workers_that_cannot_start_end_the_run():
     pool = stand_in.Here(stand_in.broken)
     with pytest.raises(FastFaceError, match="no such device") as caught:
-        list(make_all(pool, jobs(stand_in.plan())))
+        list(make_all(pool, tasks(stand_in.plan())))
     assert (caught.value.exit_code, caught.value.hint, pool.closed) == (4, "another one", True)
 
 
 def test_losing_every_worker_ends_the_run():
     pool = stand_in.Losing()
     with pytest.raises(FastFaceError, match="6 workers in a row were lost"):
-        list(make_all(pool, jobs(stand_in.plan(5, 5))))
+        list(make_all(pool, tasks(stand_in.plan(5, 5))))
     assert pool.closed
 
 

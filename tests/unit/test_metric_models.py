@@ -12,6 +12,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from fastface_cli.errors import ModelUnavailableError
+from fastface_cli.evaluation.metrics import clip as clip_module
 from fastface_cli.evaluation.metrics.aesthetic import LAYERS, WIDTHS, Aesthetic, read_pickle, regression
 from fastface_cli.evaluation.metrics.base import Context, Sample
 from fastface_cli.evaluation.metrics.clip import (
@@ -20,15 +21,14 @@ from fastface_cli.evaluation.metrics.clip import (
     MEAN,
     Clip,
     PocketClip,
-    centred,
     load_clip,
     prepare,
+    to_tensor,
 )
 from fastface_cli.evaluation.metrics.face_clip import FaceClip, crops
 from fastface_cli.evaluation.metrics.image_reward import DEVIATION as IR_DEVIATION
 from fastface_cli.evaluation.metrics.image_reward import MEAN as IR_MEAN
 from fastface_cli.evaluation.metrics.image_reward import ImageReward, Towers, our_name, read_words
-from fastface_cli.evaluation.metrics.memory import Memory
 from fastface_cli.evaluation.metrics.mtcnn import SHAPES, Mtcnn, moved, squared, suppress
 from fastface_cli.store.manifest import load_manifest
 
@@ -50,7 +50,7 @@ def test_pictures_are_prepared_as_transformers_does(size: tuple[int, int]) -> No
 
     picture = photo(size)
     theirs = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=32)(picture, return_tensors="np")
-    ours = prepare(centred(picture), 32).numpy()
+    ours = prepare(to_tensor(picture), 32).numpy()
     apart = np.abs(ours - theirs.pixel_values[0]) * np.array(DEVIATION)[:, None, None] * 255
     assert ours.shape == (3, 32, 32)
     assert np.median(apart) < 0.6
@@ -93,13 +93,13 @@ def test_clip_is_the_cosine_of_the_models_own_features(clip_folder: Path) -> Non
 
     clip = load_clip(clip_folder, "cpu")
     prompts, pictures = ["a man in a hat", "a woman"], [photo((50, 40), 1), photo((40, 64), 2)]
-    texts, vectors = clip.texts(prompts), clip.pictures(pictures)
+    texts, vectors = clip.texts(prompts), clip.images(pictures)
     model = CLIPModel.from_pretrained(clip_folder).eval()
     words = CLIPTokenizer.from_pretrained(clip_folder)
     with torch.no_grad():
         for prompt, picture, text, vector in zip(prompts, pictures, texts, vectors, strict=True):
             given = words([prompt], return_tensors="pt")  # not padded: padding changes nothing
-            pixels = prepare(centred(picture), 32)[None]
+            pixels = prepare(to_tensor(picture), 32)[None]
             output = model(input_ids=given.input_ids, pixel_values=pixels)
             assert text == pytest.approx(output.text_embeds[0].numpy(), abs=1e-5)
             assert vector == pytest.approx(output.image_embeds[0].numpy(), abs=1e-5)
@@ -116,6 +116,32 @@ def test_a_clip_that_lacks_weights_is_refused(clip_folder: Path, tmp_path: Path)
         load_clip(tmp_path, "cpu")
 
 
+def test_clip_embeds_each_image_and_prompt_once_and_drops_the_oldest(monkeypatch) -> None:
+    monkeypatch.setattr(clip_module, "CACHE_SIZE", 2)
+    batches: list[int] = []
+    prompts_read: list[str] = []
+
+    def texts(prompts: list[str]) -> torch.Tensor:
+        prompts_read.extend(prompts)
+        return torch.ones(len(prompts), 3)
+
+    def images(pixels: torch.Tensor) -> torch.Tensor:
+        batches.append(len(pixels))
+        return pixels.mean(dim=(2, 3))
+
+    clip = Clip(texts, images, 32, "cpu")
+    a, b, c, d, e = (photo((32, 32), seed) for seed in range(5))
+    vectors = clip.images([a, b, a])
+    assert (vectors[0] == vectors[2]).all()
+    assert (vectors[0] != vectors[1]).any()
+    assert (clip.images([a, c, d, e])[0] == vectors[0]).all()  # more than the cache holds, one of them cached
+    clip.images([e, a])
+    assert batches == [2, 3, 1]
+    clip.texts(["x", "y", "x"])
+    clip.texts(["y", "z", "x"])
+    assert prompts_read == ["x", "y", "z", "x"]
+
+
 def test_the_pockets_clip_scores_offline_and_the_same_in_any_batch() -> None:
     metric = PocketClip()
     paths = {name: Path(str(load_manifest()[name].local)) for name in metric.needs.artifacts}
@@ -128,8 +154,7 @@ def test_the_pockets_clip_scores_offline_and_the_same_in_any_batch() -> None:
     assert together == pytest.approx(alone, abs=1e-5)
     prompts = [f"a photo of number {n}" for n in range(7)]
     whole = again._clip.texts(prompts)
-    metric._clip._told = Memory()
-    assert (np.concatenate([metric._clip.texts([one]) for one in prompts]) == whole).all()  # to the bit
+    assert (np.concatenate([metric._clip.texts([one]) for one in prompts]) == whole).all()
     assert all(-1 <= value <= 1 for value in together)
     assert len(set(together)) == 3
 
@@ -152,7 +177,7 @@ def test_the_aesthetic_score_is_the_chain_of_its_linear_maps(tmp_path: Path) -> 
     vector = F.normalize(torch.randn(1, 768))
 
     class One(Clip):
-        def pictures(self, pictures) -> np.ndarray:
+        def images(self, pictures) -> np.ndarray:
             return np.repeat(vector.numpy(), len(pictures), axis=0)
 
     clip = One(lambda prompts: vector, lambda pixels: vector, 8, "cpu")

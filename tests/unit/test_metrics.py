@@ -31,7 +31,7 @@ from fastface_cli.evaluation.metrics.identity import (
     rank_first,
     verify,
 )
-from fastface_cli.evaluation.metrics.memory import Memory, digest
+from fastface_cli.evaluation.metrics.image_cache import image_key
 from fastface_cli.evaluation.rows import Row
 from fastface_cli.evaluation.summary import summarize
 
@@ -308,19 +308,5 @@ def test_cost_is_what_the_run_noted() -> None:
     assert finish_run([Cost()], rows, {}) == {"r/a0": {"seconds": 1.5, "unet_samples": 10}}
 
 
-def test_memory_answers_once_and_forgets_the_longest_unused() -> None:
-    asked: list[list[str]] = []
-    memory: Memory[str] = Memory(kept=2)
-
-    def ask(*keys: str) -> list[str]:
-        def find(places: list[int]) -> list[str]:
-            asked.append([keys[place] for place in places])
-            return [keys[place].upper() for place in places]
-
-        return memory.many(keys, find)
-
-    assert ask("a", "b", "a") == ["A", "B", "A"]
-    assert ask("a", "c", "d", "e") == ["A", "C", "D", "E"]  # more than it keeps, an old one among them
-    assert ask("e", "a") == ["E", "A"]
-    assert asked == [["a", "b"], ["c", "d", "e"], ["a"]]
-    assert digest(BLANK) == digest(BLANK.copy()) != digest(Image.new("RGB", (50, 200)))
+def test_image_key_depends_on_pixels_and_size_only() -> None:
+    assert image_key(BLANK) == image_key(BLANK.copy()) != image_key(Image.new("RGB", (50, 200)))

@@ -100,7 +100,7 @@ class Aesthetic:
 
     def score(self, samples: Sequence[Sample]) -> list[Scores]:
         """See `Metric`."""
-        vectors = self._clip.pictures([sample.picture for sample in samples])
+        vectors = self._clip.images([sample.picture for sample in samples])
         return [{"aesthetic": float(value)} for value in predict(self._head, vectors)]
 
 

@@ -136,7 +136,7 @@ class RunMetric(Metric, Protocol):
 
 
 @dataclass(frozen=True)
-class Scored:
+class SampleResult:
     """What came of one sample."""
 
     scores: Scores
@@ -146,10 +146,10 @@ class Scored:
     """By "METRIC/NAME"."""
 
 
-def score_batch(metrics: Sequence[Metric], samples: Sequence[Sample]) -> list[Scored]:
+def score_batch(metrics: Sequence[Metric], samples: Sequence[Sample]) -> list[SampleResult]:
     """Every metric on a batch. Where a metric fails on the batch, each sample is tried alone, and the one
     that cannot be scored records why: it never costs the others theirs."""
-    found = [Scored({}, {}, {}) for _ in samples]
+    found = [SampleResult({}, {}, {}) for _ in samples]
     for metric in metrics:
         try:
             _score(metric, samples, found)
@@ -165,7 +165,7 @@ def score_batch(metrics: Sequence[Metric], samples: Sequence[Sample]) -> list[Sc
     return found
 
 
-def _score(metric: Metric, samples: Sequence[Sample], found: Sequence[Scored]) -> None:
+def _score(metric: Metric, samples: Sequence[Sample], found: Sequence[SampleResult]) -> None:
     given = metric.score(samples)
     vectors: Sequence[Mapping[str, np.ndarray]] = [{} for _ in samples]
     if isinstance(metric, RunMetric):
@@ -180,7 +180,7 @@ def _score(metric: Metric, samples: Sequence[Sample], found: Sequence[Scored]) -
         scored.vectors.update({f"{metric.name}/{name}": vector for name, vector in named.items()})
 
 
-def _record(metric: Metric, error: Exception, scored: Scored) -> None:
+def _record(metric: Metric, error: Exception, scored: SampleResult) -> None:
     known = error if isinstance(error, FastFaceError) else unexpected(error)
     scored.errors[metric.name] = {"kind": known.kind, "message": known.message}
 
@@ -192,7 +192,7 @@ def finish_run(
 
     Args:
         rows: every row of the run, scored.
-        vectors: by key and "METRIC/NAME", as `Scored.vectors`.
+        vectors: by key and "METRIC/NAME", as `SampleResult.vectors`.
     """
     found: dict[str, Scores] = {}
     for metric in metrics:

@@ -1,4 +1,4 @@
-"""Does the picture show what the prompt says: cosines of CLIP embeddings."""
+"""Prompt following: cosine similarity of the CLIP embeddings of prompt and image."""
 
 from __future__ import annotations
 
@@ -7,68 +7,75 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
+from cachetools import LRUCache, cachedmethod
 from PIL import Image
 
 from ...errors import ModelUnavailableError
 from .base import Column, Context, Needs, Sample, Scores
-from .memory import Memory, digest
+from .image_cache import CACHE_SIZE, image_key
 
 if TYPE_CHECKING:
     import torch
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 DEVIATION = (0.26862954, 0.26130258, 0.27577711)
-"""Of the pictures that CLIP was trained on, by channel."""
+"""Mean and standard deviation per channel of the images that CLIP was trained on."""
 TOKENS = 77
-"""Longer prompts are cut: CLIP reads no more."""
+"""Longer prompts are truncated: the limit of CLIP."""
 
 
 class Clip:
-    """A pair of CLIP towers that share a space.
+    """A text tower and a vision tower that share one embedding space.
 
     Args:
         texts: prompts -> [n, d].
-        pictures: prepared pixels [n, 3, side, side] -> [n, d].
-        side: of the pixels that the vision tower reads.
-        device: where both are.
+        images: prepared pixels [n, 3, side, side] -> [n, d].
+        side: input size of the vision tower in pixels.
+        device: device of both towers.
     """
 
     def __init__(
         self,
         texts: Callable[[list[str]], torch.Tensor],
-        pictures: Callable[[torch.Tensor], torch.Tensor],
+        images: Callable[[torch.Tensor], torch.Tensor],
         side: int,
         device: str,
     ) -> None:
         self._texts = texts
-        self._pictures = pictures
+        self._images = images
         self.side = side
         self.device = device
-        self._told: Memory[np.ndarray] = Memory()
-        self._seen: Memory[np.ndarray] = Memory()
+        self._prompt_cache: LRUCache[Any, np.ndarray] = LRUCache(CACHE_SIZE)
+        self._image_cache: LRUCache[bytes, np.ndarray] = LRUCache(CACHE_SIZE)
 
     def texts(self, prompts: Sequence[str]) -> np.ndarray:
-        """Unit vectors of prompts, [n, d] float32; remembered. Each is read alone: which of them are new
-        depends on where a run was cut off, and batches of other sizes round differently."""
-        found = self._told.many(
-            prompts, lambda new: [self._unit(self._texts, [prompts[place]])[0] for place in new]
-        )
-        return np.stack(found)
+        """Return unit vectors of prompts, [n, d] float32; cached."""
+        return np.stack([self._text(prompt) for prompt in prompts])
 
-    def pictures(self, pictures: Sequence[Image.Image]) -> np.ndarray:
-        """Unit vectors of pictures, [n, d] float32; remembered."""
-        keys = [digest(picture) for picture in pictures]
-        found = self._seen.many(
-            keys, lambda new: list(self.tensors([centred(pictures[place]) for place in new]))
-        )
-        return np.stack(found)
+    @cachedmethod(lambda self: self._prompt_cache)
+    def _text(self, prompt: str) -> np.ndarray:
+        # Not in batches: which prompts are new depends on where a run was interrupted, and results round
+        # differently in batches of different sizes.
+        vector: np.ndarray = self._unit(self._texts, [prompt])[0]
+        return vector
 
-    def tensors(self, pictures: Sequence[torch.Tensor]) -> np.ndarray:
-        """Unit vectors of pictures given as [3, height, width] in [-1, 1], [n, d] float32."""
+    def images(self, images: Sequence[Image.Image]) -> np.ndarray:
+        """Return unit vectors of images, [n, d] float32; cached."""
+        keys = [image_key(image) for image in images]
+        vectors = {key: self._image_cache[key] for key in keys if key in self._image_cache}
+        missing = {key: image for key, image in zip(keys, images, strict=True) if key not in vectors}
+        if missing:
+            embedded = self.tensors([to_tensor(image) for image in missing.values()])
+            vectors.update(zip(missing, embedded, strict=True))
+            self._image_cache.update(vectors)
+        return np.stack([vectors[key] for key in keys])
+
+    def tensors(self, images: Sequence[torch.Tensor]) -> np.ndarray:
+        """Return unit vectors of images given as [3, height, width] in [-1, 1], [n, d] float32."""
         import torch
 
-        pixels = torch.stack([prepare(one.to(self.device), self.side) for one in pictures])
-        return self._unit(self._pictures, pixels)
+        pixels = torch.stack([prepare(image.to(self.device), self.side) for image in images])
+        return self._unit(self._images, pixels)
 
     @staticmethod
     def _unit(tower: Callable[[Any], torch.Tensor], given: Any) -> np.ndarray:
@@ -79,20 +86,20 @@ class Clip:
             return np.asarray((vectors / vectors.norm(dim=-1, keepdim=True)).cpu().numpy())
 
 
-def centred(picture: Image.Image) -> torch.Tensor:
-    """A picture as [3, height, width] float32 in [-1, 1]."""
+def to_tensor(image: Image.Image) -> torch.Tensor:
+    """Return an image as [3, height, width] float32 in [-1, 1]."""
     import torch
 
-    pixels = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
+    pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
     return pixels.float() / 127.5 - 1
 
 
-def prepare(picture: torch.Tensor, side: int) -> torch.Tensor:
-    """What the vision tower reads of a picture: shorter side scaled to `side` (bicubic), the middle of the
-    longer one, normalized. On floats without rounding between, as the published evaluation does.
+def prepare(image: torch.Tensor, side: int) -> torch.Tensor:
+    """Prepare an image for the vision tower: scale the shorter side to `side` (bicubic), crop the center and
+    normalize. All in float without rounding in between, as in the published evaluation.
 
     Args:
-        picture: [3, height, width], meant to be in [-1, 1].
+        image: [3, height, width], expected in [-1, 1].
 
     Returns:
         [3, side, side].
@@ -100,23 +107,23 @@ def prepare(picture: torch.Tensor, side: int) -> torch.Tensor:
     import torch
     from torch.nn import functional
 
-    height, width = picture.shape[1:]
+    height, width = image.shape[1:]
     short = min(height, width)
     size = (int(side * height / short), int(side * width / short))
-    pixels = (picture + 1) / 2
+    pixels = (image + 1) / 2
     if size != (height, width):
         pixels = functional.interpolate(pixels[None], size=size, mode="bicubic", antialias=True)[0]
     top, left = (round((length - side) / 2) for length in size)
     pixels = pixels[:, top : top + side, left : left + side]
-    mean = torch.tensor(MEAN, device=picture.device)[:, None, None]
-    return (pixels - mean) / torch.tensor(DEVIATION, device=picture.device)[:, None, None]
+    mean = torch.tensor(MEAN, device=image.device)[:, None, None]
+    return (pixels - mean) / torch.tensor(DEVIATION, device=image.device)[:, None, None]
 
 
 def load_clip(folder: Path, device: str) -> Clip:
-    """A CLIP model of the Hub, in float32.
+    """Load a CLIP model of the Hub in float32.
 
     Raises:
-        ModelUnavailableError: the folder does not hold one.
+        ModelUnavailableError: the folder does not contain one.
     """
     from transformers import CLIPModel, CLIPTokenizer
 
@@ -128,17 +135,17 @@ def load_clip(folder: Path, device: str) -> Clip:
             found: torch.Tensor = model.get_text_features(**tokens(words, prompts, device)).pooler_output
             return found
 
-        def pictures(pixels: torch.Tensor) -> torch.Tensor:
+        def images(pixels: torch.Tensor) -> torch.Tensor:
             found: torch.Tensor = model.get_image_features(pixel_values=pixels).pooler_output
             return found
 
-        return Clip(texts, pictures, int(model.config.vision_config.image_size), device)
+        return Clip(texts, images, int(model.config.vision_config.image_size), device)
 
     return _loaded(load, folder)
 
 
 def load_pocket_clip(base: Path, encoder: Path, device: str) -> Clip:
-    """The pocket stack's second text encoder and its image encoder, which were trained as a pair."""
+    """Load the pocket stack's second text encoder and its image encoder, which were trained as a pair."""
     from transformers import CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
 
     def load() -> Clip:
@@ -150,24 +157,24 @@ def load_pocket_clip(base: Path, encoder: Path, device: str) -> Clip:
             found: torch.Tensor = speaker(**tokens(words, prompts, device)).text_embeds
             return found
 
-        def pictures(pixels: torch.Tensor) -> torch.Tensor:
+        def images(pixels: torch.Tensor) -> torch.Tensor:
             found: torch.Tensor = seer(pixel_values=pixels).image_embeds
             return found
 
-        return Clip(texts, pictures, int(seer.config.image_size), device)
+        return Clip(texts, images, int(seer.config.image_size), device)
 
     return _loaded(load, encoder)
 
 
 def tokens(words: Any, prompts: list[str], device: str) -> dict[str, torch.Tensor]:
-    """What a text tower reads: ids padded to their full length. What pads comes after the end that is pooled,
-    and the towers are causal: it changes nothing."""
+    """Return token ids padded to full length. Padding does not change the result: it follows the end token
+    that is pooled, and the towers are causal."""
     given = words(prompts, padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt")
     return {"input_ids": given["input_ids"].to(device)}
 
 
 def _strictly(kind: Any, folder: Path, device: str, **options: Any) -> Any:
-    """A model in float32, every one of its weights from the folder."""
+    """Load a model in float32 and refuse one with missing weights."""
     import torch
 
     model, report = kind.from_pretrained(
@@ -175,7 +182,7 @@ def _strictly(kind: Any, folder: Path, device: str, **options: Any) -> Any:
     )
     absent = [name for name in report["missing_keys"] if not name.endswith("position_ids")]
     if absent or report["mismatched_keys"]:
-        raise ValueError(f"it lacks {next(iter(absent), 'weights of the right shape')}")
+        raise ValueError(f"it has no {next(iter(absent), 'weights of the right shape')}")
     return model.eval().requires_grad_(False).to(device)
 
 
@@ -193,7 +200,7 @@ def _loaded(load: Callable[[], Clip], folder: Path) -> Clip:
 
 
 class ClipScore:
-    """Cosine of prompt and picture; a subclass says by which CLIP."""
+    """Cosine similarity of prompt and image; subclasses choose the CLIP model."""
 
     name: str
     summary: str
@@ -208,12 +215,12 @@ class ClipScore:
     def score(self, samples: Sequence[Sample]) -> list[Scores]:
         """See `Metric`."""
         texts = self._clip.texts([sample.prompt for sample in samples])
-        pictures = self._clip.pictures([sample.picture for sample in samples])
-        return [{self.columns[0].name: float(cosine)} for cosine in (texts * pictures).sum(axis=1)]
+        images = self._clip.images([sample.picture for sample in samples])
+        return [{self.columns[0].name: float(cosine)} for cosine in (texts * images).sum(axis=1)]
 
 
 def hub_clip(context: Context, artifact: str) -> Clip:
-    """The CLIP that all metrics of a context share."""
+    """Return the CLIP model that all metrics of a context share."""
     return context.once(artifact, lambda: load_clip(context.paths[artifact], context.device))
 
 
@@ -221,38 +228,38 @@ CLIP_L14 = "clip-vit-large-patch14"
 
 
 class ClipL14(ClipScore):
-    """Cosine by CLIP ViT-L/14 (METHOD: evaluation)."""
+    """Cosine similarity by CLIP ViT-L/14."""
 
     name = "clip-l14"
-    summary = "cosine of prompt and picture by CLIP ViT-L/14"
-    columns = (Column("clip_l14", "CLIP L/14", True, "", "Cosine of prompt and picture by CLIP ViT-L/14."),)
+    summary = "cosine similarity of prompt and image by CLIP ViT-L/14"
+    columns = (Column("clip_l14", "CLIP L/14", True, "", "CLIP ViT-L/14 similarity of prompt and image."),)
     needs = Needs(artifacts=(CLIP_L14,))
 
 
 class ClipB32(ClipScore):
-    """Cosine by CLIP ViT-B/32 (METHOD: evaluation)."""
+    """Cosine similarity by CLIP ViT-B/32."""
 
     name = "clip-b32"
-    summary = "cosine of prompt and picture by CLIP ViT-B/32"
-    columns = (Column("clip_b32", "CLIP B/32", True, "", "Cosine of prompt and picture by CLIP ViT-B/32."),)
+    summary = "cosine similarity of prompt and image by CLIP ViT-B/32"
+    columns = (Column("clip_b32", "CLIP B/32", True, "", "CLIP ViT-B/32 similarity of prompt and image."),)
     needs = Needs(artifacts=("clip-vit-base-patch32",))
 
 
 class PocketClip(ClipScore):
-    """Cosine by the pocket stack's own CLIP, which knows its words and pictures and works offline.
+    """Cosine similarity by the pocket stack's own CLIP, which works offline.
 
-    The same text tower conditions the pictures: good enough to compare recipes, no independent judge.
+    The same text tower conditions the images, so this is good enough to compare recipes but not independent.
     """
 
     name = "clip-pocket"
-    summary = "cosine of prompt and picture by the pocket's own CLIP; works offline"
+    summary = "cosine similarity of prompt and image by the pocket's own CLIP; works offline"
     columns = (
         Column(
             "clip_pocket",
             "CLIP (pocket)",
             True,
             "",
-            "Cosine of prompt and picture by the pocket stack's own CLIP.",
+            "Cosine similarity of prompt and image by the pocket stack's own CLIP.",
         ),
     )
     needs = Needs(artifacts=("pocket-base", "pocket-clip"))

@@ -1,47 +1,48 @@
-"""Does the face show the style that the prompt asks for: CLIP on the face alone."""
+"""Face-CLIP score: does the face show the style that the prompt asks for? CLIP on the face crop alone."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import numpy as np
+from cachetools import LRUCache, cachedmethod
 from PIL import Image
 
 from ...identity.analyzer import Box
 from .aesthetic import broken, read_pickle
 from .base import Column, Context, Needs, Sample, Scores
 from .clip import CLIP_L14, Clip, hub_clip
-from .memory import Memory, digest
+from .image_cache import CACHE_SIZE, method_key
 from .mtcnn import Mtcnn
 
 NETWORKS = ("mtcnn-pnet", "mtcnn-rnet", "mtcnn-onet")
 
 
 class FaceClip:
-    """Cosine of the face, cut out by MTCNN's largest box, with the prompt up to its first `;`, by CLIP
-    ViT-L/14; left out unless photo and picture both show a face (METHOD: evaluation, FCS).
+    """Cosine similarity of the face crop (MTCNN's largest box) and the prompt up to its first `;`, by CLIP
+    ViT-L/14. None unless both the photo and the image show a face.
 
-    The published score gives pixels of 0..255 to a preprocessing that expects [-1, 1]. `fcs_published` has
-    that fault, `fcs` has not.
+    The published code passes pixels in 0..255 to a preprocessing step that expects [-1, 1]. `fcs_published`
+    reproduces that bug; `fcs` does not.
     """
 
     name = "face-clip"
-    summary = "Face-CLIP score: the face against the prompt's style, corrected and as published"
+    summary = "Face-CLIP score: the face crop against the style in the prompt, corrected and as published"
     columns = (
         Column(
             "fcs",
             "FCS",
             True,
             "",
-            "Cosine of the face alone with the prompt (what stands before a ';') by CLIP ViT-L/14.",
+            "Cosine similarity of the face crop and the prompt (the part before ';') by CLIP ViT-L/14.",
         ),
         Column(
             "fcs_published",
             "FCS, as published",
             True,
             "",
-            "The same with the fault of the published code, which feeds pixels of the wrong range; for "
-            "comparison with published tables only.",
+            "The same with the bug of the published code, which passes pixels in the wrong range; only for "
+            "comparison with published tables.",
         ),
     )
     needs = Needs(artifacts=(*NETWORKS, CLIP_L14))
@@ -49,7 +50,7 @@ class FaceClip:
     _mtcnn: Mtcnn
 
     def __init__(self) -> None:
-        self._boxes: Memory[Box | None] = Memory()
+        self._boxes: LRUCache[bytes, Box | None] = LRUCache(CACHE_SIZE)
 
     def load(self, context: Context) -> None:
         """See `Metric`."""
@@ -66,21 +67,23 @@ class FaceClip:
         return [self._score(sample) for sample in samples]
 
     def _score(self, sample: Sample) -> Scores:
-        found: Scores = {"fcs": None, "fcs_published": None}
-        photo, box = self._box(sample.reference), self._box(sample.picture)
-        if sample.reference is None or photo is None or box is None:
-            return found
-        told = self._clip.texts([sample.prompt.split(";")[0]])[0]
-        of_photo, of_picture = crops(sample.reference, photo), crops(sample.picture, box)
-        for name in found:
-            if of_photo[name].size and of_picture[name].size:
-                found[name] = float(self._embed(of_picture[name], published=name == "fcs_published") @ told)
-        return found
+        scores: Scores = {"fcs": None, "fcs_published": None}
+        if sample.reference is None:
+            return scores
+        photo_box, image_box = self._box(sample.reference), self._box(sample.picture)
+        if photo_box is None or image_box is None:
+            return scores
+        text = self._clip.texts([sample.prompt.split(";")[0]])[0]
+        photo_crops, image_crops = crops(sample.reference, photo_box), crops(sample.picture, image_box)
+        for name in scores:
+            if photo_crops[name].size and image_crops[name].size:
+                published = name == "fcs_published"
+                scores[name] = float(self._embed(image_crops[name], published=published) @ text)
+        return scores
 
-    def _box(self, picture: Image.Image | None) -> Box | None:
-        if picture is None:
-            return None
-        return self._boxes.once(digest(picture), lambda: self._mtcnn.largest(picture))
+    @cachedmethod(lambda self: self._boxes, key=method_key)
+    def _box(self, image: Image.Image) -> Box | None:
+        return self._mtcnn.largest(image)
 
     def _embed(self, crop: np.ndarray, *, published: bool) -> np.ndarray:
         import torch
@@ -90,13 +93,13 @@ class FaceClip:
         return vector
 
 
-def crops(picture: Image.Image, box: Box) -> dict[str, np.ndarray]:
-    """The face as [height, width, 3] uint8, by column; empty where there is nothing of it.
+def crops(image: Image.Image, box: Box) -> dict[str, np.ndarray]:
+    """Return the face crop of each column as [height, width, 3] uint8; empty if the box is outside the image.
 
-    The published code slices with the box as it is: a corner beyond the left or upper edge is negative and
-    counts from the other edge.
+    The published code slices with the unclipped box: a corner beyond the left or upper edge is negative and
+    therefore counts from the opposite edge.
     """
-    pixels = np.asarray(picture.convert("RGB"))
+    pixels = np.asarray(image.convert("RGB"))
     left, top, right, bottom = (int(side) for side in box)
     return {
         "fcs": pixels[max(top, 0) : max(bottom, 0), max(left, 0) : max(right, 0)],

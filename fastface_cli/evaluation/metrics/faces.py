@@ -1,45 +1,40 @@
-"""Faces in pictures, for metrics: which face counts, under which rules."""
+"""Find the face that metrics measure in an image."""
 
 from __future__ import annotations
 
+from cachetools import LRUCache, cachedmethod
 from PIL import Image
 
 from ...identity.analyzer import Face, FaceAnalyzer, load_face_models
 from ...identity.search import SIZES, bgr, find_faces
 from .base import Context, Rules
-from .memory import Memory, digest
+from .image_cache import CACHE_SIZE, method_key
 
 RATIO_SIZE = 320
-"""Detector size in pixels at which the published face ratio was measured: its loop over sizes never ends
-early, so that the last size counts."""
+"""Detector size in pixels of the published face ratio: the published loop over sizes never stops early, so
+the last size is used."""
 
 
 class Faces:
-    """The face of a picture, remembered. Of several, the largest counts; under the published rules the first
-    that the detector gives, which is the one it is surest of.
+    """Find one face per image and cache it. If an image has several faces, the largest is measured; under the
+    published rules, the one that the detector returns first, which has the highest confidence.
 
     Args:
         analyzer: the models of the recipe's face pack.
-        rules: `published` tries the sizes from 640 down to 320 and nothing else; otherwise pictures are
-            tried with borders too, as photos are when an identity is made.
+        rules: `published` only tries detector sizes from 640 down to 320; `fastface` also tries the image
+            with borders, as for the photos of an identity.
     """
 
     def __init__(self, analyzer: FaceAnalyzer, rules: Rules) -> None:
         self.analyzer = analyzer
         self.rules = rules
-        self._faces: Memory[Face | None] = Memory()
-        self._ratios: Memory[float] = Memory()
+        self._faces: LRUCache[bytes, Face | None] = LRUCache(CACHE_SIZE)
+        self._ratios: LRUCache[bytes, float] = LRUCache(CACHE_SIZE)
 
-    def find(self, picture: Image.Image) -> Face | None:
-        """The face that counts, None where none is found."""
-        return self._faces.once(digest(picture), lambda: self._find(picture))
-
-    def ratio(self, picture: Image.Image) -> float:
-        """Area of the face's box over the picture's; 0 without a face."""
-        return self._ratios.once(digest(picture), lambda: self._ratio(picture))
-
-    def _find(self, picture: Image.Image) -> Face | None:
-        pixels = bgr(picture)
+    @cachedmethod(lambda self: self._faces, key=method_key)
+    def find(self, image: Image.Image) -> Face | None:
+        """Return the face that is measured, or None if no face is found."""
+        pixels = bgr(image)
         if self.rules == "published":
             for size in SIZES:
                 faces = self.analyzer.detect(pixels, size)
@@ -49,20 +44,22 @@ class Faces:
         faces = find_faces(pixels, self.analyzer)
         return faces[0] if faces else None
 
-    def _ratio(self, picture: Image.Image) -> float:
+    @cachedmethod(lambda self: self._ratios, key=method_key)
+    def ratio(self, image: Image.Image) -> float:
+        """Return the area of the face box divided by the area of the image; 0 without a face."""
         if self.rules == "published":
-            faces = self.analyzer.detect(bgr(picture), RATIO_SIZE)
+            faces = self.analyzer.detect(bgr(image), RATIO_SIZE)
             face = faces[0] if faces else None
         else:
-            face = self.find(picture)
+            face = self.find(image)
         if face is None:
             return 0.0
         width, height = face.size
-        return width * height / (picture.width * picture.height)
+        return width * height / (image.width * image.height)
 
 
 def faces_of(context: Context) -> Faces:
-    """The faces that all metrics of a context share; needs the role `face`."""
+    """Return the face finder that all metrics of a context share; needs the role `face`."""
     return context.once(
         "faces", lambda: Faces(load_face_models(context.paths["face"], device=context.device), context.rules)
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+from cachetools import LRUCache, cachedmethod
 from PIL import Image
 
 from ...errors import ModelUnavailableError
@@ -16,7 +17,7 @@ from ...identity.search import bgr
 from ..rows import Row
 from .base import Column, Context, Needs, Sample, Scores
 from .faces import Faces, faces_of
-from .memory import Memory, digest
+from .image_cache import CACHE_SIZE, method_key
 
 FALSE_ACCEPTS = 0.01
 """Share of comparisons with other identities that verification may accept."""
@@ -31,7 +32,7 @@ class IdentityMetric:
     needs: Needs
 
     def __init__(self) -> None:
-        self._vectors: Memory[np.ndarray | None] = Memory()
+        self._embeddings: LRUCache[bytes, np.ndarray | None] = LRUCache(CACHE_SIZE)
 
     def load(self, context: Context) -> None:
         """See `Metric`."""
@@ -55,7 +56,7 @@ class IdentityMetric:
         """See `RunMetric`: `picture` and `photo`."""
         found = []
         for sample in samples:
-            vectors = {"picture": self.seen(sample.picture), "photo": self.seen(sample.reference)}
+            vectors = {"picture": self.embedding(sample.picture), "photo": self.embedding(sample.reference)}
             found.append({name: vector for name, vector in vectors.items() if vector is not None})
         return found
 
@@ -72,11 +73,13 @@ class IdentityMetric:
             found.update(self._against_others(group, vectors))
         return found
 
-    def seen(self, picture: Image.Image | None) -> np.ndarray | None:
-        """`describe`, remembered; None for no picture."""
-        if picture is None:
-            return None
-        return self._vectors.once(digest(picture), lambda: self.describe(picture))
+    def embedding(self, image: Image.Image | None) -> np.ndarray | None:
+        """Return the cached result of `describe`; None without an image."""
+        return None if image is None else self._cached(image)
+
+    @cachedmethod(lambda self: self._embeddings, key=method_key)
+    def _cached(self, image: Image.Image) -> np.ndarray | None:
+        return self.describe(image)
 
     def similarity(self, one: np.ndarray | None, other: np.ndarray | None) -> float | None:
         """Of two vectors; None where one is missing."""
@@ -85,9 +88,9 @@ class IdentityMetric:
         return float(self.compare(one[None], other[None])[0, 0])
 
     def _score(self, sample: Sample) -> Scores:
-        made, photo = self.seen(sample.picture), self.seen(sample.reference)
+        made, photo = self.embedding(sample.picture), self.embedding(sample.reference)
         own = self.similarity(made, photo)
-        held_out = self.similarity(made, self.seen(sample.held_out))
+        held_out = self.similarity(made, self.embedding(sample.held_out))
         return {
             self._column(""): own,
             self._column("_zero"): 0.0 if made is None and photo is not None else own,
@@ -221,7 +224,7 @@ class ConditioningIdentity(IdentityMetric):
         return None if face is None else self._faces.analyzer.embed(bgr(picture), face)
 
     def _score(self, sample: Sample) -> Scores:
-        found = self.seen(sample.picture) is not None
+        found = self.embedding(sample.picture) is not None
         ratio = self._faces.ratio(sample.picture)
         return {**super()._score(sample), "face_found": float(found), "face_ratio": ratio}
 

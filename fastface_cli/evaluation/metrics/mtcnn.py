@@ -34,7 +34,7 @@ SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
 }  # fmt: skip
 """Weights of each network; `prelu` layers have one number a channel."""
 
-Weights: TypeAlias = Mapping[str, "torch.Tensor"]
+MtcnnWeights: TypeAlias = Mapping[str, "torch.Tensor"]
 Network: TypeAlias = Callable[["torch.Tensor"], tuple[np.ndarray, np.ndarray]]
 
 
@@ -49,7 +49,9 @@ class Mtcnn:
         ValueError: a weight is missing or of another shape.
     """
 
-    def __init__(self, pnet: Weights, rnet: Weights, onet: Weights, device: str = "cpu") -> None:
+    def __init__(
+        self, pnet: MtcnnWeights, rnet: MtcnnWeights, onet: MtcnnWeights, device: str = "cpu"
+    ) -> None:
         self._device = device
         states = {"pnet": pnet, "rnet": rnet, "onet": onet}
         for name, state in states.items():
@@ -203,7 +205,7 @@ def _scaled(pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return (functional.interpolate(pixels, size=size, mode="area") - 127.5) / 128
 
 
-def _convolved(x: torch.Tensor, state: Weights, number: int) -> torch.Tensor:
+def _convolved(x: torch.Tensor, state: MtcnnWeights, number: int) -> torch.Tensor:
     from torch.nn import functional
 
     x = functional.conv2d(x, state[f"conv{number}.weight"], state[f"conv{number}.bias"])
@@ -216,7 +218,7 @@ def _pooled(x: torch.Tensor, side: int) -> torch.Tensor:
     return functional.max_pool2d(x, side, 2, ceil_mode=True)
 
 
-def _judged(x: torch.Tensor, state: Weights, number: int) -> tuple[np.ndarray, np.ndarray]:
+def _judged(x: torch.Tensor, state: MtcnnWeights, number: int) -> tuple[np.ndarray, np.ndarray]:
     """The dense end of the later networks. The weights were trained on channels last, columns before rows."""
     from torch.nn import functional
 
@@ -229,7 +231,7 @@ def _judged(x: torch.Tensor, state: Weights, number: int) -> tuple[np.ndarray, n
     return probability.cpu().numpy(), dense(x, f"dense{number + 1}_2").cpu().numpy()
 
 
-def _check(network: str, state: Weights) -> None:
+def _check(network: str, state: MtcnnWeights) -> None:
     for name, shape in SHAPES[network].items():
         if f"{name}.weight" not in state or tuple(state[f"{name}.weight"].shape) != shape:
             raise ValueError(f"{network} has no weight {name} of shape {list(shape)}")
