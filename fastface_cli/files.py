@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import secrets
 import stat
@@ -139,3 +140,28 @@ def _candidates(path: Path) -> Iterator[Path]:
 def numbered(path: Path, number: int) -> Path:
     """`x.png` and 2 give `x-2.png`."""
     return path.with_name(f"{path.stem}-{number}{path.suffix}")
+
+
+def content_mark(path: Path) -> str | None:
+    """Return a short fingerprint that distinguishes versions of a local model without reading all of it.
+
+    SHA-256 (first 32 hex digits) over name, size and 16 evenly spaced blocks of 64 KiB of the file, or of
+    each file in the folder; None if nothing can be read.
+
+    Args:
+        path: a file or a folder.
+    """
+    fingerprint = hashlib.sha256()
+    try:
+        files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+        for file in files:
+            size = file.stat().st_size
+            name = "" if file == path else file.relative_to(path).as_posix()
+            fingerprint.update(f"{name}\0{size}\0".encode())
+            with file.open("rb") as stream:
+                for block in range(16):
+                    stream.seek(block * max(size - 65536, 0) // 15)
+                    fingerprint.update(stream.read(65536))
+    except OSError:
+        return None
+    return fingerprint.hexdigest()[:32] if files else None

@@ -439,7 +439,7 @@ def _changed(options: Options, recipe: Recipe) -> Recipe:
 def _replayed(options: Options) -> Provenance | None:
     if options.replay is None:
         return None
-    from ..output.metadata import read
+    from ..output.replay import read
 
     if options.recipe is not None:
         raise UsageError("--from and --recipe both name a recipe", "leave one of them out")

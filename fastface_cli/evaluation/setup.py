@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ..app.api import artifacts_of, check_device, fetch
 from ..errors import UsageError
-from ..output.metadata import content_mark, installed_versions
+from ..files import content_mark
+from ..output.metadata import installed_versions
 from ..settings import Settings
 from ..store.manifest import resolve
 from .engines import LocalPool, Pool, RayPool, local_devices

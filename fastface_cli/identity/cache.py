@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import FastFaceError, UsageError
+from ..files import content_mark
 
 if TYPE_CHECKING:
     from ..store.manifest import Artifact
@@ -85,8 +86,6 @@ def key_of(
 
     None if a photo cannot be read; analyzing that photo then reports why.
     """
-    from ..output.metadata import content_mark
-
     try:
         photo_hashes = [hashlib.sha256(photo.read_bytes()).hexdigest() for photo in photos]
     except OSError:
