@@ -1,4 +1,4 @@
-"""The one family of errors that a user meets; each knows its exit code and the next step."""
+"""Errors for the user, each with an exit code and a hint."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 
 
 class FastFaceError(Exception):
-    """What went wrong in one sentence, and a hint that says what to do next.
+    """An error message of one sentence, and a hint that says what to do next.
 
     Args:
-        message: one sentence that names what and where.
-        hint: the next step, or None where there is none.
+        message: one sentence that says what happened and where.
+        hint: the next step, or None.
     """
 
     exit_code = 1
@@ -24,71 +24,71 @@ class FastFaceError(Exception):
         self.message = message
         self.hint = hint
         self.partial: dict[str, Any] = {}
-        """What was done before it went wrong, for `--json`."""
+        """Results completed before the error, for `--json`."""
 
     def record(self) -> dict[str, Any]:
-        """As JSON output tells it."""
+        """The error as `--json` prints it."""
         return {"kind": self.kind, "code": self.exit_code, "message": self.message, "hint": self.hint}
 
 
 class UsageError(FastFaceError):
-    """The command line, a recipe or an input file is not what it must be."""
+    """The command line, a recipe or an input file is invalid."""
 
     exit_code = 2
     kind = "usage"
 
 
 class RecipeError(UsageError):
-    """A recipe does not say something that can be run."""
+    """A recipe is invalid."""
 
     kind = "recipe"
 
 
 class LicenseError(UsageError):
-    """A model part's license forbids the use that was asked for."""
+    """The license of a model part forbids the requested use."""
 
     kind = "licence"
 
 
 class ModelUnavailableError(FastFaceError):
-    """A model file is missing and cannot be had, or is not the file it should be."""
+    """A model file is missing and cannot be downloaded, or has the wrong content."""
 
     exit_code = 3
     kind = "models"
 
 
 class DeviceError(FastFaceError):
-    """The device cannot do what is asked: no CUDA, out of memory."""
+    """The device cannot run the request: no CUDA, out of memory."""
 
     exit_code = 4
     kind = "device"
 
 
 class NoFaceError(FastFaceError):
-    """No usable face in the photograph."""
+    """The photo shows no usable face."""
 
     exit_code = 5
     kind = "no_face"
 
 
 def unexpected(error: BaseException) -> FastFaceError:
-    """An exception that nobody foresaw, as one sentence."""
+    """Convert an unexpected exception to an error of one sentence."""
     if isinstance(error, PermissionError) and error.filename is not None:
         return UsageError(
             f"no permission to use {error.filename}",
-            "check the permissions of it and of the folders above it",
+            "check the permissions of this path and its parent folders",
         )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f" at {error.filename}" if error.filename else ""
-        return FastFaceError(f"the disk is full{where}", "make room, or write to another place")
+        return FastFaceError(f"the disk is full{where}", "free disk space, or choose another folder")
     lines = str(error).strip().splitlines()
-    said = f": {lines[0][:300]}" if lines else ""
+    detail = f": {lines[0][:300]}" if lines else ""
     return FastFaceError(
-        f"unexpected {type(error).__name__}{said}", "set FASTFACE_DEBUG=1 to see where it comes from"
+        f"unexpected {type(error).__name__}{detail}", "set FASTFACE_DEBUG=1 to see the traceback"
     )
 
 
 def nearest(name: str, valid: Iterable[str]) -> str | None:
-    """The valid name closest to `name`, or None where nothing is close."""
+    """The valid name closest to `name`, or None if none is close."""
     matches = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
     return matches[0] if matches else None

@@ -1,7 +1,8 @@
-"""Files appear whole or not at all, and never in place of another unless that is asked for."""
+"""Atomic file writing that replaces existing files only on request, and content fingerprints."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import secrets
 import stat
@@ -11,21 +12,21 @@ from pathlib import Path
 from .errors import FastFaceError, UsageError
 
 LONGEST_NAME = 255
-"""Bytes of one file name that common file systems take."""
+"""Maximum bytes of a file name in common file systems."""
 
 
 def check_target(path: Path, *, force: bool) -> None:
-    """Refuse, before any work is done, a file name that could not be written at its end.
+    """Check, before any work is done, that a file can be written.
 
     Args:
-        path: the file to be written; its folder may still be missing.
+        path: the file to write; its folder may not exist yet.
         force: whether an existing file may be replaced.
 
     Raises:
-        UsageError: the name is taken, cannot exist, or lies where nothing may be written.
+        UsageError: the name is taken or invalid, or the folder is not writable.
     """
     if any(ord(character) < 32 for character in str(path)):
-        raise UsageError(f"the file name {str(path)!r} holds a control character", "choose another name")
+        raise UsageError(f"the file name {str(path)!r} contains a control character", "choose another name")
     try:
         length = len(os.fsencode(path.name))
     except UnicodeEncodeError as error:
@@ -39,7 +40,9 @@ def check_target(path: Path, *, force: bool) -> None:
         _check_free(path, force)
         _check_folder(path.parent)
     except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror or error}", "choose another place") from error
+        raise UsageError(
+            f"cannot write {path}: {error.strerror or error}", "choose another folder"
+        ) from error
 
 
 def _check_free(path: Path, force: bool) -> None:
@@ -50,47 +53,50 @@ def _check_free(path: Path, force: bool) -> None:
     if path.exists() and not stat.S_ISREG(path.stat().st_mode):
         raise UsageError(f"{path} is not a regular file", "choose another name")
     if not force:
-        raise UsageError(f"{path} already exists", "choose another name, or give --force to replace it")
+        raise UsageError(f"{path} already exists", "choose another name, or replace it with --force")
 
 
 def _check_folder(folder: Path) -> None:
-    """The nearest folder that exists must be one that may be written to."""
-    for known in (folder, *folder.parents):
-        if os.path.lexists(known):
-            if not known.is_dir():
+    """Check that the nearest existing folder is writable."""
+    for ancestor in (folder, *folder.parents):
+        if os.path.lexists(ancestor):
+            if not ancestor.is_dir():
                 raise UsageError(
-                    f"cannot write into {folder}: {known} is not a folder", "choose another place"
+                    f"cannot write into {folder}: {ancestor} is not a folder", "choose another folder"
                 )
-            if not os.access(known, os.W_OK | os.X_OK):
+            if not os.access(ancestor, os.W_OK | os.X_OK):
                 raise UsageError(
-                    f"cannot write into {folder}: no permission to write to {known}", "choose another place"
+                    f"cannot write into {folder}: no permission to write to {ancestor}",
+                    "choose another folder",
                 )
             return
 
 
 def write_atomically(path: Path, data: bytes, *, force: bool) -> Path:
-    """Write beside the final name, then move: the name never holds a part of the data.
+    """Write a temporary file, then rename it, so that no partial file ever has the final name.
 
-    A name that was taken by another process since `check_target` is not overwritten (unless `force`) and
-    the data is not lost either: it goes to the next free of `x-1`, `x-2`, ...
+    If another process took the name since `check_target` and `force` is false, the data goes to the next
+    free name of `x-1`, `x-2`, ...
 
     Args:
-        path: the file to write; a missing folder is made.
-        data: the whole content.
+        path: the file to write; missing folders are created.
+        data: the complete content.
         force: replace an existing file.
 
     Returns:
-        The path that was written, which is `path` but in that one case.
+        The path that was written: `path`, except in that case.
 
     Raises:
-        FastFaceError: the file system refuses; nothing is left behind.
+        FastFaceError: the file cannot be written; no partial file remains.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         return _write(path, data, force)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise FastFaceError(f"cannot write {path}: {reason}", "make room, or choose another place") from error
+        raise FastFaceError(
+            f"cannot write {path}: {reason}", "free disk space, or choose another folder"
+        ) from error
 
 
 def _write(path: Path, data: bytes, force: bool) -> Path:
@@ -114,13 +120,13 @@ def _place(temporary: Path, path: Path, force: bool) -> Path:
             except FileExistsError:
                 raise
             except OSError:
-                # No hard links here (FAT, some network folders): claim the name, then replace the claim.
+                # No hard links on this file system (FAT, some network folders): reserve the name first.
                 open(candidate, "xb").close()
                 os.replace(temporary, candidate)
         except FileExistsError:
             continue
         return candidate
-    raise AssertionError("unreachable: the candidates do not end")
+    raise AssertionError("unreachable: the candidates are infinite")
 
 
 def _candidates(path: Path) -> Iterator[Path]:
@@ -134,3 +140,28 @@ def _candidates(path: Path) -> Iterator[Path]:
 def numbered(path: Path, number: int) -> Path:
     """`x.png` and 2 give `x-2.png`."""
     return path.with_name(f"{path.stem}-{number}{path.suffix}")
+
+
+def content_mark(path: Path) -> str | None:
+    """Return a short fingerprint that distinguishes versions of a local model without reading all of it.
+
+    SHA-256 (first 32 hex digits) over name, size and 16 evenly spaced blocks of 64 KiB of the file, or of
+    each file in the folder; None if nothing can be read.
+
+    Args:
+        path: a file or a folder.
+    """
+    fingerprint = hashlib.sha256()
+    try:
+        files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+        for file in files:
+            size = file.stat().st_size
+            name = "" if file == path else file.relative_to(path).as_posix()
+            fingerprint.update(f"{name}\0{size}\0".encode())
+            with file.open("rb") as stream:
+                for block in range(16):
+                    stream.seek(block * max(size - 65536, 0) // 15)
+                    fingerprint.update(stream.read(65536))
+    except OSError:
+        return None
+    return fingerprint.hexdigest()[:32] if files else None

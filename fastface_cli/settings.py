@@ -1,4 +1,4 @@
-"""Machine settings: environment over user file over defaults. Nothing here changes a pixel."""
+"""Machine settings, from the environment, the user's file or the defaults. None changes the images."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from .errors import UsageError, nearest
 
 APP = "fastface"
 Saving: TypeAlias = Literal["auto", "off", "12", "8", "6"]
-"""How a stack is fitted into a card's memory: see `memory.LEVELS`."""
+"""GPU memory saving level."""
 
 
 class Settings(BaseModel):
-    """What is true of this machine and its user."""
+    """Settings of this machine and its user."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     home: Path = Path(platformdirs.user_cache_dir(APP, appauthor=False))
-    """Folder that holds everything fastface keeps; FASTFACE_HOME."""
+    """FASTFACE_HOME: folder of all files that fastface stores."""
     hub_cache: Path | None = None
-    """Folder of the Hugging Face cache when the user set HF_HUB_CACHE; else `home/hub`."""
+    """HF_HUB_CACHE: folder of the Hugging Face cache; None is `home/hub`."""
     device: str = "auto"
     """FASTFACE_DEVICE: auto, cpu, cuda, cuda:1, mps."""
     recipe: str = "hyper-fastface"
-    """FASTFACE_RECIPE: the recipe used when none is named."""
+    """FASTFACE_RECIPE: the default recipe."""
     verbosity: int = 0
-    """FASTFACE_VERBOSITY: 0 quiet, 1 what is done (same as -v)."""
+    """FASTFACE_VERBOSITY: 0 is quiet, 1 prints progress details (same as -v)."""
     low_memory: Saving = "auto"
-    """FASTFACE_LOW_MEMORY: how a stack is fitted into the card's memory; auto asks how much is free."""
+    """FASTFACE_LOW_MEMORY: GPU memory saving level; auto depends on the free memory."""
     fused_cache: Annotated[float, Field(ge=0)] = 20.0
-    """FASTFACE_FUSED_CACHE: GB on the disk for fused models kept between runs; 0 keeps none."""
+    """FASTFACE_FUSED_CACHE: maximum GB of fused models cached on disk; 0 disables the cache."""
 
     @field_validator("low_memory", mode="before")
     @classmethod
@@ -45,34 +45,32 @@ class Settings(BaseModel):
 
     @property
     def hub_folder(self) -> Path:
-        """Where files of the Hugging Face Hub live."""
+        """Folder of the files from the Hugging Face Hub."""
         return self.hub_cache or self.home / "hub"
 
 
 def config_path() -> Path:
-    """The user's settings file (YAML); it need not exist."""
+    """Path of the user's settings file (YAML), which is optional."""
     return Path(platformdirs.user_config_dir(APP, appauthor=False)) / "config.yaml"
 
 
 def load_settings() -> Settings:
-    """Settings of this process.
+    """Load the settings of this process.
 
     Raises:
-        UsageError: the user file or a FASTFACE_ variable holds something unknown.
+        UsageError: the user's file or a FASTFACE_ variable is invalid.
     """
     path = config_path()
     values: dict[str, Any] = {}
     if path.is_file():
         try:
-            read = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+            content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
             reason = " ".join(str(error).split())
-            raise UsageError(
-                f"cannot read the settings file {path}: {reason}", "mend or remove it"
-            ) from error
-        if not isinstance(read, dict):
-            raise UsageError(f"the settings file {path} must hold 'name: value' lines")
-        values = read
+            raise UsageError(f"cannot read the settings file {path}: {reason}", "fix or remove it") from error
+        if not isinstance(content, dict):
+            raise UsageError(f"the settings file {path} must contain 'name: value' lines")
+        values = content
     for key in ("home", "device", "recipe", "verbosity", "low_memory", "fused_cache"):
         value = os.environ.get(f"FASTFACE_{key.upper()}")
         if value:

@@ -14,7 +14,7 @@ from ..errors import UsageError
 from ..files import check_target
 from ..output.images import plan_paths
 from ..output.metadata import Provenance
-from ..output.metadata import read as read_provenance
+from ..output.replay import read as read_provenance
 from ..recipe.files import Flag, load_recipe, load_recipe_data
 from .licensing import artifacts_of, check_commercial
 from .request import GenerateRequest

@@ -1,4 +1,4 @@
-"""What the shell offers on Tab. Everything here must come at once: nothing imports torch."""
+"""Shell completion. It must respond immediately, so nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Iterable, Iterator
 
 
 def complete_recipe(incomplete: str) -> list[str]:
-    """Recipes by name; a shell completes the paths of files by itself."""
+    """Complete names of recipes; the shell completes paths."""
     from ..recipe.files import recipe_names
 
     return _starting(incomplete, recipe_names())
 
 
 def complete_model(incomplete: str) -> list[str]:
-    """Recipes and models, as `fastface download` takes them."""
+    """Complete the recipes and models that `fastface download` accepts."""
     from ..recipe.files import recipe_names
     from ..store.manifest import load_manifest
 
@@ -21,7 +21,7 @@ def complete_model(incomplete: str) -> list[str]:
 
 
 def complete_cached(incomplete: str) -> list[str]:
-    """Models that take room on this disk, downloaded and fused."""
+    """Complete downloaded and fused models in the cache."""
     from ..identity.cache import NAME as IDENTITIES
     from ..identity.cache import Remembered
     from ..settings import load_settings
@@ -29,36 +29,36 @@ def complete_cached(incomplete: str) -> list[str]:
 
     settings = load_settings()
     store = Store(settings)
-    fused = [one.name for one in store.fused.entries()]
-    people = Remembered(settings.home)
-    kept = [*fused, *([IDENTITIES] if people.files() else [])]
-    return _starting(incomplete, [entry.artifact.name for entry in store.entries()] + kept)
+    fused = [entry.name for entry in store.fused.entries()]
+    identities = Remembered(settings.home)
+    others = [*fused, *([IDENTITIES] if identities.files() else [])]
+    return _starting(incomplete, [entry.artifact.name for entry in store.entries()] + others)
 
 
 def complete_field(incomplete: str) -> list[str]:
-    """Fields of a recipe, for `--set`."""
+    """Complete the fields of a recipe, for `--set`."""
     from ..recipe.schema import Recipe
 
     return _starting(incomplete, [f"{field}=" for field in _fields(Recipe, "")])
 
 
 def complete_device(incomplete: str) -> list[str]:
-    """Devices by kind."""
+    """Complete device types."""
     return _starting(incomplete, ("auto", "cpu", "cuda", "mps"))
 
 
 def complete_dtype(incomplete: str) -> list[str]:
-    """Number formats."""
+    """Complete data types."""
     return _starting(incomplete, ("float32", "float16", "bfloat16"))
 
 
 def complete_saving(incomplete: str) -> list[str]:
-    """Levels of saving memory."""
+    """Complete memory saving levels."""
     return _starting(incomplete, ("auto", "off", "12", "8", "6"))
 
 
 def complete_metric(incomplete: str) -> list[str]:
-    """Metrics that are installed; of a list 'id,clip-l14' the last one."""
+    """Complete installed metrics; in a list 'id,clip-l14', the last one."""
     from importlib.metadata import entry_points
 
     before, comma, last = incomplete.rpartition(",")
@@ -67,7 +67,7 @@ def complete_metric(incomplete: str) -> list[str]:
 
 
 def _fields(section: type, prefix: str) -> Iterator[str]:
-    """Dotted names of the values below a section of the recipe."""
+    """Yield the dotted names of the values in a section of the recipe."""
     from ..recipe.schema import Section
 
     assert issubclass(section, Section)

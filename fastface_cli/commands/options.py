@@ -1,4 +1,4 @@
-"""Options that several commands have, with one text and one completion."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`fastface recipes`: list, show and validate what can be run."""
+"""`fastface recipes`: list, show and validate recipes."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def list_(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON o
     """
     from ..recipe.files import list_recipes
 
-    found = list_recipes()
+    infos = list_recipes()
     if as_json:
-        rows = [{"name": info.name, "short": info.short, "summary": info.summary} for info in found]
+        rows = [{"name": info.name, "short": info.short, "summary": info.summary} for info in infos]
         console.print_json({"ok": True, "recipes": rows, "error": None})
         return
     console.print_table(
-        "", ("recipe", "short", "what it is"), ((info.name, info.short or "", info.summary) for info in found)
+        "", ("recipe", "short", "what it is"), ((info.name, info.short or "", info.summary) for info in infos)
     )
 
 
@@ -40,7 +40,7 @@ def show(
     ],
     *,
     resolved: Annotated[
-        bool, typer.Option("--resolved", help="Every value, and where it came from.", show_default=False)
+        bool, typer.Option("--resolved", help="Print every value and its origin.", show_default=False)
     ] = False,
     steps: Annotated[int | None, typer.Option("--steps", help="Number of steps.", show_default=False)] = None,
     overrides: Annotated[
@@ -58,9 +58,9 @@ def show(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Print a recipe's file; with --resolved everything it says, after extending and overriding.
+    """Print a recipe file, or with --resolved all its values after inheritance and overrides.
 
-    Both are recipes themselves: save one, edit it, and pass its path as --recipe.
+    The output is a recipe too: save it, edit it, and pass its path as --recipe.
 
     Examples:
 
@@ -73,20 +73,20 @@ def show(
 
     changed = steps is not None or overrides or stack is not None
     flags: dict[str, tuple[Any, str]] = {} if steps is None else {"sampling.steps": (steps, "--steps")}
-    found = load_recipe(name, overrides=overrides or (), flags=flags, stack=stack)
+    loaded = load_recipe(name, overrides=overrides or (), flags=flags, stack=stack)
     if as_json:
-        recipe = found.recipe
+        recipe = loaded.recipe
         console.print_json(
             {
                 "ok": True,
                 "recipe": recipe.canonical(),
-                "origins": found.origins,
+                "origins": loaded.origins,
                 "digest": recipe.digest(),
                 "error": None,
             }
         )
     elif resolved or changed:
-        console.line(to_yaml(found, origins=resolved).rstrip("\n"))
+        console.line(to_yaml(loaded, origins=resolved).rstrip("\n"))
     else:
         path = find_recipe(name)
         console.line(read_text(path, str(path)).rstrip("\n"))
@@ -108,7 +108,7 @@ def validate(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Check recipes and name everything wrong with them; exit code 2 if any is invalid.
+    """Check recipes and print their problems. The exit code is 2 if any is invalid.
 
     Example: fastface recipes validate hyper lcm
     """
@@ -118,12 +118,12 @@ def validate(
     failures: list[FastFaceError] = []
     for name in recipes:
         try:
-            found = load_recipe(name, stack=stack)
+            loaded = load_recipe(name, stack=stack)
         except FastFaceError as error:
             failures.append(error)
             results.append({"recipe": name, "ok": False, "problems": error.message.split("\n")})
         else:
-            results.append({"recipe": name, "ok": True, "digest": found.recipe.digest()})
+            results.append({"recipe": name, "ok": True, "digest": loaded.recipe.digest()})
             if not as_json:
                 console.line(f"{name}: valid")
     if failures:

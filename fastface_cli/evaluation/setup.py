@@ -15,7 +15,8 @@ from ..app.licensing import artifacts_of
 from ..app.runtime import check_device
 from ..app.session import fetch
 from ..errors import UsageError
-from ..output.metadata import content_mark, installed_versions
+from ..files import content_mark
+from ..output.metadata import installed_versions
 from ..settings import Settings
 from ..store.manifest import resolve
 from .engines import LocalPool, Pool, RayPool, local_devices

@@ -1,4 +1,4 @@
-"""Faces and the models that see them: the one edge to InsightFace."""
+"""Face detection and recognition. This is the only module that uses InsightFace."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ Box: TypeAlias = tuple[float, float, float, float]
 """Left, top, right, bottom in pixels, as in Pillow and InsightFace."""
 
 EMBEDDING = 512
-"""Numbers in an embedding; the adapter was trained on these."""
+"""Numbers in an embedding; the adapter requires this size."""
 CROP = 224
 """Side of an aligned crop in pixels."""
 
 
 @dataclass(frozen=True)
 class Face:
-    """A face in a picture; coordinates are pixels of that picture."""
+    """A face in an image. Coordinates are pixels of that image."""
 
     box: Box
     key_points: np.ndarray
-    """[5, 2] float32: eyes, tip of the nose, corners of the mouth; left one first."""
+    """[5, 2] float32: eyes, tip of the nose, corners of the mouth; the left of each pair first."""
     score: float
-    """The detector's certainty, 0 to 1."""
+    """Confidence of the detector, 0 to 1."""
 
     @property
     def size(self) -> tuple[float, float]:
@@ -40,7 +40,7 @@ class Face:
         return right - left, bottom - top
 
     def moved(self, dx: float, dy: float, scale: float = 1.0) -> Face:
-        """The same face in a picture whose pixels are `scale` times ours, shifted by (dx, dy) before."""
+        """The same face after the image is shifted by (dx, dy) and then scaled by `scale`."""
         left, top, right, bottom = self.box
         box = ((left + dx) * scale, (top + dy) * scale, (right + dx) * scale, (bottom + dy) * scale)
         points = ((self.key_points + np.array([dx, dy])) * scale).astype(np.float32)
@@ -48,40 +48,40 @@ class Face:
 
 
 class FaceAnalyzer(Protocol):
-    """What is asked of the face models. Pictures are [height, width, 3] uint8 in BGR order."""
+    """Interface of the face models. Images are [height, width, 3] uint8 in BGR order."""
 
-    def detect(self, picture: np.ndarray, size: int) -> list[Face]:
-        """The faces seen when the picture is scaled to fit into a square of `size` pixels, in any order."""
+    def detect(self, image: np.ndarray, size: int) -> list[Face]:
+        """Detect faces, in any order, with the image scaled to fit into a square of `size` pixels."""
         ...
 
-    def embed(self, picture: np.ndarray, face: Face) -> np.ndarray:
-        """The unit-norm embedding of one face, [512] float32."""
+    def embed(self, image: np.ndarray, face: Face) -> np.ndarray:
+        """Return the unit-norm embedding of one face, [512] float32."""
         ...
 
 
 class InsightFaceAnalyzer:
     """Detection and recognition of an InsightFace pack."""
 
-    def __init__(self, app: Any, folder: Path, *, wants_cuda: bool) -> None:
+    def __init__(self, app: Any, folder: Path, *, use_cuda: bool) -> None:
         self._detector = app.models["detection"]
         self._recognizer = app.models["recognition"]
         self._folder = folder
         self.provider: str = self._recognizer.session.get_providers()[0]
-        """The ONNX Runtime provider that the recognizer's session really has."""
+        """The ONNX Runtime provider that the recognizer's session uses."""
         self.note: str | None = None
-        """What the user should know, or None."""
-        if wants_cuda and self.provider != "CUDAExecutionProvider":
+        """A message for the user, or None."""
+        if use_cuda and self.provider != "CUDAExecutionProvider":
             self.note = (
                 "the face models run on the CPU because this ONNX Runtime has no working CUDA; "
-                "`fastface doctor --fix` puts onnxruntime-gpu in its place"
+                "`fastface doctor --fix` replaces it with onnxruntime-gpu"
             )
 
-    def detect(self, picture: np.ndarray, size: int) -> list[Face]:
+    def detect(self, image: np.ndarray, size: int) -> list[Face]:
         """See `FaceAnalyzer`."""
-        boxes, points = self._detector.detect(picture, input_size=(size, size))
+        boxes, points = self._detector.detect(image, input_size=(size, size))
         if points is None:
             raise ModelUnavailableError(
-                f"the face detector in {self._folder} finds no key points",
+                f"the face detector in {self._folder} returns no key points",
                 "use a pack with key points, such as buffalo_l",
             )
         return [
@@ -90,50 +90,52 @@ class InsightFaceAnalyzer:
             if np.isfinite(row).all() and np.isfinite(five).all()
         ]
 
-    def embed(self, picture: np.ndarray, face: Face) -> np.ndarray:
+    def embed(self, image: np.ndarray, face: Face) -> np.ndarray:
         """See `FaceAnalyzer`."""
-        from insightface.app.common import Face as Measured
+        from insightface.app.common import Face as InsightFace
 
-        measured = Measured(kps=face.key_points)
-        with _quietly():
-            self._recognizer.get(picture, measured)
-            found = np.asarray(measured.normed_embedding, dtype=np.float32)
-        if found.shape != (EMBEDDING,):
+        record = InsightFace(kps=face.key_points)
+        with _no_warnings():
+            self._recognizer.get(image, record)
+            embedding = np.asarray(record.normed_embedding, dtype=np.float32)
+        if embedding.shape != (EMBEDDING,):
             raise ModelUnavailableError(
-                f"the face recognizer in {self._folder} gives {found.size} numbers a face; "
+                f"the face recognizer in {self._folder} gives embeddings of {embedding.size} numbers; "
                 f"the adapter needs {EMBEDDING}",
-                "use the pack that the adapter was trained with: buffalo_l",
+                "use the face pack that the adapter was trained with: buffalo_l",
             )
-        return found
+        return embedding
 
 
 def load_face_models(pack_folder: Path, *, device: str = "cpu") -> InsightFaceAnalyzer:
-    """The detector and the recognizer of a pack, from its folder alone: nothing is downloaded.
+    """Load the detector and the recognizer of a face pack from its folder. Downloads nothing.
 
     Args:
         pack_folder: folder with the pack's .onnx files.
-        device: `cuda` or `cuda:N` runs them there if ONNX Runtime can; anything else on the CPU.
+        device: `cuda` or `cuda:N` uses that GPU if ONNX Runtime supports it; any other value uses the CPU.
 
     Raises:
-        ModelUnavailableError: the folder does not hold a pack that loads.
+        ModelUnavailableError: the folder does not contain a face pack that loads.
     """
-    again = "fetch it again with: fastface download"
+    hint = "download it again with: fastface download"
     if not any(pack_folder.glob("*.onnx")):
-        raise ModelUnavailableError(f"there are no .onnx files in the face pack folder {pack_folder}", again)
+        raise ModelUnavailableError(f"there are no .onnx files in the face pack folder {pack_folder}", hint)
     try:
-        with _quietly(), contextlib.redirect_stdout(io.StringIO()):
+        with _no_warnings(), contextlib.redirect_stdout(io.StringIO()):
             import onnxruntime
             from insightface.app import FaceAnalysis
 
             providers: list[Any] = ["CPUExecutionProvider"]
-            wants_cuda = device.startswith("cuda")
-            if wants_cuda and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
-                if hasattr(onnxruntime, "preload_dlls"):  # CUDA's libraries lie where only PyTorch looks
+            use_cuda = device.startswith("cuda")
+            if use_cuda and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+                if hasattr(
+                    onnxruntime, "preload_dlls"
+                ):  # CUDA's libraries are in a folder that only PyTorch searches
                     onnxruntime.preload_dlls()
                 number = int(device.partition(":")[2] or 0)
                 providers.insert(0, ("CUDAExecutionProvider", {"device_id": number}))
-            # An absolute folder as the name is used as it is; `root` is given so that the home folder,
-            # insightface's default, stays out of it.
+            # An absolute path as the name is used unchanged. `root` is set so that insightface does not
+            # use its default, the home folder.
             app = FaceAnalysis(
                 name=str(pack_folder.resolve()),
                 root=str(pack_folder.resolve()),
@@ -141,32 +143,32 @@ def load_face_models(pack_folder: Path, *, device: str = "cpu") -> InsightFaceAn
                 providers=providers,
             )
             app.prepare(ctx_id=0, det_size=(640, 640))
-    except AssertionError as error:  # how insightface says that there is no detector
+    except AssertionError as error:  # raised by insightface when there is no detector
         raise ModelUnavailableError(
-            f"no face detector among the .onnx files in {pack_folder}", again
+            f"no face detector among the .onnx files in {pack_folder}", hint
         ) from error
-    except Exception as error:  # ONNX, protobuf and ONNX Runtime each have their own errors
+    except Exception as error:  # ONNX, protobuf and ONNX Runtime raise different errors
         raise ModelUnavailableError(
-            f"the face models in {pack_folder} do not load: {_first_line(error)}", again
+            f"the face models in {pack_folder} do not load: {_first_line(error)}", hint
         ) from error
     if "recognition" not in app.models:
-        raise ModelUnavailableError(f"no face recognizer among the .onnx files in {pack_folder}", again)
-    return InsightFaceAnalyzer(app, pack_folder, wants_cuda=wants_cuda)
+        raise ModelUnavailableError(f"no face recognizer among the .onnx files in {pack_folder}", hint)
+    return InsightFaceAnalyzer(app, pack_folder, use_cuda=use_cuda)
 
 
-def align(picture: np.ndarray, face: Face) -> np.ndarray:
-    """The crop turned and scaled so that the five key points lie where ArcFace wants them.
+def align(image: np.ndarray, face: Face) -> np.ndarray:
+    """Return the face crop, rotated and scaled so that the key points are where ArcFace expects them.
 
     Args:
-        picture: [height, width, 3] uint8, BGR.
+        image: [height, width, 3] uint8, BGR.
 
     Returns:
-        [224, 224, 3] uint8, BGR; black beyond the picture's edge.
+        [224, 224, 3] uint8, BGR; black outside the image.
     """
     from insightface.utils.face_align import norm_crop
 
-    with _quietly():
-        return np.asarray(norm_crop(picture, face.key_points, image_size=CROP), dtype=np.uint8)
+    with _no_warnings():
+        return np.asarray(norm_crop(image, face.key_points, image_size=CROP), dtype=np.uint8)
 
 
 def _first_line(error: Exception) -> str:
@@ -174,8 +176,8 @@ def _first_line(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """Without the deprecation warnings of insightface's own dependencies."""
+def _no_warnings() -> Iterator[None]:
+    """Suppress the deprecation warnings of insightface's dependencies."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -1,7 +1,7 @@
-"""Identities kept by the hash of their photos, where the user asks for it: no face is measured twice.
+"""Optional cache of identities by the hash of their photos, so that no photo is analyzed twice.
 
-A kept identity is who somebody is. None is kept unless `--remember` asks for it, and
-`fastface cache remove identities` removes them all.
+An identity is personal data. It is cached only with `--remember`, and `fastface cache remove identities`
+removes all of them.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import FastFaceError, UsageError
+from ..files import content_mark
 
 if TYPE_CHECKING:
     from ..store.manifest import Artifact
@@ -20,23 +21,23 @@ if TYPE_CHECKING:
     from .identity import Identity
 
 NAME = "identities"
-"""How `fastface cache` calls them, and their folder."""
+"""Name in `fastface cache`, and name of the folder."""
 FORMAT = 1
-"""Of what `key` hashes; another number is another key."""
+"""Version of what `key_of` hashes. A change of it invalidates all cached identities."""
 
 
 class Remembered:
-    """The kept identities of this machine.
+    """The cached identities of this machine.
 
     Args:
-        home: of the settings.
+        home: `Settings.home`.
     """
 
     def __init__(self, home: Path) -> None:
         self.folder = home / NAME
 
     def find(self, key: str) -> Identity | None:
-        """A kept identity; one that cannot be read counts as not there."""
+        """Return a cached identity, or None if it is missing or cannot be read."""
         from .identity import Identity
 
         path = self._file(key)
@@ -49,10 +50,10 @@ class Remembered:
             return None
 
     def keep(self, key: str, identity: Identity) -> None:
-        """Keep an identity, readable by its user alone.
+        """Save an identity that only its user can read.
 
         Raises:
-            FastFaceError: it cannot be written.
+            FastFaceError: the file cannot be written.
         """
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -63,11 +64,11 @@ class Remembered:
         identity.save(self._file(key), force=True)
 
     def files(self) -> list[Path]:
-        """All of them."""
+        """The files of all cached identities."""
         return sorted(self.folder.glob("*.safetensors"))
 
     def clear(self) -> int:
-        """Remove all of them; how many bytes that frees."""
+        """Remove all cached identities and return the number of bytes freed."""
         freed = 0
         for path in self.files():
             freed += path.stat().st_size
@@ -81,21 +82,19 @@ class Remembered:
 def key_of(
     photos: Sequence[Path], pack: Artifact, face_index: int | None, face_box: Box | None
 ) -> str | None:
-    """What an identity is remembered by: a hash of the photos' bytes, the face models and the choice of face.
+    """Return the cache key: a hash of the photos' bytes, the face models and the choice of face.
 
-    None where a photo cannot be read: whoever measures it says why.
+    None if a photo cannot be read; analyzing that photo then reports why.
     """
-    from ..output.metadata import content_mark
-
     try:
-        seen = [hashlib.sha256(photo.read_bytes()).hexdigest() for photo in photos]
+        photo_hashes = [hashlib.sha256(photo.read_bytes()).hexdigest() for photo in photos]
     except OSError:
         return None
-    told = {
+    inputs = {
         "format": FORMAT,
-        "photos": seen,
+        "photos": photo_hashes,
         "face": content_mark(pack.local) if pack.local else pack.name,
         "index": face_index,
         "box": face_box,
     }
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Photos -> Identity: who the person is, in numbers and as an aligned crop; identity files."""
+"""Make an identity (face embeddings and aligned face crops) from photos; read and write identity files."""
 
 from __future__ import annotations
 
@@ -18,37 +18,37 @@ from .photos import Photo, open_photo
 from .search import bgr, check_choice, choose_face, describe_attempts, find_faces, rounded, scaled
 
 MAX_PHOTOS = 64
-"""Photos in an identity."""
+"""Maximum number of photos in an identity."""
 MAX_BYTES = 64 * 2**20
-"""Size of an identity file."""
+"""Maximum size of an identity file."""
 UNIT_TOLERANCE = 1e-3
-"""How far the norm of an embedding may be from 1 and still be rounding."""
+"""Accepted rounding error of the norm of an embedding."""
 SMALL_FACE = 48
-"""Faces narrower than this, in pixels, are noted: ArcFace looks at 112 pixels."""
+"""Faces narrower than this, in pixels, are reported: the input of ArcFace is 112 pixels wide."""
 STRANGER = 0.25
-"""Cosine below which two ArcFace embeddings are hardly one person's: strangers scatter around 0 with a
-deviation below 0.1, photos of one person lie between 0.3 and 0.8."""
+"""Cosine below which two ArcFace embeddings are unlikely to be of one person: different people score around 0
+with a deviation below 0.1, photos of one person score 0.3 to 0.8."""
 HALF_AS_ALIKE = 0.5
-"""A photo less than half as similar to the others as they are to each other is an outlier too: some
-recognizers score strangers well above `STRANGER`. Where the rest agree, losing a photo costs little."""
+"""A photo less than half as similar to the others as they are to each other is an outlier too, because some
+recognizers score different people well above `STRANGER`. Omitting a photo costs little."""
 
 _TENSORS = {"id_embedding": "F32", "face_crop_bgr": "U8", "weight": "F32"}
 
 
 @dataclass(frozen=True, eq=False)
 class Identity:
-    """A person, from n photos.
+    """The face of one person, from n photos.
 
     Raises:
-        UsageError: an array is not what it must be.
+        UsageError: an array has invalid values, shape or type.
     """
 
     id_embedding: np.ndarray
-    """[n, 512] float32, unit norm, one row a photo."""
+    """[n, 512] float32, unit norm, one row per photo."""
     face_crop_bgr: np.ndarray
     """[n, 224, 224, 3] uint8, aligned, BGR."""
     weight: np.ndarray
-    """[n] float32, above 0: how much each photo counts in the mean."""
+    """[n] float32, above 0: weight of each photo in the mean."""
 
     def __post_init__(self) -> None:
         n = len(self.id_embedding) if self.id_embedding.ndim else 0
@@ -56,7 +56,7 @@ class Identity:
         _expect("face_crop_bgr", self.face_crop_bgr, np.uint8, (n, CROP, CROP, 3))
         _expect("weight", self.weight, np.float32, (n,))
         if not 1 <= n <= MAX_PHOTOS:
-            raise UsageError(f"an identity is made of 1 to {MAX_PHOTOS} photos, not {n}")
+            raise UsageError(f"an identity requires 1 to {MAX_PHOTOS} photos, not {n}")
         if not (np.isfinite(self.weight).all() and (self.weight > 0).all()):
             raise UsageError("weight must be above 0 for every photo")
         with np.errstate(all="ignore"):
@@ -66,13 +66,13 @@ class Identity:
                 f"id_embedding must have rows of norm 1, not {norms.min():.4g} to {norms.max():.4g}"
             )
         if _mean(self.id_embedding, self.weight) is None:
-            raise UsageError("the embeddings cancel each other: they are not of one person")
+            raise UsageError("the embeddings cancel each other out: they are not of one person")
 
     def mean(self) -> np.ndarray:
-        """The weighted mean of the embeddings, renormalised: [512] float32."""
-        found = _mean(self.id_embedding, self.weight)
-        assert found is not None  # checked at the start
-        return found.astype(np.float32)
+        """The weighted mean of the embeddings, renormalized: [512] float32."""
+        mean = _mean(self.id_embedding, self.weight)
+        assert mean is not None  # checked in __post_init__
+        return mean.astype(np.float32)
 
     def crop(self) -> np.ndarray:
         """The crop whose embedding is nearest to the mean: [224, 224, 3] uint8, BGR."""
@@ -80,17 +80,17 @@ class Identity:
         return crop
 
     def digest(self) -> str:
-        """SHA-256 (hex) of the arrays; weights count relative to the largest.
+        """SHA-256 (hex) of the arrays, with weights relative to the largest.
 
-        It tells two identities apart and gives nothing of the person away. The same photo measured by other
-        versions or on other processors may differ in the last bits, and then in its digest.
+        It distinguishes identities and reveals nothing about the person. Other versions or processors may
+        compute slightly different arrays for the same photo, and then another digest.
         """
         weight = self.weight / self.weight.max()
         parts = (self.id_embedding.astype("<f4"), self.face_crop_bgr, weight.astype("<f4"))
         return hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()
 
     def save(self, path: Path | str, *, force: bool = False) -> Path:
-        """Write an identity file, whole or not at all.
+        """Write an identity file atomically.
 
         Args:
             path: a .safetensors file.
@@ -112,25 +112,25 @@ class Identity:
     @classmethod
     def load(cls, path: Path | str) -> Identity:
         """Read an identity file: safetensors with `id_embedding` [n, 512] float32, `face_crop_bgr`
-        [n, 224, 224, 3] uint8 (three dimensions: n = 1) and `weight` [n] float32 (absent: equal).
+        [n, 224, 224, 3] uint8 (without n for one photo) and `weight` [n] float32 (optional, default equal).
 
         Raises:
-            UsageError: it is not such a file.
+            UsageError: the file is not a valid identity file.
         """
         try:
             arrays = _read(Path(path))
-        except (OSError, ValueError) as error:  # ValueError: a path with a null byte
+        except (OSError, ValueError) as error:  # ValueError: the path contains a null byte
             raise UsageError(f"cannot read the identity file {path}: {error}") from error
         embedding, crop = arrays["id_embedding"], arrays["face_crop_bgr"]
         crop = crop[None] if crop.ndim == 3 else crop
         weight = arrays.get("weight", np.ones(len(embedding) if embedding.ndim else 0, np.float32))
         try:
-            found = cls(embedding, crop, weight)
+            identity = cls(embedding, crop, weight)
         except UsageError as error:
             raise UsageError(f"{path} is not an identity: {error.message}", error.hint) from error
         norms = np.linalg.norm(embedding.astype(np.float64), axis=1, keepdims=True)
         if np.abs(norms - 1).max() <= 1e-6:
-            return found
+            return identity
         return cls((embedding / norms).astype(np.float32), crop, weight)
 
 
@@ -142,55 +142,57 @@ def make_identity(
     face_box: Box | None = None,
     log: Callable[[str], None] | None = None,
 ) -> Identity:
-    """The identity of the one person on the photos. Photos count by the detector's certainty; those
-    without a face, and those of somebody else, are named through `log` and left out.
+    """Make the identity of one person from photos, weighted by the detector's confidence.
+
+    Photos without a face and photos of another person are reported through `log` and omitted.
 
     Args:
         photos: paths or opened images, at most 64.
         analyzer: see `load_face_models`.
-        face_index: which face of each photo, numbered by size: 0 is the largest, which is the default.
-        face_box: a rough frame around the face: left, top, right, bottom in pixels of the upright photo.
-            Only with a single photo.
-        log: is called with each remark, one sentence.
+        face_index: which face of each photo, numbered by size; 0, the default, is the largest.
+        face_box: a rough box around the face: left, top, right, bottom in pixels of the upright photo.
+            Only for a single photo.
+        log: called with each message, one sentence.
 
     Raises:
-        NoFaceError: no photo shows a face, or not the one asked for.
-        UsageError: a photo cannot be read, or the choice of the face makes no sense.
+        NoFaceError: no photo shows a face, or not the requested one.
+        UsageError: a photo cannot be read, or the choice of the face is invalid.
     """
     if not 1 <= len(photos) <= MAX_PHOTOS:
-        raise UsageError(f"an identity is made of 1 to {MAX_PHOTOS} photos, not {len(photos)}")
+        raise UsageError(f"an identity requires 1 to {MAX_PHOTOS} photos, not {len(photos)}")
     check_choice(face_index, face_box)
     if face_box is not None and len(photos) > 1:
         raise UsageError(
-            "a face box belongs to one photo, and several are given",
-            "choose by index, or cut the photos to the person",
+            "a face box applies to one photo, but several are given",
+            "choose the face by index, or crop the photos to the person",
         )
-    say = _silent if log is None else log
-    measured, without = [], []
+    report: Callable[[str], None] = (lambda _message: None) if log is None else log
+    faces: list[_MeasuredFace] = []
+    failures: list[tuple[str, str]] = []
     for number, source in enumerate(photos, 1):
         photo = open_photo(source, f"photo {number}" if len(photos) > 1 else "the photo")
-        found = _measure(photo, analyzer, face_index, face_box, say)
-        if isinstance(found, _Measured):
-            measured.append(found)
+        face = _measure(photo, analyzer, face_index, face_box, report)
+        if isinstance(face, _MeasuredFace):
+            faces.append(face)
         else:
-            without.append((photo.name, found))
-    if not measured:
+            failures.append((photo.name, face))
+    if not faces:
         raise NoFaceError(
-            f"no face found in {', '.join(name for name, _ in without)}: {without[0][1]}",
-            "use a photo where the face is upright, lit and sharp, at least a tenth of the picture's width",
+            f"no face found in {', '.join(name for name, _ in failures)}: {failures[0][1]}",
+            "use a photo where the face is upright, well lit and sharp, a tenth of the width or more",
         )
-    for name, _ in without:
-        say(f"{name} left out: no face found in it")
-    names = [item.name for item in measured]
-    embedding = np.stack([item.embedding for item in measured])
-    crop = np.stack([item.crop for item in measured])
-    weight = np.array([item.score for item in measured], np.float32)
-    kept = _without_outliers(embedding, weight, names, say)
+    for name, _ in failures:
+        report(f"{name} omitted: no face found in it")
+    names = [face.name for face in faces]
+    embedding = np.stack([face.embedding for face in faces])
+    crop = np.stack([face.crop for face in faces])
+    weight = np.array([face.score for face in faces], np.float32)
+    kept = _without_outliers(embedding, weight, names, report)
     return Identity(embedding[kept], crop[kept], weight[kept])
 
 
 @dataclass(frozen=True)
-class _Measured:
+class _MeasuredFace:
     """The face taken from one photo."""
 
     name: str
@@ -200,41 +202,41 @@ class _Measured:
 
 
 def _measure(
-    photo: Photo, analyzer: FaceAnalyzer, index: int | None, box: Box | None, say: Callable[[str], None]
-) -> _Measured | str:
-    """The chosen face of a photo, or what was tried where it shows none."""
-    picture = bgr(photo.image)
-    faces = find_faces(picture, analyzer)
+    photo: Photo, analyzer: FaceAnalyzer, index: int | None, box: Box | None, report: Callable[[str], None]
+) -> _MeasuredFace | str:
+    """Return the chosen face of a photo, or the attempts made if it shows none."""
+    image = bgr(photo.image)
+    faces = find_faces(image, analyzer)
     if not faces and box is None:
-        return describe_attempts(picture)
+        return describe_attempts(image)
     face = choose_face(photo, faces, analyzer, index=index, box=box)
     if len(faces) > 1 and index is None and box is None:
-        say(
-            f"{photo.name} shows {len(faces)} faces; the largest is taken, "
+        report(
+            f"{photo.name} shows {len(faces)} faces; using the largest, "
             f"at {rounded(scaled(face.box, 1 / photo.scale))}; --face-index 0 to {len(faces) - 1} "
-            "(by size) or --face-box takes another"
+            "(by size) or --face-box selects another"
         )
     if face.size[0] < SMALL_FACE:
-        say(f"the face in {photo.name} is only {face.size[0]:.0f} pixels wide; expect less likeness")
-    embedding = analyzer.embed(picture, face)
+        report(f"the face in {photo.name} is only {face.size[0]:.0f} pixels wide; expect lower similarity")
+    embedding = analyzer.embed(image, face)
     if not abs(float(np.linalg.norm(embedding.astype(np.float64))) - 1) <= UNIT_TOLERANCE:
-        raise NoFaceError(f"the face in {photo.name} cannot be recognised", "use another photo")
-    return _Measured(photo.name, embedding, align(picture, face), min(max(face.score, 1e-3), 1.0))
+        raise NoFaceError(f"the face in {photo.name} cannot be recognized", "use another photo")
+    return _MeasuredFace(photo.name, embedding, align(image, face), min(max(face.score, 1e-3), 1.0))
 
 
 def _without_outliers(
-    embedding: np.ndarray, weight: np.ndarray, names: list[str], say: Callable[[str], None]
+    embedding: np.ndarray, weight: np.ndarray, names: list[str], report: Callable[[str], None]
 ) -> list[int]:
-    """Indices of the photos that show one person; says which are left out and whether doubt remains."""
+    """Indices of the photos that show one person. Reports omitted photos and remaining doubt."""
     left_out = outliers(embedding, weight)
     for index, likeness in left_out.items():
-        say(
-            f"{names[index]} left out: it seems to show somebody else "
+        report(
+            f"{names[index]} omitted: it seems to show another person "
             f"(similarity {likeness:.2f} to the others)"
         )
     kept = [index for index in range(len(names)) if index not in left_out]
     if len(kept) > 1 and _agreement(embedding[kept]) < STRANGER:
-        say(
+        report(
             f"the photos may show different people (similarity {_agreement(embedding[kept]):.2f}): "
             f"{', '.join(names[index] for index in kept)}"
         )
@@ -242,18 +244,18 @@ def _without_outliers(
 
 
 def outliers(embedding: np.ndarray, weight: np.ndarray) -> dict[int, float]:
-    """Photos that do not show the person of the others, worst first, with their likeness to the others.
+    """Photos that show another person than the rest, worst first, with their similarity to the others.
 
-    One at a time, the photo whose embedding has the lowest cosine to the mean of the others is left out
-    while that cosine is below `STRANGER`, or below half of what the others agree among themselves. Of two
-    photos none can be told to be the wrong one.
+    Repeatedly omits the photo whose embedding has the lowest cosine to the mean of the others, while that
+    cosine is below `STRANGER` or below half of the others' agreement. Of two photos, neither can be
+    identified as the wrong one.
 
     Args:
         embedding: [n, 512], unit norm.
         weight: [n], above 0.
     """
     kept = list(range(len(embedding)))
-    found: dict[int, float] = {}
+    omitted: dict[int, float] = {}
     while len(kept) > 2:
         likeness = {index: _likeness(embedding, weight, index, kept) for index in kept}
         worst = min(kept, key=lambda index: likeness[index])
@@ -261,8 +263,8 @@ def outliers(embedding: np.ndarray, weight: np.ndarray) -> dict[int, float]:
         if likeness[worst] >= max(STRANGER, HALF_AS_ALIKE * _agreement(embedding[others])):
             break
         kept = others
-        found[worst] = likeness[worst]
-    return found
+        omitted[worst] = likeness[worst]
+    return omitted
 
 
 def _likeness(embedding: np.ndarray, weight: np.ndarray, index: int, kept: list[int]) -> float:
@@ -273,7 +275,7 @@ def _likeness(embedding: np.ndarray, weight: np.ndarray, index: int, kept: list[
 
 
 def _agreement(embedding: np.ndarray) -> float:
-    """Median cosine over all pairs of at least two embeddings: two persons in equal parts agree badly."""
+    """Median cosine over all pairs of at least two embeddings: low if half of them differ."""
     pairs = np.triu_indices(len(embedding), 1)
     return float(np.median((embedding.astype(np.float64) @ embedding.T)[pairs]))
 
@@ -287,47 +289,43 @@ def _mean(embedding: np.ndarray, weight: np.ndarray) -> np.ndarray | None:
 
 def _expect(name: str, array: np.ndarray, kind: type, shape: tuple[int, ...]) -> None:
     if array.dtype != kind or array.shape != shape:
-        wanted = ", ".join(str(side) for side in ("n", *shape[1:]))
+        expected = ", ".join(str(side) for side in ("n", *shape[1:]))
         raise UsageError(
-            f"{name} must be [{wanted}] {np.dtype(kind).name}, one row a photo, "
+            f"{name} must be [{expected}] {np.dtype(kind).name}, one row per photo, "
             f"not {list(array.shape)} {array.dtype.name}"
         )
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of an identity file, their names and types checked before any is read."""
+    """The tensors of an identity file, with names and types checked before reading any."""
     from safetensors import SafetensorError, safe_open
 
-    make = "make one with --save-identity; a photo goes to --face"
+    hint = "create one with --save-identity; pass photos with --face"
     if path.is_dir():
-        raise UsageError(f"the identity file {path} is a folder", make)
+        raise UsageError(f"the identity file {path} is a folder", hint)
     if not path.is_file():
         raise UsageError(f"there is no identity file {path}", "check the path")
     if path.stat().st_size > MAX_BYTES:
-        raise UsageError(f"{path} is not an identity file: it is larger than {MAX_BYTES >> 20} MB", make)
+        raise UsageError(f"{path} is not an identity file: it is larger than {MAX_BYTES >> 20} MB", hint)
     try:
         with safe_open(path, framework="numpy") as file:
             kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
-            _check_tensors(path, kinds, make)
+            _check_tensors(path, kinds, hint)
             return {name: file.get_tensor(name) for name in kinds}
     except SafetensorError as error:
-        raise UsageError(f"{path} is not an identity file: {error}", make) from error
+        raise UsageError(f"{path} is not an identity file: {error}", hint) from error
 
 
-def _check_tensors(path: Path, kinds: dict[str, Any], make: str) -> None:
+def _check_tensors(path: Path, kinds: dict[str, Any], hint: str) -> None:
     for name, kind in kinds.items():
         if name not in _TENSORS:
             near = nearest(name, _TENSORS)
             raise UsageError(
-                f"{path} is not an identity file: it holds {name[:80]!r}",
-                f"did you mean '{near}'?" if near else make,
+                f"{path} is not an identity file: it contains {name[:80]!r}",
+                f"did you mean '{near}'?" if near else hint,
             )
         if kind != _TENSORS[name]:
             raise UsageError(f"{path} is not an identity file: {name} is {kind}, not {_TENSORS[name]}")
     for name in ("id_embedding", "face_crop_bgr"):
         if name not in kinds:
-            raise UsageError(f"{path} is not an identity file: it has no {name}", make)
-
-
-def _silent(_remark: str) -> None:
-    """Where nobody listens."""
+            raise UsageError(f"{path} is not an identity file: it lacks {name}", hint)

@@ -1,4 +1,4 @@
-"""Finding the face that is meant: retries around the detector, and the choice among several faces."""
+"""Find the requested face: retries of the detector, and the choice among several faces."""
 
 from __future__ import annotations
 
@@ -13,38 +13,38 @@ from .analyzer import Box, Face, FaceAnalyzer
 from .photos import Photo
 
 SIZES = (640, 576, 512, 448, 384, 320)
-"""Detector sizes in pixels, in the order tried: a face that fills the picture is found at a smaller one."""
+"""Detector sizes in pixels, in the order tried: a smaller size detects a face that fills the image."""
 LARGE_SIZE = 1280
-"""Tried last on larger pictures, where faces may be small."""
+"""Tried last for larger images, in which faces may be small."""
 BORDERS = (0.0, 0.25, 0.5, 1.0)
-"""Black borders around the picture, as shares of its longest side: tight crops lack the context that a
-detector has learnt from. Black, because alignment fills with black beyond the picture's edge too."""
+"""Black borders around the image, as shares of its longest side: tight crops lack the context that
+the detector was trained with. Black, because alignment also fills the area outside the image with black."""
 STRIP = 64
-"""Pictures longer than this many times their width are only tried with a border: scaled to the detector's
-size, nothing would be left of the short side."""
+"""Images longer than this many times their width are only tried with a border: scaled to the detector's
+size, the short side would vanish."""
 
 
-def find_faces(picture: np.ndarray, analyzer: FaceAnalyzer) -> list[Face]:
-    """The faces of a picture, largest first, from the first attempt that sees any; empty when none does.
+def find_faces(image: np.ndarray, analyzer: FaceAnalyzer) -> list[Face]:
+    """Return the faces of an image, largest first, from the first attempt that detects any, or [].
 
     Args:
-        picture: [height, width, 3] uint8, BGR.
+        image: [height, width, 3] uint8, BGR.
     """
-    for border, size in _attempts(picture):
-        faces = _detect(picture, analyzer, border, size)
+    for border, size in _attempts(image):
+        faces = _detect(image, analyzer, border, size)
         if faces:
             return sorted(faces, key=lambda face: (-_area(face.box), face.box))
     return []
 
 
-def describe_attempts(picture: np.ndarray) -> str:
-    """What `find_faces` tries on a picture in vain, for the message."""
-    attempts = list(_attempts(picture))
+def describe_attempts(image: np.ndarray) -> str:
+    """Describe what `find_faces` tried, for the error message."""
+    attempts = list(_attempts(image))
     sizes = list(dict.fromkeys(size for _, size in attempts))
     borders = list(dict.fromkeys(border for border, _ in attempts if border))
     return (
         f"tried detector sizes {_listed([str(size) for size in sizes])}, "
-        f"and padding of {_listed([f'{border:.0%}' for border in borders])} around the picture"
+        f"and padding of {_listed([f'{border:.0%}' for border in borders])} around the image"
     )
 
 
@@ -56,26 +56,26 @@ def choose_face(
     index: int | None = None,
     box: Box | None = None,
 ) -> Face:
-    """The face asked for: the one in `box`, number `index`, or the largest.
+    """Return the requested face: the face in `box`, face number `index`, or the largest.
 
     Args:
         faces: what `find_faces` returned for the photo; not empty unless `box` is given.
         index: 0 is the largest.
-        box: in pixels of the upright original. A rough frame is enough; where none of the faces lies in
-            it, that part of the photo is looked at by itself.
+        box: in pixels of the upright original. A rough box is enough. If it contains none of the faces,
+            that part of the photo is searched separately.
 
     Returns:
         The face in pixels of `photo.image`.
 
     Raises:
-        NoFaceError: there is no such face.
+        NoFaceError: the requested face does not exist.
     """
     if box is not None:
         frame = scaled(box, photo.scale)
-        found = _in_box(faces, frame) or _in_box(_look_closer(bgr(photo.image), analyzer, frame), frame)
-        if found is None:
+        face = _in_box(faces, frame) or _in_box(_look_closer(bgr(photo.image), analyzer, frame), frame)
+        if face is None:
             raise NoFaceError(f"no face in the box {rounded(box)} of {photo.name}", _where(faces, photo))
-        return found
+        return face
     if index is not None and index >= len(faces):
         count = "1 face" if len(faces) == 1 else f"{len(faces)} faces"
         raise NoFaceError(
@@ -91,7 +91,7 @@ def bgr(image: Image.Image) -> np.ndarray:
 
 
 def scaled(box: Box, scale: float) -> Box:
-    """The box in a picture whose pixels are `scale` times as many along a side."""
+    """The box in the image scaled by `scale`."""
     return (box[0] * scale, box[1] * scale, box[2] * scale, box[3] * scale)
 
 
@@ -101,13 +101,13 @@ def rounded(box: Box) -> tuple[int, ...]:
 
 
 def check_choice(index: int | None, box: Box | None) -> None:
-    """Refuse choices that can never be met.
+    """Refuse invalid choices of a face.
 
     Raises:
-        UsageError: both given, a negative index, or a box that is none.
+        UsageError: both are given, the index is negative, or the box is invalid.
     """
     if index is not None and box is not None:
-        raise UsageError("a face is chosen by its index or by a box, not both", "leave one of them out")
+        raise UsageError("choose a face by index or by box, not both", "remove one of the options")
     if index is not None and index < 0:
         raise UsageError(f"a face index counts from 0, not {index}", "0 is the largest face")
     if box is not None and not (np.isfinite(box).all() and box[0] < box[2] and box[1] < box[3]):
@@ -117,10 +117,10 @@ def check_choice(index: int | None, box: Box | None) -> None:
         )
 
 
-def _attempts(picture: np.ndarray) -> Iterator[tuple[float, int]]:
-    """(border, detector size), in the order tried. The detector scales every picture, tiny ones too, to its
-    size, so there is no need to enlarge any."""
-    short, long = sorted(picture.shape[:2])
+def _attempts(image: np.ndarray) -> Iterator[tuple[float, int]]:
+    """(border, detector size), in the order tried. The detector scales every image to its size, so small
+    images need no enlarging."""
+    short, long = sorted(image.shape[:2])
     for border in BORDERS:
         if border == 0.0 and long > STRIP * short:
             continue
@@ -129,18 +129,18 @@ def _attempts(picture: np.ndarray) -> Iterator[tuple[float, int]]:
             yield border, LARGE_SIZE
 
 
-def _detect(picture: np.ndarray, analyzer: FaceAnalyzer, border: float, size: int) -> list[Face]:
-    """The usable faces seen in one attempt, in pixels of `picture`."""
-    height, width = picture.shape[:2]
+def _detect(image: np.ndarray, analyzer: FaceAnalyzer, border: float, size: int) -> list[Face]:
+    """The usable faces of one attempt, in pixels of `image`."""
+    height, width = image.shape[:2]
     if border == 0.0:
-        faces = analyzer.detect(picture, size)
+        faces = analyzer.detect(image, size)
     else:
-        # The detector sees at most `size` pixels: a border around all of a large picture wastes memory.
+        # The detector uses at most `size` pixels: a border around a large image at full size wastes memory.
         scale = min(1.0, LARGE_SIZE / max(height, width))
-        small = picture
+        small = image
         if scale < 1.0:
             shape = (max(1, round(width * scale)), max(1, round(height * scale)))
-            small = np.asarray(Image.fromarray(picture).resize(shape, Image.Resampling.BILINEAR))
+            small = np.asarray(Image.fromarray(image).resize(shape, Image.Resampling.BILINEAR))
         pad = round(border * max(small.shape[:2]))
         padded = np.pad(small, ((pad, pad), (pad, pad), (0, 0)))
         faces = [face.moved(-pad, -pad, 1 / scale) for face in analyzer.detect(padded, size)]
@@ -154,9 +154,9 @@ def _detect(picture: np.ndarray, analyzer: FaceAnalyzer, border: float, size: in
     return usable
 
 
-def _look_closer(picture: np.ndarray, analyzer: FaceAnalyzer, box: Box) -> list[Face]:
-    """The faces seen in the box and as much again on each side, in pixels of `picture`."""
-    height, width = picture.shape[:2]
+def _look_closer(image: np.ndarray, analyzer: FaceAnalyzer, box: Box) -> list[Face]:
+    """The faces in the box and one box size around it, in pixels of `image`."""
+    height, width = image.shape[:2]
     across, down = box[2] - box[0], box[3] - box[1]
     wide = (box[0] - across, box[1] - down, box[2] + across, box[3] + down)
     left, top, right, bottom = (
@@ -164,12 +164,12 @@ def _look_closer(picture: np.ndarray, analyzer: FaceAnalyzer, box: Box) -> list[
     )
     if right <= left or bottom <= top:
         return []
-    part = np.ascontiguousarray(picture[top:bottom, left:right])
+    part = np.ascontiguousarray(image[top:bottom, left:right])
     return [face.moved(left, top) for face in find_faces(part, analyzer)]
 
 
 def _in_box(faces: list[Face], box: Box) -> Face | None:
-    """The face that meets the box best, among those that lie mostly in it or hold most of it."""
+    """The face that fits the box best, among those at least half inside it or covering half of it."""
 
     def union_share(face: Face) -> float:
         common = _area(_overlap(face.box, box))
@@ -181,8 +181,13 @@ def _in_box(faces: list[Face], box: Box) -> Face | None:
     return max(filter(belongs, faces), key=union_share, default=None)
 
 
-def _overlap(one: Box, other: Box) -> Box:
-    return (max(one[0], other[0]), max(one[1], other[1]), min(one[2], other[2]), min(one[3], other[3]))
+def _overlap(first: Box, second: Box) -> Box:
+    return (
+        max(first[0], second[0]),
+        max(first[1], second[1]),
+        min(first[2], second[2]),
+        min(first[3], second[3]),
+    )
 
 
 def _area(box: Box) -> float:

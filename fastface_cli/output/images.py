@@ -1,4 +1,4 @@
-"""Pictures on disk: how they are named, written and laid out on a sheet."""
+"""Output images: file names, PNG files and contact sheets."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 FIELDS = ("recipe", "seed", "index", "prompt", "scale")
-"""What an output template may name: `{recipe}-{seed}.png`."""
+"""Fields of an output template such as `{recipe}-{seed}.png`."""
 
 DEFAULT_NAME = "fastface-{recipe}-{seed}.png"
 NAME_IN_FOLDER = "{recipe}-{seed}.png"
@@ -27,10 +27,10 @@ NAME_IN_FOLDER = "{recipe}-{seed}.png"
 COMPRESSION = 1
 """zlib level of PNGs. A 1024x1024 photo-like image with sensor noise takes 100 ms and 2190 KiB at level 1,
 136 ms and 2082 KiB at level 6 (Pillow's default), both with zlib-ng; classic zlib widens the gap in time.
-Five percent of a file is not worth a share of a four-step run."""
+A file 5% smaller is not worth the time in a four-step run."""
 
 LONGEST_SIDE = 8192
-"""Pixels: a larger contact sheet is shrunk to this."""
+"""Pixels: larger contact sheets are scaled down to this."""
 
 _PADDING = re.compile(r"0?[1-9]?[0-9]?d?")
 _RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
@@ -44,38 +44,37 @@ def plan_paths(
     fields: Sequence[Mapping[str, str | int | float]],
     force: bool,
 ) -> list[Path]:
-    """Where each picture goes, decided and checked before any model is loaded.
+    """Choose and check the path of each image before any model is loaded.
 
-    A file name is taken as it is (`x` means `x.png`); several pictures to one name become `x-1.png`,
-    `x-2.png`, ... A folder (existing, or written with a slash at its end) and None (the current folder) get
-    names made of recipe and seed, which never meet an existing file: `-1`, `-2`, ... is appended until the
-    name is free, with or without `force`. A template holds fields of `FIELDS` in braces, whole numbers with a
-    width where wanted (`{index:03}`).
+    A file name is used unchanged (`x` means `x.png`); several images with one name become `x-1.png`,
+    `x-2.png`, ... For a folder (an existing one, or a path that ends in a slash) and for None (the current
+    folder), names consist of recipe and seed and never replace a file: `-1`, `-2`, ... is appended until the
+    name is free, with or without `force`. A template contains `FIELDS` in braces; whole numbers accept a
+    width (`{index:03}`).
 
     Args:
         output: the `-o` of the command line, or None.
-        count: how many pictures.
-        fields: for each picture the values of `FIELDS`; `index` counts from 1 where it is not given.
-        force: whether existing files of the names asked for may be replaced.
+        count: number of images.
+        fields: the values of `FIELDS` for each image; `index` defaults to the position, from 1.
+        force: whether existing files with the requested names may be replaced.
 
     Returns:
         `count` different paths, relative where `output` is.
 
     Raises:
-        UsageError: a name that exists, an unknown field, a format other than PNG, a folder that cannot be
-            written.
+        UsageError: the name exists, a field is unknown, the format is not PNG, or the folder is not writable.
     """
     if count != len(fields):
-        raise ValueError(f"{count} pictures but fields for {len(fields)}")
-    named = [_name(output, {"index": index, **values}) for index, values in enumerate(fields, start=1)]
-    asked = Counter(_key(path) for path, automatic in named if not automatic)
-    taken = {key for key, times in asked.items() if times == 1}
+        raise ValueError(f"{count} images but fields for {len(fields)}")
+    names = [_name(output, {"index": index, **values}) for index, values in enumerate(fields, start=1)]
+    requested = Counter(_key(path) for path, automatic in names if not automatic)
+    taken = {key for key, times in requested.items() if times == 1}
     numbers: Counter[str] = Counter()
     paths = []
-    for path, automatic in named:
+    for path, automatic in names:
         key = _key(path)
         chosen = path
-        if automatic or asked[key] > 1:
+        if automatic or requested[key] > 1:
             while True:
                 number = numbers[key] if automatic else numbers[key] + 1
                 numbers[key] += 1
@@ -90,18 +89,18 @@ def plan_paths(
 
 
 def _key(path: Path) -> str:
-    """Equal for two names that some file system holds for the same."""
+    """A key that is equal for names that some file systems do not distinguish."""
     return unicodedata.normalize("NFC", os.path.abspath(path)).casefold()
 
 
 def _name(output: str | None, fields: Mapping[str, str | int | float]) -> tuple[Path, bool]:
-    """One picture's path, and whether its name was left to us."""
+    """The path of one image, and whether its name was chosen automatically."""
     if output is None:
         return Path(_expand(DEFAULT_NAME, fields)), True
     if "\0" in output or not output.strip():
-        raise UsageError("the output name is empty or holds a NUL", "give a file, a folder or a template")
+        raise UsageError("the output name is empty or contains a NUL", "give a file, a folder or a template")
     if output == "-":
-        raise UsageError("pictures cannot go to stdout", "give a file, a folder or a template")
+        raise UsageError("images cannot be written to stdout", "give a file, a folder or a template")
     output = os.path.expanduser(output)
     if os.path.isdir(output):
         return Path(output) / _expand(NAME_IN_FOLDER, fields), True
@@ -113,7 +112,7 @@ def _name(output: str | None, fields: Mapping[str, str | int | float]) -> tuple[
         return Path(text + ".png"), False
     if suffix[1].lower() != "png":
         raise UsageError(
-            f"'{output}' is not a PNG name; PNG is the format that carries how a picture was made",
+            f"'{output}' is not a PNG name; only PNG stores the metadata for a replay",
             f"use '{output[: suffix.start()]}.png'",
         )
     if not Path(text).suffix:
@@ -122,7 +121,7 @@ def _name(output: str | None, fields: Mapping[str, str | int | float]) -> tuple[
 
 
 def _expand(template: str, fields: Mapping[str, str | int | float]) -> str:
-    """Fill in a template. Only plain names in braces are understood, and no value can add a folder."""
+    """Fill in a template. Only plain names in braces are supported, and no value can add a folder."""
     try:
         parts = list(string.Formatter().parse(template))
     except ValueError as error:
@@ -145,15 +144,15 @@ def _expand(template: str, fields: Mapping[str, str | int | float]) -> str:
         value = fields[name]
         if conversion or (padding and not (isinstance(value, int) and _PADDING.fullmatch(padding))):
             raise UsageError(
-                f"the output template '{template}' formats '{{{name}}}' in a way that names do not take",
-                "only whole numbers take a width, as in {index:03}",
+                f"the output template '{template}' formats '{{{name}}}' in an unsupported way",
+                "only whole numbers accept a width, as in {index:03}",
             )
         text += format(value, padding or "") if isinstance(value, int) else _slug(value)
     return text
 
 
 def _slug(value: str | float) -> str:
-    """A value as a part of a file name: no separator, no leading dot, no reserved name, at most 80 bytes."""
+    """Convert a value for a file name: no separator, leading dot or reserved name, at most 80 bytes."""
     text = f"{value:g}" if isinstance(value, float) else unicodedata.normalize("NFC", value)
     text = re.sub(r"[^\w.+-]+", "-", text.strip())
     text = text.encode("utf-8", "ignore")[:80].decode("utf-8", "ignore")
@@ -168,25 +167,25 @@ def _slug(value: str | float) -> str:
 def write_png(
     image: Image.Image, path: Path, *, text: Mapping[str, str] | None = None, force: bool = False
 ) -> Path:
-    """Write one picture, whole or not at all.
+    """Write one image atomically.
 
     Args:
-        image: the picture.
-        path: the final name; a missing folder is made.
-        text: text chunks by keyword (see `metadata.describe`); None or empty writes none at all.
-        force: replace an existing file; without it a name taken meanwhile gives way to the next free one.
+        image: the image.
+        path: the final path; missing folders are created.
+        text: text chunks by keyword (see `metadata.describe`); None or empty writes none.
+        force: replace an existing file; otherwise a name taken meanwhile becomes the next free name.
 
     Returns:
         The path that was written.
 
     Raises:
-        FastFaceError: the file system refuses; nothing is left behind.
+        FastFaceError: the file cannot be written; no partial file remains.
     """
     return write_atomically(path, encode_png(image, text), force=force)
 
 
 def encode_png(image: Image.Image, text: Mapping[str, str] | None = None) -> bytes:
-    """The bytes of `write_png`'s file."""
+    """Return the bytes of the file that `write_png` writes."""
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
@@ -194,7 +193,7 @@ def encode_png(image: Image.Image, text: Mapping[str, str] | None = None) -> byt
         if value.isascii() and not keyword.startswith("XML:"):
             info.add_text(keyword, value)
         else:
-            # Viewers disagree on what non-ASCII means in tEXt; iTXt is UTF-8 by definition.
+            # Viewers interpret non-ASCII tEXt differently; iTXt is UTF-8 by definition.
             info.add_itxt(keyword, value.encode("utf-8", "replace").decode())
     encoded = io.BytesIO()
     image.save(encoded, format="PNG", compress_level=COMPRESSION, pnginfo=info)
@@ -204,18 +203,18 @@ def encode_png(image: Image.Image, text: Mapping[str, str] | None = None) -> byt
 def grid(
     images: Sequence[Image.Image], columns: int | None = None, labels: Sequence[str] | None = None
 ) -> Image.Image:
-    """A contact sheet, row by row, on white; each picture is centred in its cell.
+    """Return a contact sheet, row by row on white, with each image centered in its cell.
 
     Args:
-        images: one or more pictures of any sizes.
-        columns: pictures in a row; None makes the sheet as square as it can be.
-        labels: a line below each picture, shortened to its width.
+        images: one or more images of any sizes.
+        columns: images per row; None makes the sheet as square as possible.
+        labels: one line of text below each image, shortened to its width.
 
     Returns:
         An RGB image whose longer side is at most `LONGEST_SIDE` pixels.
 
     Raises:
-        ValueError: no image, a column count below 1, or labels of another number.
+        ValueError: no image, less than one column, or not one label per image.
     """
     from PIL import Image
 
@@ -246,7 +245,7 @@ def grid(
 
 
 def _near_square(count: int, aspect: float) -> int:
-    """Columns that bring the sheet's aspect closest to 1; of equals the fuller, then the wider sheet."""
+    """Columns that make the sheet closest to square; ties prefer fewer empty cells, then more columns."""
 
     def badness(columns: int) -> tuple[float, int, int]:
         rows = -(-count // columns)
@@ -261,7 +260,7 @@ def _caption(sheet: Image.Image, label: str, corner: tuple[int, int], width: int
 
     draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(size=height * 0.7)
-    # Pillow's own font knows ASCII alone: an accent is dropped, another script becomes question marks.
+    # Pillow's default font supports only ASCII: accents are dropped, other scripts become question marks.
     plain = re.sub("[\u0300-\u036f]", "", unicodedata.normalize("NFKD", " ".join(label.split())[:500]))
     text = plain.encode("ascii", "replace").decode()
     shown = text

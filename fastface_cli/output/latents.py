@@ -1,4 +1,4 @@
-"""The latents of a run as a file, for whoever compares implementations or steps."""
+"""Save the latents of a run, to compare implementations or steps."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ def save_latents(
     extra: Mapping[str, torch.Tensor] | None = None,
     force: bool = False,
 ) -> Path:
-    """Write a run's latents as float32 safetensors, whole or not at all.
+    """Write the latents of a run as float32 safetensors, atomically.
 
     Args:
-        path: the file; a missing folder is made.
+        path: the file; missing folders are created.
         initial_latents: [images, 4, h, w], noise as scaled for the scheduler, before the first step.
         latents: [steps, images, 4, h, w], after each scheduler step.
         timesteps: [steps].
-        extra: further tensors by name; they become float32 too.
-        force: replace an existing file; without it a name taken meanwhile gives way to the next free one.
+        extra: more tensors by name, also converted to float32.
+        force: replace an existing file; otherwise a name taken meanwhile becomes the next free name.
 
     Returns:
         The path that was written.
 
     Raises:
-        ValueError: shapes that do not belong together, or an extra tensor of a name above.
-        FastFaceError: the file system refuses; nothing is left behind.
+        ValueError: the shapes do not match, or an extra tensor has a name of the above.
+        FastFaceError: the file cannot be written; no partial file remains.
     """
     import torch
     from safetensors.torch import save
@@ -47,7 +47,7 @@ def save_latents(
         or latents.shape[:1] != timesteps.shape
     ):
         raise ValueError(
-            f"latents {list(latents.shape)} do not belong to initial latents {list(initial_latents.shape)} "
+            f"latents {list(latents.shape)} do not match initial latents {list(initial_latents.shape)} "
             f"and timesteps {list(timesteps.shape)}"
         )
     tensors = {"initial_latents": initial_latents, "latents": latents, "timesteps": timesteps}
@@ -55,7 +55,7 @@ def save_latents(
         if name in tensors:
             raise ValueError(f"'{name}' is given twice")
         tensors[name] = tensor
-    # A copy each: safetensors refuses tensors that share memory, and a view would drag its base along.
+    # Copies, because safetensors refuses tensors that share memory, and a view would save its whole base.
     plain = {
         name: tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
         for name, tensor in tensors.items()

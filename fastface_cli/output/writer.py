@@ -1,4 +1,4 @@
-"""Work behind the scenes: files are written while the device makes the next picture."""
+"""Write files in the background while the device generates the next image."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
 WAITING = 2
-"""Jobs that may wait; more of them would only fill the memory."""
+"""Maximum number of waiting jobs; more would only use memory."""
 
 
 class Behind:
-    """Does jobs one after the other on a thread of its own; to leave it is to wait for them all.
+    """Runs jobs one after another on a background thread. Leaving the context waits for all of them.
 
-    What a job raises is raised by a later call, or on leaving.
+    An error of a job is raised by a later call, or on leaving the context.
     """
 
     def __init__(self) -> None:
@@ -22,7 +22,7 @@ class Behind:
         self._jobs: deque[Future[None]] = deque()
 
     def do(self, job: Callable[[], None]) -> None:
-        """Have a job done; waits while too many wait already."""
+        """Queue a job. Blocks while too many jobs are waiting."""
         while self._jobs and (self._jobs[0].done() or len(self._jobs) > WAITING):
             self._jobs.popleft().result()
         self._jobs.append(self._pool.submit(job))
@@ -35,10 +35,10 @@ class Behind:
     ) -> None:
         try:
             while self._jobs:
-                found = self._jobs.popleft()
+                future = self._jobs.popleft()
                 if error is None:
-                    found.result()
+                    future.result()
                 else:
-                    found.exception()  # a picture that is made is not lost over what went wrong after it
+                    future.exception()  # finish writing despite the error, so that no generated image is lost
         finally:
             self._pool.shutdown(cancel_futures=True)

@@ -1,4 +1,4 @@
-"""What pydantic says about a recipe, in sentences that name file, line, field and the nearest valid name."""
+"""Translate pydantic's errors into messages with file, line, field and the nearest valid name."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from .tree import Key, Node, mapping
 SHOWN = 5
 """Errors listed before 'and N more'."""
 
-READ = 100
-"""Errors looked at: beyond so many, the number says nothing more."""
+MAX_COUNTED = 100
+"""Maximum number of errors that are counted."""
 
 _SECTIONS: dict[str, type[BaseModel]] = {
-    name: found
-    for name, found in inspect.getmembers(schema, inspect.isclass)
-    if issubclass(found, schema.Section)
+    name: section
+    for name, section in inspect.getmembers(schema, inspect.isclass)
+    if issubclass(section, schema.Section)
 }
 _TRANSFORMS: dict[str, type[BaseModel]] = {
     get_args(section.model_fields["kind"].annotation)[0]: section
@@ -36,7 +36,7 @@ _TRANSFORMS: dict[str, type[BaseModel]] = {
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing wrong with a recipe."""
+    """One problem of a recipe."""
 
     where: str
     field: str
@@ -50,41 +50,47 @@ class Problem:
 
 
 def to_error(problems: Iterable[Problem]) -> RecipeError:
-    """One error out of several problems: the first few, one a line, and the first hint."""
-    found = list(dict.fromkeys(problems))
-    lines = [str(problem) for problem in found[:SHOWN]]
-    if len(found) > SHOWN:
-        lines.append(f"... and {len(found) - SHOWN if len(found) < READ else 'many'} more")
-    hint = next((problem.hint for problem in found if problem.hint), None)
+    """Combine problems into one error: the first few, one per line, and the first hint."""
+    distinct = list(dict.fromkeys(problems))
+    lines = [str(problem) for problem in distinct[:SHOWN]]
+    if len(distinct) > SHOWN:
+        lines.append(f"... and {len(distinct) - SHOWN if len(distinct) < MAX_COUNTED else 'many'} more")
+    hint = next((problem.hint for problem in distinct if problem.hint), None)
     return RecipeError("\n".join(lines), hint)
 
 
 def problems_of(error: ValidationError, tree: Node) -> list[Problem]:
     """Translate validation errors of `tree`, one for each value that is wrong."""
-    found: dict[str, Problem] = {}
+    problems: dict[str, Problem] = {}
     for detail in error.errors(include_url=False, include_input=False):
         problem = _problem(detail, tree)
-        if problem is not None and not any(problem.field.startswith(f"{field}.") for field in found):
-            found.setdefault(problem.field, problem)
-        if len(found) == READ:
+        if problem is not None and not any(problem.field.startswith(f"{field}.") for field in problems):
+            problems.setdefault(problem.field, problem)
+        if len(problems) == MAX_COUNTED:
             break
-    # A union may reject every branch for reasons of its own; something must be said all the same.
-    return list(found.values()) or [Problem(tree.mark.where, "", "is not a valid recipe")]
+    # All errors may be about union branches that were not meant; report the recipe as invalid then.
+    return list(problems.values()) or [Problem(tree.mark.where, "", "is not a valid recipe")]
 
 
 def _problem(detail: Any, tree: Node) -> Problem | None:
     kind, context = detail["type"], detail.get("ctx", {})
     # The last part of the location of a missing field is its name, which the tree cannot hold.
     path, node, branches = _locate(detail["loc"][: -1 if kind == "missing" else None], tree)
-    for place, at, branch in branches:
+    for branch_path, branch_node, branch in branches:
         if branch == "[key]":
-            return Problem(at.mark.where, _dotted(place), "a step count is a whole number from 1 to 1000")
-        if not _fits(branch, at):
-            return None if isinstance(at.value, dict | list) else _no_branch(place, at)
-        if branch == "HubReference" and not (set(mapping(at)) & set(schema.HubReference.model_fields)):
-            return _no_branch(place, at)
+            return Problem(
+                branch_node.mark.where, _dotted(branch_path), "a step count is a whole number from 1 to 1000"
+            )
+        if not _fits(branch, branch_node):
+            return (
+                None if isinstance(branch_node.value, dict | list) else _no_branch(branch_path, branch_node)
+            )
+        if branch == "HubReference" and not (
+            set(mapping(branch_node)) & set(schema.HubReference.model_fields)
+        ):
+            return _no_branch(branch_path, branch_node)
     if kind == "invalid_key":
-        return Problem(node.mark.where, _dotted(path), "is not a name that a recipe knows")
+        return Problem(node.mark.where, _dotted(path), "is not a valid name")
     if kind == "missing":
         name = str(detail["loc"][-1])
         return Problem(node.mark.where, _dotted((*path, name)), "is missing")
@@ -94,7 +100,7 @@ def _problem(detail: Any, tree: Node) -> Problem | None:
         parts = [int(part) if part.isdecimal() else part for part in context["field"].split(".")]
         _, inner, _ = _locate(parts, node)
         return Problem(inner.mark.where, _dotted((*path, *parts)), context["problem"])
-    text, hint = _say(kind, context, detail["msg"], node, path)
+    text, hint = _describe(kind, context, detail["msg"], node, path)
     return Problem(node.mark.where, _dotted(path), text, hint)
 
 
@@ -120,7 +126,7 @@ def _locate(
 
 
 def _fits(branch: str, node: Node) -> bool:
-    """Whether a union branch is the one that the writer of this value meant."""
+    """Whether a value was meant for this union branch."""
     value = node.value
     if isinstance(value, dict):
         if branch.startswith("dict["):
@@ -140,18 +146,18 @@ _LABELS = {"str", "float", "int", "literal['all']", *_SECTIONS}
 def _no_branch(path: tuple[Key, ...], node: Node) -> Problem:
     last = path[-1] if path else ""
     if path[:1] == ("guidance",) and last in ("identity", "text"):
-        wanted = "a number, a list with one number a step, or a function"
+        expected = "a number, a list with one number per step, or a function"
     elif path[:2] == ("attention", "steps"):
-        wanted = "'all' or a list of step indices"
+        expected = "'all' or a list of step indices"
     elif path[:2] == ("attention", "transforms"):
-        wanted = "a number, a list with one number a step, or one of these for each of down, mid, up"
+        expected = "a number, a list with one number per step, or one of these for each of down, mid, up"
         if last in ("down", "mid", "up"):
-            wanted = "a number or a list with one number a step"
+            expected = "a number or a list with one number per step"
     else:
-        wanted = "a name, a path, or 'repo', 'commit' and 'file' of the Hugging Face Hub"
+        expected = "a name, a path, or 'repo', 'commit' and 'file' of the Hugging Face Hub"
         if path[:1] == ("model",) and last in ("unet", "distillation"):
-            wanted += ", or one of these for each step count"
-    return Problem(node.mark.where, _dotted(path), f"must be {wanted}, not {_spell(node)}", _quoting(node))
+            expected += ", or one of these for each step count"
+    return Problem(node.mark.where, _dotted(path), f"must be {expected}, not {_shown(node)}", _quoting(node))
 
 
 def _unknown(path: tuple[Key, ...], node: Node, loc: tuple[Key, ...]) -> Problem:
@@ -187,7 +193,7 @@ def _section_at(loc: Iterable[Key]) -> type[BaseModel]:
 
 
 def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The sections that an annotation may hold."""
+    """Yield the sections in an annotation."""
     if get_origin(annotation) is Annotated:
         yield from _sections_in(get_args(annotation)[0])
     elif get_origin(annotation) in (Union, types.UnionType, list, dict):
@@ -198,7 +204,7 @@ def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 def fields() -> list[str]:
-    """Every dotted field of a recipe that is not inside a list or a union."""
+    """List the dotted fields of a recipe that are not inside a list or a union."""
     return list(_fields(schema.Recipe, ""))
 
 
@@ -230,29 +236,32 @@ _BOUNDS = {
 }
 
 
-def _say(
+def _describe(
     kind: str, context: dict[str, Any], message: str, node: Node, path: tuple[Key, ...]
 ) -> tuple[str, str | None]:
-    """What is wrong with a value, and a hint."""
-    spelt = _spell(node)
+    """Return the problem with a value, and a hint."""
+    spelling = _shown(node)
     if kind in _EXPECTED:
-        return f"must be {_EXPECTED[kind]}, not {spelt}", _quoting(node) if kind == "string_type" else None
+        return f"must be {_EXPECTED[kind]}, not {spelling}", _quoting(node) if kind == "string_type" else None
     if kind in _BOUNDS:
         key, words = _BOUNDS[kind]
         bound = context[key]
-        return f"must be {words} {bound:g}, not {spelt}" if bound < 2**53 else f"is too large: {spelt}", None
+        return (
+            f"must be {words} {bound:g}, not {spelling}" if bound < 2**53 else f"is too large: {spelling}",
+            None,
+        )
     if kind in ("literal_error", "union_tag_invalid"):
         choices = re.findall(r"'([^']*)'", context.get("expected", context.get("expected_tags", "")))
         given = str(context.get("tag", node.value))
         near = nearest(given, choices)
-        shown = f"'{given}'" if kind == "union_tag_invalid" else spelt
+        shown = f"'{given}'" if kind == "union_tag_invalid" else spelling
         text = f"must be one of {', '.join(choices)}, not {shown}"
         return text, f"did you mean '{near}'?" if near else _quoting(node)
     if kind == "union_tag_not_found":
         return f"needs a 'kind': one of {', '.join(_TRANSFORMS)}", None
     if kind == "string_pattern_mismatch":
-        wanted = "OWNER/NAME" if path[-1:] == ("repo",) else "a full commit hash: 40 hexadecimal digits"
-        return f"must be {wanted}, not {spelt}", None
+        expected = "OWNER/NAME" if path[-1:] == ("repo",) else "a full commit hash: 40 hexadecimal digits"
+        return f"must be {expected}, not {spelling}", None
     if kind in ("too_short", "too_long"):
         return "must not be empty" if kind == "too_short" else "is too long", None
     if kind == "value_error":
@@ -260,7 +269,7 @@ def _say(
     return message, None
 
 
-def _spell(node: Node) -> str:
+def _shown(node: Node) -> str:
     value = node.value
     if isinstance(value, dict):
         return "a mapping"
@@ -275,9 +284,9 @@ def _spell(node: Node) -> str:
 
 
 def _quoting(node: Node) -> str | None:
-    """YAML reads more things as numbers and truth values than people expect."""
+    """A hint for text that YAML parses as a number or a truth value."""
     if isinstance(node.value, bool):
-        return "YAML reads a bare yes, no, on or off as true or false; put text in quotes"
+        return "YAML parses a bare yes, no, on or off as true or false; put text in quotes"
     if isinstance(node.value, int | float):
         return "put text that looks like a number in quotes"
     return None

@@ -1,7 +1,7 @@
-"""JSON configurations of the published FastFace code, read as recipes.
+"""Convert JSON configurations of the published FastFace code to recipes.
 
 Names of keys, schedules and transforms are those of the published repository (`configs/`,
-`src/cfg_schedulers.py`, `src/dcg.py`, `src/custom_dca.py`); what they mean is METHOD's.
+`src/cfg_schedulers.py`, `src/dcg.py`, `src/custom_dca.py`); docs/how-it-works.md explains them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from .tree import Key, Mark, Node, Plain, mapping, mark_tree
 ROWS = ("hyper", "lightning", "lcm", "turbo", "base", "pocket")
 
 ORDERS = {1: "text_first", 2: "independent", 3: "identity_first"}
-"""`dcg_type`. Weight `a` is for the first term: the identity in `identity_first`, else the text."""
+"""`dcg_type`. Weight `a` applies to the first term: the identity in `identity_first`, otherwise the text."""
 
 FUNCTIONS: dict[str, dict[str, Plain]] = {
     "linear": {"function": "linear"},
@@ -30,7 +30,7 @@ FUNCTIONS: dict[str, dict[str, Plain]] = {
     "capshape": {"function": "cap"},
     "ccshape": {"function": "cap", "floor": "c"},
 }
-"""Guidance schedules as weight functions; "c" and "s" are arguments from `sch_kwargs`."""
+"""Guidance schedules as weight functions; "c" and "s" are arguments in `sch_kwargs`."""
 
 SCHEDULERS = ("default", "custom", *FUNCTIONS)
 
@@ -58,13 +58,13 @@ SCHEDULED: dict[str, dict[str, Plain]] = {
         "level": {"down": LEVEL, "up": LEVEL},
     },
 }
-"""The same under `apply_schedule`, which leaves `pow` alone and has no values for the mid block."""
+"""The same with `apply_schedule`, which keeps `pow` and has no values for the mid block."""
 
 RESCALE = 0.7
-"""phi where `term_postproc` asks for a rescale and `rescale` is absent."""
+"""phi if `term_postproc` requests a rescale without `rescale`."""
 
 WEIGHT = 5.0
-"""Guidance weight where a configuration gives none."""
+"""Guidance weight if a configuration has none."""
 
 TOP_KEYS = (
     "model_name",
@@ -105,7 +105,7 @@ PATCH_KEYS = (
 
 
 def convert(tree: Node) -> Node:
-    """A published configuration as a recipe that extends the row of its model.
+    """Convert a published configuration to a recipe that extends the recipe of its model.
 
     Args:
         tree: the JSON object, with marks.
@@ -130,10 +130,10 @@ def convert(tree: Node) -> Node:
         ("sampling", pipe, {"steps": "num_inference_steps", "width": "width", "height": "height"}),
         ("adapter", top, {"scale": "ip_adapter_scale", "lora_scale": "faceid_lora_scale"}),
     ):
-        found: dict[Key, Node] = {
+        values: dict[Key, Node] = {
             field: source.entries[key] for field, key in keys.items() if source.has(key)
         }
-        recipe[name] = Node(found, source.node.mark)
+        recipe[name] = Node(values, source.node.mark)
     return Node(recipe, tree.mark)
 
 
@@ -156,7 +156,7 @@ class _Part:
         return f"{self.name}.{key}" if self.name else key
 
     def has(self, key: str) -> bool:
-        """Whether a key is there and says something."""
+        """Whether a key is present and not null."""
         return key in self.entries and self.entries[key].value is not None
 
     def part(self, key: str, known: tuple[str, ...]) -> _Part:
@@ -167,7 +167,7 @@ class _Part:
         return self.entries[key].mark if key in self.entries else self.node.mark
 
     def true(self, key: str) -> bool:
-        """A flag; absent is false."""
+        """The value of a flag; false if absent."""
         value = self.entries[key].value if self.has(key) else False
         if not isinstance(value, bool):
             _fail(self.entries[key], self.dotted(key), "must be true or false")
@@ -195,7 +195,7 @@ def _one_of(node: Node, field: str, choices: tuple[str, ...]) -> str:
 
 
 def _row(top: _Part) -> str:
-    """The row of the stack table: `scheduler`, or `model_name` as in the published configurations."""
+    """The model's recipe: `scheduler`, or `model_name` as in the published configurations."""
     given = {key: _one_of(top.entries[key], key, ROWS) for key in ("scheduler", "model_name") if top.has(key)}
     if not given:
         _fail(top.node, "model_name", "is missing", f"name the model: one of {', '.join(ROWS)}")
@@ -206,9 +206,9 @@ def _row(top: _Part) -> str:
 
 def _supported(top: _Part) -> None:
     if top.text("method", "faceid") != "faceid":
-        _fail(top.entries["method"], "method", "must be faceid, the only adapter there is")
+        _fail(top.entries["method"], "method", "must be faceid, the only supported adapter")
     if top.true("t2i"):
-        _fail(top.entries["t2i"], "t2i", "must be false: a picture without an identity is not made here")
+        _fail(top.entries["t2i"], "t2i", "must be false: images without an identity are not supported")
 
 
 def _copy(source: _Part, target: dict[Key, Node], keys: tuple[str, ...]) -> None:
@@ -263,20 +263,20 @@ def _weight(pipe: _Part, dcg: _Part, arguments: _Part, letter: str, reset_to: fl
         if not lists.has(letter) or not isinstance(lists.entries[letter].value, list):
             place = lists.entries.get(letter, lists.node)
             _fail(
-                place, lists.dotted(letter), f"must be a list with one number a step, for {chosen} 'custom'"
+                place, lists.dotted(letter), f"must be a list with one number per step, for {chosen} 'custom'"
             )
         return lists.entries[letter]
     given = arguments.part(letter, ("c", "s"))
-    found: dict[Key, Node] = {"scale": scale}
+    function: dict[Key, Node] = {"scale": scale}
     for field, value in FUNCTIONS[name].items():
         if value in ("c", "s"):
             argument = str(value)
             if not given.has(argument):
                 _fail(given.node, given.dotted(argument), f"is missing, and {chosen} '{name}' needs it")
-            found[field] = given.entries[argument]
+            function[field] = given.entries[argument]
         else:
-            found[field] = mark_tree(value, dcg.mark(chosen))
-    return Node(found, dcg.mark(chosen))
+            function[field] = mark_tree(value, dcg.mark(chosen))
+    return Node(function, dcg.mark(chosen))
 
 
 def _attention(top: _Part, pipe: _Part) -> Node:
@@ -287,12 +287,12 @@ def _attention(top: _Part, pipe: _Part) -> Node:
     patch = top.part("am_patch_kwargs", PATCH_KEYS)
     blocks = _listed(patch, "target_parts")
     if blocks is None or not blocks.value:
-        # The published code reads an absent or empty list as every part.
+        # The published code treats an absent or empty list as all parts.
         blocks = mark_tree(["down", "mid", "up"], patch.mark("target_parts"))
     scheduled = patch.true("apply_schedule")
     if scheduled and any(block.value == "mid" for block in _items(blocks)):
         _fail(blocks, patch.dotted("target_parts"), "includes mid, for which apply_schedule has no values")
-    found: dict[Key, Node] = {
+    attention: dict[Key, Node] = {
         "transforms": _transforms(patch, SCHEDULED if scheduled else TRANSFORMS),
         "blocks": _sorted(blocks, ["down", "mid", "up"]),
         "steps": _steps(patch, pipe),
@@ -303,10 +303,10 @@ def _attention(top: _Part, pipe: _Part) -> Node:
     }
     tokens = _listed(patch, "target_tokens")
     if tokens is not None:
-        found["tokens"] = _sorted(tokens, [0, 1, 2, 3])
+        attention["tokens"] = _sorted(tokens, [0, 1, 2, 3])
     if patch.true("apply_adain"):
-        found["blend"] = mark_tree({"weight": 0.7, "eps": 1e-6}, patch.mark("apply_adain"))
-    return Node(found, patch.node.mark)
+        attention["blend"] = mark_tree({"weight": 0.7, "eps": 1e-6}, patch.mark("apply_adain"))
+    return Node(attention, patch.node.mark)
 
 
 def _listed(part: _Part, key: str) -> Node | None:
@@ -323,8 +323,8 @@ def _items(node: Node) -> list[Node]:
 
 
 def _sorted(node: Node, order: list[Any]) -> Node:
-    """Known values in one order, so that the same choice has the same digest; unknown ones are left as
-    they are, for the validation to name them."""
+    """Sort known values, so that equal choices have equal digests. Unknown values are kept for the
+    validation to report."""
     items = _items(node)
     if all(not isinstance(item.value, bool | float | dict | list) and item.value in order for item in items):
         items = sorted(items, key=lambda item: order.index(item.value))

@@ -1,4 +1,4 @@
-"""What to run: the frozen, validated, hashed recipe. Reading recipes from files is `recipe_files`."""
+"""The recipe: frozen, validated and hashed. `recipe.files` reads recipes from files."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ TIMESTEPS = 1000
 
 
 CONFIG = "sdxl-base-config"
-"""Artifact that configures a base given as one checkpoint file."""
+"""Artifact with the configuration of a base that is a single checkpoint file."""
 
 
 class Section(BaseModel):
-    """Base of every part of a recipe: unknown keys refused, values never coerced, nothing changes later."""
+    """Base of every part of a recipe: rejects unknown keys, never converts values, immutable."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
@@ -34,70 +34,71 @@ class HubReference(Section):
     repo: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")]
     commit: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
     file: str | None = None
-    """Path inside the repository; None takes the whole snapshot."""
+    """Path inside the repository; None is the complete snapshot."""
 
 
-Reference: TypeAlias = str | HubReference
+ModelReference: TypeAlias = str | HubReference
 """Where a model part comes from: a name of the manifest, a local path, or a pinned Hub repository."""
 
 ByStep: TypeAlias = (
-    Reference | Annotated[dict[Annotated[int, Field(ge=1, le=1000)], Reference], Field(min_length=1)]
+    ModelReference
+    | Annotated[dict[Annotated[int, Field(ge=1, le=1000)], ModelReference], Field(min_length=1)]
 )
-"""One reference for any step count, or one for each count that a checkpoint was distilled for."""
+"""One reference for all step counts, or one per step count that a checkpoint is distilled for."""
 
 
 class StyleLora(Section):
     """An extra LoRA, fused into the UNet at `scale`."""
 
-    file: Reference
+    file: ModelReference
     scale: float = 1.0
 
 
 class Scheduler(Section):
-    """The diffusion scheduler, always built from a published configuration and never from class defaults."""
+    """The diffusion scheduler. Always built from a published configuration, never from class defaults."""
 
     kind: Literal["ddim", "euler", "euler_ancestral", "lcm"]
     spacing: Literal["trailing", "leading", "linspace"] | None = None
-    """Timestep spacing; None keeps what the configuration says."""
-    config: Reference | None = None
-    """Folder that holds `scheduler/scheduler_config.json`; None is the base's."""
+    """Timestep spacing; None keeps the value of the configuration."""
+    config: ModelReference | None = None
+    """Folder that contains `scheduler/scheduler_config.json`; None is the base's."""
 
 
 class Model(Section):
-    """The parts of the stack (METHOD: the stack)."""
+    """The model parts (docs/how-it-works.md, What goes in)."""
 
-    base: Reference
+    base: ModelReference
     """A diffusers SDXL folder, or one .safetensors checkpoint file in the original layout."""
     unet: ByStep | None = None
-    """Replaces the base's UNet; None: the base carries it."""
+    """Replaces the base's UNet; None: the base's own."""
     distillation: ByStep | None = None
     """LoRA fused into the UNet at scale 1."""
     loras: list[StyleLora] = []
-    vae: Reference | None = None
+    vae: ModelReference | None = None
     """Replaces the base's VAE; None: the base's own."""
-    adapter: Reference
+    adapter: ModelReference
     """An IP-Adapter FaceID-PlusV2 file."""
-    image_encoder: Reference
-    face: Reference
+    image_encoder: ModelReference
+    face: ModelReference
     """An InsightFace pack."""
     scheduler: Scheduler
 
     def step_choices(self) -> list[int] | None:
-        """Step counts that a checkpoint exists for, or None where any count is fine."""
+        """Step counts that have a checkpoint, or None if any count is allowed."""
         keyed = [set(part) for part in (self.unet, self.distillation) if isinstance(part, dict)]
         return sorted(set.intersection(*keyed)) if keyed else None
 
-    def unet_for(self, steps: int) -> Reference | None:
+    def unet_for(self, steps: int) -> ModelReference | None:
         """The UNet for `steps` steps."""
         return _by_step(self.unet, steps)
 
-    def distillation_for(self, steps: int) -> Reference | None:
+    def distillation_for(self, steps: int) -> ModelReference | None:
         """The distillation LoRA for `steps` steps."""
         return _by_step(self.distillation, steps)
 
 
 class Sampling(Section):
-    """Step count and picture size in pixels."""
+    """Step count and image size in pixels."""
 
     steps: Annotated[int, Field(ge=1, le=1000)] = 4
     width: Annotated[int, Field(ge=64, le=4096, multiple_of=8)] = 1024
@@ -105,10 +106,10 @@ class Sampling(Section):
 
 
 class Adapter(Section):
-    """How strongly the identity speaks."""
+    """Strength of the identity adapter."""
 
     scale: Annotated[float, Field(ge=-5, le=5)] = 0.8
-    """Weight of the identity half of decoupled cross-attention."""
+    """Weight of the identity part of decoupled cross-attention."""
     lora_scale: Annotated[float, Field(ge=-5, le=5)] = 0.6
     """Weight of the LoRA inside the adapter file, fused once."""
     crop_order: Literal["bgr", "rgb"] = "bgr"
@@ -116,13 +117,13 @@ class Adapter(Section):
 
 
 class WeightFunction(Section):
-    """A guidance weight as a function of the timestep t in [0, 1000] (METHOD: decoupled guidance)."""
+    """A guidance weight as a function of the timestep t in [0, 1000] (docs/how-it-works.md)."""
 
     function: Literal["constant", "linear", "cosine", "power_cosine", "cap"]
     scale: float = 1.0
-    """w of the formulas."""
+    """w in the formulas."""
     power: Annotated[float, Field(gt=0)] = 1.0
-    """s of `power_cosine`."""
+    """s in `power_cosine`."""
     inverse: bool = False
     """Evaluate at T - t."""
     floor: float | None = None
@@ -130,13 +131,13 @@ class WeightFunction(Section):
 
 
 PerStep: TypeAlias = float | Annotated[list[float], Field(min_length=1)]
-"""A constant, or one number a step; a list of another length is interpolated."""
+"""A constant, or one number per step; a list of another length is interpolated."""
 
 Weight: TypeAlias = PerStep | WeightFunction
 
 
 class Guidance(Section):
-    """Decoupled classifier-free guidance (paper section 3; METHOD)."""
+    """Decoupled classifier-free guidance (paper section 3; docs/how-it-works.md)."""
 
     order: Order = "identity_first"
     identity: Weight = 1.0
@@ -150,7 +151,7 @@ class Guidance(Section):
 
 
 class Blocks(Section):
-    """A value for each part of the UNet; a part left out must not be chosen in `attention.blocks`."""
+    """A value for each part of the UNet. `attention.blocks` must not select a part without a value."""
 
     down: PerStep | None = None
     mid: PerStep | None = None
@@ -202,17 +203,17 @@ class Blend(Section):
 
 
 class Attention(Section):
-    """Attention manipulation on the identity half of decoupled cross-attention (METHOD)."""
+    """Attention manipulation on the identity part of decoupled cross-attention (docs/how-it-works.md)."""
 
     transforms: list[Transform] = []
-    """Chained in this order; empty turns manipulation off (unless `blend` or `invert_token_0` is set)."""
+    """Applied in this order; empty disables manipulation (unless `blend` or `invert_token_0` is set)."""
     blocks: list[Block] = ["down", "up"]
     tokens: list[Annotated[int, Field(ge=0, le=3)]] = [0, 1, 2, 3]
     steps: Literal["all"] | list[Annotated[int, Field(ge=0)]] = "all"
-    """Step indices at which to act, counted from 0."""
+    """Step indices to manipulate, from 0."""
     invert_token_0: bool = False
     normalisation: Literal["joint", "branch"] = "joint"
-    """Min-max over the branches of an image together (published), or over each branch by itself."""
+    """Min-max over all branches of an image together (published), or over each branch separately."""
     blend: Blend | None = None
 
     @field_validator("transforms", mode="before")
@@ -241,7 +242,7 @@ class Attention(Section):
                             raise _fault(
                                 f"transforms.{index}.{name}",
                                 f"{transform.kind}.{name} has no value for the {block} blocks, "
-                                f"which attention.blocks chooses",
+                                f"which attention.blocks selects",
                             )
             self._in_range(index, transform)
         return self
@@ -258,17 +259,17 @@ class Attention(Section):
                     if number is not None and not low <= number <= high:
                         raise _fault(
                             f"transforms.{index}.{name}",
-                            f"{transform.kind}.{name} must lie in [{low:g}, {high:g}], not {number:g}",
+                            f"{transform.kind}.{name} must be in [{low:g}, {high:g}], not {number:g}",
                         )
 
     @property
     def active(self) -> bool:
-        """Whether anything is manipulated at all."""
+        """Whether attention is manipulated."""
         return bool((self.transforms or self.blend or self.invert_token_0) and self.blocks and self.tokens)
 
 
 class Recipe(Section):
-    """Everything that decides the pixels, but for the photo, the prompt and the seed."""
+    """Everything that determines the pixels, except the photo, the prompt and the seed."""
 
     name: str
     summary: str = ""
@@ -278,11 +279,11 @@ class Recipe(Section):
     guidance: Guidance = Guidance()
     attention: Attention = Attention()
     prompt: str | None = None
-    """Used when no prompt is given (configurations of the published code carry one)."""
+    """Used if no prompt is given (configurations of the published code contain one)."""
     negative_prompt: str | None = None
-    """None: zero embeddings, which is not the encoding of an empty text."""
+    """None: zero embeddings, which differ from the encoding of an empty text."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
-    """Used when no seed is given."""
+    """Used if no seed is given."""
 
     @model_validator(mode="after")
     def _steps_have_a_checkpoint(self) -> Recipe:
@@ -295,10 +296,10 @@ class Recipe(Section):
             )
         return self
 
-    def references(self) -> dict[str, Reference]:
+    def references(self) -> dict[str, ModelReference]:
         """Every model part that this recipe needs, by role; `lora.0`, ... are the style LoRAs."""
         model, steps = self.model, self.sampling.steps
-        found: dict[str, Reference | None] = {
+        parts: dict[str, ModelReference | None] = {
             "base": model.base,
             "unet": model.unet_for(steps),
             "distillation": model.distillation_for(steps),
@@ -310,30 +311,30 @@ class Recipe(Section):
             "config": CONFIG if is_single_file(model.base) else None,
             **{f"lora.{i}": lora.file for i, lora in enumerate(model.loras)},
         }
-        return {role: reference for role, reference in found.items() if reference is not None}
+        return {role: reference for role, reference in parts.items() if reference is not None}
 
     def canonical(self) -> dict[str, Any]:
-        """Plain data with every default spelled out; `model_validate_json` of its JSON reads it back."""
+        """Plain data including every default; `model_validate_json` of its JSON restores the recipe."""
         return self.model_dump(mode="json")
 
     def digest(self) -> str:
-        """SHA-256 (hex) of what decides the pixels: the canonical form without name and summary."""
+        """SHA-256 (hex) of what determines the pixels: the canonical form without name and summary."""
         data = {key: value for key, value in self.canonical().items() if key not in ("name", "summary")}
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
 def _fault(field: str, problem: str) -> PydanticCustomError:
-    """A validation error that names the field (dotted, from the validating section) it is about."""
+    """A validation error with its field, as a dotted path from the validating section."""
     return PydanticCustomError("field", "{problem}", {"field": field, "problem": problem})
 
 
-def is_single_file(base: Reference) -> bool:
-    """Whether a base is one checkpoint file, which carries no configuration and no tokenizer."""
+def is_single_file(base: ModelReference) -> bool:
+    """Whether a base is a single checkpoint file, which has no configuration and no tokenizer."""
     name = base.file or "" if isinstance(base, HubReference) else base
     return name.lower().endswith(".safetensors")
 
 
-def _by_step(value: ByStep | None, steps: int) -> Reference | None:
+def _by_step(value: ByStep | None, steps: int) -> ModelReference | None:
     if not isinstance(value, dict):
         return value
     if steps not in value:
@@ -342,12 +343,14 @@ def _by_step(value: ByStep | None, steps: int) -> Reference | None:
 
 
 def per_step(value: PerStep, steps: int) -> list[float]:
-    """One number a step: a constant repeated, a list of `steps` numbers as it is, another length
-    interpolated linearly over the normalized step index (a single step takes the first value).
+    """Return one number per step.
+
+    Repeats a constant, keeps a list of `steps` numbers, and interpolates another list linearly over the
+    normalized step index (a single step uses the first value).
 
     Args:
         value: a number or a non-empty list.
-        steps: how many steps, at least 1.
+        steps: number of steps, at least 1.
     """
     if not isinstance(value, list):
         return [float(value)] * steps
@@ -355,10 +358,10 @@ def per_step(value: PerStep, steps: int) -> list[float]:
         return [float(number) for number in value]
     if steps == 1 or len(value) == 1:
         return [float(value[0])] * steps
-    found = []
+    values = []
     for index in range(steps):
         position = index * (len(value) - 1) / (steps - 1)
         low = min(int(position), len(value) - 2)
         share = position - low
-        found.append((1 - share) * value[low] + share * value[low + 1])
-    return found
+        values.append((1 - share) * value[low] + share * value[low + 1])
+    return values

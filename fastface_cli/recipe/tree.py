@@ -1,4 +1,4 @@
-"""Text of a recipe -> a tree that remembers where every value was written. No schema here: see `recipe`."""
+"""Parse YAML and JSON into a tree that records where every value was written. The schema is in `schema`."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import yaml
 from ..errors import RecipeError
 
 MAX_BYTES = 64 * 1024
-"""A recipe is a page of text; a bigger file is something else."""
+"""Maximum size of a recipe file; recipes are one page of text."""
 
 MAX_NODES = 20_000
-"""Values in one file after its aliases are expanded."""
+"""Maximum number of values in one file, with aliases expanded."""
 
 MAX_DEPTH = 20
 
@@ -31,20 +31,20 @@ class Mark:
     """Where a value was written."""
 
     origin: str
-    """As shown beside a value: `recipes/hyper.yaml:3`, `--set`, `--steps`."""
+    """As shown next to a value: `recipes/hyper.yaml:3`, `--set`, `--steps`."""
     where: str
-    """As named in an error: like `origin`, but `--set` in full."""
+    """As shown in an error: like `origin`, but with the complete `--set`."""
 
     @classmethod
     def at(cls, source: str, line: int | None = None) -> Mark:
-        """A place in a file; None names the file alone."""
+        """A line in a file, or the file if the line is None."""
         text = source if line is None else f"{source}:{line}"
         return cls(text, text)
 
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A scalar, a list or a mapping, and where it stands."""
+    """A scalar, a list or a mapping, and where it was written."""
 
     value: Scalar | list[Node] | dict[Key, Node]
     mark: Mark
@@ -67,14 +67,14 @@ class Node:
 
 
 def mapping(node: Node) -> dict[Key, Node]:
-    """The entries of a node that is known to be a mapping."""
+    """Return the entries of a mapping; raise RecipeError for other nodes."""
     if not isinstance(node.value, dict):
         raise RecipeError(f"{node.mark.where}: must be a mapping of 'name: value' entries")
     return node.value
 
 
 def mark_tree(value: Any, mark: Mark) -> Node:
-    """A tree whose every value has the same mark."""
+    """Build a tree in which all values have the same mark."""
     if isinstance(value, dict):
         return Node({key: mark_tree(child, mark) for key, child in value.items()}, mark)
     if isinstance(value, list):
@@ -83,11 +83,11 @@ def mark_tree(value: Any, mark: Mark) -> Node:
 
 
 def merge(below: Node | None, above: Node) -> Node:
-    """`above` wins: mappings merge key by key, everything else replaces.
+    """Merge two trees. `above` wins: mappings merge key by key, other values replace.
 
     A mapping that is a value of another kind than the one below (a Hub reference against a table by
     step count; a weight function that names its `function`; a reference that names its `repo`)
-    replaces it whole: its remaining keys would belong to something else.
+    replaces it completely: its remaining keys would not apply.
     """
     if below is None or not isinstance(below.value, dict) or not isinstance(above.value, dict):
         return above
@@ -107,14 +107,14 @@ def _by_number(entries: dict[Key, Node]) -> bool:
 
 
 def read_text(path: Path, shown: str) -> str:
-    """The text of a recipe file.
+    """Read the text of a recipe file.
 
     Args:
         path: the file.
-        shown: how errors name it.
+        shown: its name in errors.
 
     Raises:
-        RecipeError: it is missing, not a file, too big or not UTF-8.
+        RecipeError: the file is missing, not a file, too large or not UTF-8.
     """
     try:
         if path.is_dir():
@@ -126,7 +126,8 @@ def read_text(path: Path, shown: str) -> str:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise RecipeError(
-            f"cannot read the recipe file {shown}: {reason}", "`fastface recipes list` names those that ship"
+            f"cannot read the recipe file {shown}: {reason}",
+            "`fastface recipes list` lists the shipped recipes",
         ) from error
     if len(data) > MAX_BYTES:
         raise RecipeError(f"{shown} is larger than {MAX_BYTES // 1024} KiB, which no recipe is")
@@ -138,7 +139,7 @@ def read_text(path: Path, shown: str) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML with plain numbers: `1e-6` is a number, and 1:30 or 2026-01-01 are texts."""
+    """PyYAML with simpler scalars: `1e-6` is a number, 1:30 and 2026-01-01 are text."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012  PyYAML's own
 
@@ -163,11 +164,11 @@ def read_yaml(text: str, source: str, mark: Mark | None = None) -> Node:
 
     Args:
         text: one YAML document.
-        source: how errors and marks name it.
-        mark: one mark for every value (a command-line value); None: file and line.
+        source: its name in errors and marks.
+        mark: mark of all values (for a command-line value); None: file and line.
 
     Raises:
-        RecipeError: not YAML, a repeated key, a tag, aliases without end.
+        RecipeError: invalid YAML, a repeated key, a tag, or too many aliases.
     """
     try:
         root = yaml.compose(text, Loader=_Loader)
@@ -176,7 +177,7 @@ def read_yaml(text: str, source: str, mark: Mark | None = None) -> Node:
         problem = " ".join(str(error.problem or error.context or "cannot be read").split())
         hint = "indent with spaces" if "'\\t'" in problem else None
         if mark is not None:
-            hint = "put a text with ': ' or other marks of YAML in quotes"
+            hint = "put text that contains ': ' or other YAML syntax in quotes"
         raise RecipeError(f"{_where(source, place, mark)}: is not valid YAML: {problem}", hint) from error
     except yaml.YAMLError as error:
         problem = " ".join(str(error).split())
@@ -209,7 +210,9 @@ class _Builder:
         mark = self.mark_of(at or node)
         self.count += 1
         if self.count > MAX_NODES:
-            raise RecipeError(f"{mark.where}: holds too many values", "write aliases out, or use 'extends'")
+            raise RecipeError(
+                f"{mark.where}: contains too many values", "expand the aliases, or use 'extends'"
+            )
         if depth > MAX_DEPTH:
             raise RecipeError(f"{mark.where}: is nested too deeply")
         if isinstance(node, yaml.MappingNode) and node.tag == _TAG + "map":
@@ -218,24 +221,24 @@ class _Builder:
             return Node([self.build(item, depth + 1) for item in node.value], mark)
         if isinstance(node, yaml.ScalarNode):
             return Node(self.scalar(node), mark)
-        raise RecipeError(f"{mark.where}: a YAML tag ({node.tag}) has no place in a recipe")
+        raise RecipeError(f"{mark.where}: a YAML tag ({node.tag}) is not supported in a recipe")
 
     def entries(self, node: yaml.MappingNode, depth: int) -> dict[Key, Node]:
-        found: dict[Key, Node] = {}
+        entries: dict[Key, Node] = {}
         for key_node, value_node in node.value:
             where = self.mark_of(key_node).where
             if key_node.tag == _TAG + "merge":
-                raise RecipeError(f"{where}: '<<' has no place in a recipe", "use 'extends'")
+                raise RecipeError(f"{where}: '<<' is not supported in a recipe", "use 'extends'")
             key = self.scalar(key_node) if isinstance(key_node, yaml.ScalarNode) else None
             if isinstance(key, bool) or not isinstance(key, (str, int)):
-                spelt = key_node.value if isinstance(key_node, yaml.ScalarNode) else "this"
-                raise RecipeError(f"{where}: '{spelt}' is not a name", "a key is a name or a whole number")
-            if key in found:
-                raise RecipeError(f"{where}: '{key}' is given twice", f"first in {found[key].mark.where}")
+                spelling = key_node.value if isinstance(key_node, yaml.ScalarNode) else "this"
+                raise RecipeError(f"{where}: '{spelling}' is not a name", "a key is a name or a whole number")
+            if key in entries:
+                raise RecipeError(f"{where}: '{key}' is given twice", f"first in {entries[key].mark.where}")
             if isinstance(key, str) and not key.isprintable():
                 raise RecipeError(f"{where}: {key!a} is not a name")
-            found[key] = self.build(value_node, depth + 1, key_node)
-        return found
+            entries[key] = self.build(value_node, depth + 1, key_node)
+        return entries
 
     def scalar(self, node: yaml.ScalarNode) -> Scalar:
         text: str = node.value
@@ -255,17 +258,17 @@ class _Builder:
                     return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
         except ValueError as error:
             raise RecipeError(f"{self.mark_of(node).where}: cannot be read as {kind}: {error}") from error
-        raise RecipeError(f"{self.mark_of(node).where}: a YAML tag ({node.tag}) has no place in a recipe")
+        raise RecipeError(f"{self.mark_of(node).where}: a YAML tag ({node.tag}) is not supported in a recipe")
 
     def mark_of(self, node: yaml.Node) -> Mark:
         return self.mark or Mark.at(self.source, node.start_mark.line + 1)
 
 
 def read_json(text: str, source: str) -> Node:
-    """Parse JSON, strictly, with the line of every value.
+    """Parse strict JSON and record the line of every value.
 
     Raises:
-        RecipeError: not JSON, a repeated key, NaN or Infinity.
+        RecipeError: invalid JSON, a repeated key, NaN or Infinity.
     """
     try:
         value = json.loads(text, object_pairs_hook=_pairs, parse_constant=_no_constant)
@@ -279,10 +282,10 @@ def read_json(text: str, source: str) -> Node:
         )
         raise RecipeError(f"{source}: {problem}") from error
     try:
-        # Between tokens JSON allows tabs and YAML does not; inside a JSON text no raw tab can stand.
+        # JSON allows tabs between tokens, YAML does not. JSON strings cannot contain raw tabs.
         lines = yaml.compose(text.replace("\t", " "), Loader=_Loader)
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError):
-        lines = None  # rare texts that are JSON but not YAML: errors then name the file without the line
+        lines = None  # rare JSON that is not YAML: errors then name the file without the line
     return _with_lines(value, lines, source, Mark.at(source), 0)
 
 
@@ -291,18 +294,18 @@ class _UnusableError(ValueError):
 
 
 def _pairs(pairs: list[tuple[str, Plain]]) -> dict[Key, Plain]:
-    found: dict[Key, Plain] = {}
+    entries: dict[Key, Plain] = {}
     for key, value in pairs:
-        if key in found:
+        if key in entries:
             raise _UnusableError(f"{key!a} is given twice")
         if not key.isprintable():
             raise _UnusableError(f"{key!a} is not a name")
-        found[key] = value
-    return found
+        entries[key] = value
+    return entries
 
 
 def _no_constant(name: str) -> None:
-    raise _UnusableError(f"{name} is not a number that a recipe can use")
+    raise _UnusableError(f"{name} is not a number that a recipe supports")
 
 
 def _with_lines(value: Plain, lines: yaml.Node | None, source: str, above: Mark, depth: int) -> Node:
@@ -328,7 +331,7 @@ def _with_lines(value: Plain, lines: yaml.Node | None, source: str, above: Mark,
         try:
             value.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise RecipeError(f"{mark.where}: holds half of a surrogate pair") from error
+            raise RecipeError(f"{mark.where}: contains half of a surrogate pair") from error
     return Node(value, mark)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from ..errors import RecipeError, nearest
-from ..recipe.schema import HubReference, Reference
+from ..recipe.schema import HubReference, ModelReference
 
 PACKAGE = Path(__file__).parents[1]
 MANIFEST = Path(__file__).with_name("manifest.yaml")
@@ -110,7 +110,7 @@ def load_manifest() -> Mapping[str, Artifact]:
     return parse_manifest(MANIFEST.read_text(encoding="utf-8"))
 
 
-def resolve(reference: Reference, known: Mapping[str, Artifact] | None = None) -> Artifact:
+def resolve(reference: ModelReference, known: Mapping[str, Artifact] | None = None) -> Artifact:
     """The artifact that a recipe's reference means.
 
     A name of the manifest; `hub:owner/name@<40 hex>[:file or folder]` (or a HubReference); or a path of this

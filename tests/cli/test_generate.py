@@ -238,7 +238,7 @@ def test_wrong_arguments_end_with_2_and_one_object(case, generate, layout, me, t
         ([], "there is no person"),
         (["--face", "missing.jpg"], "there is no photo missing.jpg"),
         (["--identity", "missing.safetensors"], "there is no identity file"),
-        (["--face", __file__], "is not a picture that can be read"),
+        (["--face", __file__], "is not a readable image"),
         (["--face", "photo.png", "--face-box", "nan,0,1,1"], "is not a face box"),
     ],
 )

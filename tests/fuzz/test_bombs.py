@@ -30,7 +30,7 @@ except FastFaceError as error:
     print("refused:", error.message)
 """
 PHOTO = READ.format(imports="from fastface_cli.identity.photos import open_photo", warm="", read="open_photo")
-REPLAY = READ.format(imports="from fastface_cli.output.metadata import read", warm="", read="read")
+REPLAY = READ.format(imports="from fastface_cli.output.replay import read", warm="", read="read")
 IDENTITY = READ.format(
     imports="from fastface_cli.identity.identity import Identity",
     warm="import safetensors",

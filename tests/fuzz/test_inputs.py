@@ -21,7 +21,7 @@ from fastface_cli.app.jobs import Job, JobError, prompts_file, read_jobs
 from fastface_cli.errors import FastFaceError, UsageError
 from fastface_cli.identity.identity import Identity
 from fastface_cli.identity.photos import MAX_SIDE, open_photo
-from fastface_cli.output import metadata
+from fastface_cli.output import metadata, replay
 from fastface_cli.output.images import plan_paths
 from fastface_cli.recipe.files import load_recipe, recipes_folder
 from fastface_cli.recipe.schema import Recipe
@@ -292,14 +292,17 @@ class TestReplay:
     @staticmethod
     def stored() -> dict[str, Any]:
         text = metadata.describe(
-            load_recipe("pocket").recipe,
-            prompt="a woman",
-            negative_prompt=None,
-            seed=1,
-            adapter_scale=0.8,
-            identity_digest="ab" * 32,
-            unet_samples=4,
-            best_of={"count": 2, "first_seed": 1, "judge": "dlib", "likeness": 0.4, "prompt": None},
+            metadata.Provenance(
+                recipe=load_recipe("pocket").recipe,
+                prompt="a woman",
+                negative_prompt=None,
+                seed=1,
+                adapter_scale=0.8,
+                identity_digest="ab" * 32,
+                unet_samples=4,
+                versions=metadata.installed_versions(),
+                best_of=metadata.BestOf(count=2, first_seed=1, judge="dlib", likeness=0.4, prompt=None),
+            )
         )
         data: dict[str, Any] = json.loads(text[metadata.KEYWORD])
         return data
@@ -310,7 +313,7 @@ class TestReplay:
         path = place / "x.png"
         changed = json.dumps(data.draw(grafted(self.stored())))
         path.write_bytes(self.picture({metadata.KEYWORD: changed}))
-        found = ours(lambda: metadata.read(path))
+        found = ours(lambda: replay.read(path))
         if found is not None:
             for role, reference in found.recipe.references().items():
                 # A file of this machine is never named by a picture.
@@ -321,7 +324,7 @@ class TestReplay:
     def test_damaged(self, place: Path, data: st.DataObject) -> None:
         path = place / "x.png"
         path.write_bytes(data.draw(damaged(self.picture({metadata.KEYWORD: json.dumps(self.stored())}))))
-        ours(lambda: metadata.read(path))
+        ours(lambda: replay.read(path))
 
 
 class TestNames:

@@ -397,7 +397,7 @@ class TestOnePhoto:
 
     def test_a_face_that_cannot_be_measured(self) -> None:
         analyzer = SquareAnalyzer(people={7: np.full(512, np.nan, np.float32)})
-        with pytest.raises(NoFaceError, match="cannot be recognised"):
+        with pytest.raises(NoFaceError, match="cannot be recognized"):
             make_identity([ONE], analyzer)
 
 
@@ -469,7 +469,7 @@ class TestSeveralPhotos:
         heard = Heard()
         paths = save_photos(tmp_path, wall=EMPTY, me=ONE)
         assert len(make_identity(paths, SquareAnalyzer(), log=heard).weight) == 1
-        assert heard == [f"{paths[0]} left out: no face found in it"]
+        assert heard == [f"{paths[0]} omitted: no face found in it"]
 
     def test_none_with_a_face(self, tmp_path: Path) -> None:
         paths = save_photos(tmp_path, wall=EMPTY, floor=EMPTY)
@@ -486,7 +486,7 @@ class TestSeveralPhotos:
         assert len(made.weight) == 3
         assert not any(np.array_equal(row, people[3]) for row in made.id_embedding)
         assert len(heard) == 1
-        assert heard[0].startswith(f"{paths[2]} left out")
+        assert heard[0].startswith(f"{paths[2]} omitted")
 
     def test_two_that_disagree_are_kept_with_a_warning(self) -> None:
         heard = Heard()
@@ -504,7 +504,7 @@ class TestSeveralPhotos:
         for photos in ([], [ONE] * (MAX_PHOTOS + 1)):
             with pytest.raises(UsageError, match="1 to 64"):
                 make_identity(photos, SquareAnalyzer())
-        with pytest.raises(UsageError, match="box belongs to one photo"):
+        with pytest.raises(UsageError, match="box applies to one photo"):
             make_identity([ONE, ONE], SquareAnalyzer(), face_box=(0, 0, 9, 9))
 
     def test_without_a_log_nothing_is_said(self, capfd: pytest.CaptureFixture[str]) -> None:

@@ -281,7 +281,7 @@ def test_hints_for_likely_mistakes() -> None:
 
 def test_postscript_is_never_run() -> None:
     assert (
-        "not a picture"
+        "not a readable image"
         in refused(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n").message
     )
 

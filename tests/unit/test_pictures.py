@@ -388,7 +388,7 @@ class TestLatents:
     def test_shapes_must_agree(self) -> None:
         import torch
 
-        with pytest.raises(ValueError, match="do not belong"):
+        with pytest.raises(ValueError, match="do not match"):
             save_latents(
                 Path("x"),
                 initial_latents=torch.zeros(2, 4, 8, 8),
