@@ -1,4 +1,4 @@
-"""`fastface cache`: what the downloaded models take up, and getting that room back."""
+"""`fastface cache`: list and remove downloaded models."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from .. import console
 from ..errors import UsageError, nearest
 from .completion import complete_cached
 
-app = typer.Typer(help="See and remove downloaded models.", no_args_is_help=True)
+app = typer.Typer(help="List and remove downloaded models.", no_args_is_help=True)
 
 
 @app.command(name="list")
 def list_(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Show every downloaded model and every fused one that is kept, its size and where it lies.
+    """List every downloaded model and every cached fused model, with size and folder.
 
     Example: fastface cache list
     """
@@ -53,13 +53,13 @@ def list_(
                 ],
                 "fused": [
                     {
-                        "name": one.name,
-                        "recipe": one.recipe,
-                        "inputs": list(one.inputs),
-                        "bytes": one.bytes,
-                        "path": str(store.fused.file(one.key)),
+                        "name": entry.name,
+                        "recipe": entry.recipe,
+                        "inputs": list(entry.inputs),
+                        "bytes": entry.bytes,
+                        "path": str(store.fused.file(entry.key)),
                     }
-                    for one in fused
+                    for entry in fused
                 ],
                 "identities": {"count": len(people), "bytes": people_bytes, "path": str(kept.folder)},
                 "quarantine": [{"path": str(path), "bytes": size} for path, size in aside],
@@ -87,12 +87,15 @@ def list_(
     if fused:
         console.print_table(
             "",
-            ["fused, for a quicker start", "first made for", "size", "of"],
-            [[one.name, one.recipe, human_bytes(one.bytes), ", ".join(one.inputs)] for one in fused],
+            ["fused model", "first recipe", "size", "inputs"],
+            [
+                [entry.name, entry.recipe, human_bytes(entry.bytes), ", ".join(entry.inputs)]
+                for entry in fused
+            ],
         )
-        console.line(f"{human_bytes(sum(one.bytes for one in fused))} in {store.fused.folder}")
+        console.line(f"{human_bytes(sum(entry.bytes for entry in fused))} in {store.fused.folder}")
     if people:
-        console.line(f"{human_bytes(people_bytes)}, {len(people)} remembered identities in {kept.folder}")
+        console.line(f"{human_bytes(people_bytes)}, {len(people)} cached identities in {kept.folder}")
     for path, size in aside:
         console.line(f"{human_bytes(size)} with wrong bytes in {path}")
 
@@ -103,11 +106,11 @@ def remove(
         list[str] | None,
         typer.Argument(metavar="NAME", help="Models to remove.", autocompletion=complete_cached),
     ] = None,
-    everything: Annotated[bool, typer.Option("--all", help="Remove all of them.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Remove everything in the cache.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object; needs --yes.")] = False,
 ) -> None:
-    """Remove downloaded models, with their partial and quarantined files. Other files stay.
+    """Remove downloaded models, including partial and quarantined files. Other files stay.
 
     Examples:
 
@@ -123,9 +126,9 @@ def remove(
     settings = load_settings()
     store, people = Store(settings), Remembered(settings.home)
     entries = {entry.artifact.name: entry.artifact for entry in store.entries()}
-    fused = {one.name: one for one in store.fused.entries()}
+    fused = {entry.name: entry for entry in store.fused.entries()}
     if everything == bool(names):
-        raise UsageError("name the models to remove, or give --all", "`fastface cache list` shows them")
+        raise UsageError("name the models to remove, or pass --all", "`fastface cache list` shows them")
     artifacts, keys = list(entries.values()), fused
     forget = everything or IDENTITIES in (names or [])
     if names:
@@ -142,11 +145,11 @@ def remove(
         artifacts = [entries.get(name) or resolve(name) for name in names]
     if not yes:
         if json or sys.stdin is None or not sys.stdin.isatty():
-            raise UsageError("removing models needs --yes where nobody can be asked")
-        told = [*(artifact.name for artifact in artifacts), *keys, *([IDENTITIES] if forget else [])]
-        typer.confirm(f"Remove {', '.join(told)}?", abort=True, err=True)
+            raise UsageError("removing models needs --yes if there is no terminal for a confirmation")
+        targets = [*(artifact.name for artifact in artifacts), *keys, *([IDENTITIES] if forget else [])]
+        typer.confirm(f"Remove {', '.join(targets)}?", abort=True, err=True)
     freed = {artifact.name: store.remove(artifact) for artifact in artifacts}
-    freed |= {name: store.fused.remove(one.key) for name, one in keys.items()}
+    freed |= {name: store.fused.remove(entry.key) for name, entry in keys.items()}
     if forget:
         freed[IDENTITIES] = people.clear()
     if everything:

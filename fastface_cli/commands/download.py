@@ -1,4 +1,4 @@
-"""`fastface download`: the models of recipes, fetched before they are needed."""
+"""`fastface download`: fetch the models of recipes ahead of time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ..store import Artifact, FileStatus, Store
 
 DATASET = "diversefaces"
-"""The one name that is no model."""
+"""The only name that is a dataset and not a model."""
 
 
 def download(
@@ -22,24 +22,25 @@ def download(
         list[str] | None,
         typer.Argument(
             metavar="RECIPE|MODEL",
-            help="Recipes, models, or the data set 'diversefaces'; left out, the default recipe.",
+            help="Recipes, models, or the dataset 'diversefaces'. Default: the default recipe.",
             show_default=False,
             autocompletion=complete_model,
         ),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only show what is here and what is missing.")
+        bool, typer.Option("--dry-run", help="Show downloaded and missing files; fetch nothing.")
     ] = False,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Hash every file that is here; fetch nothing.")
+        bool, typer.Option("--verify", help="Hash every downloaded file; fetch nothing.")
     ] = False,
     offline: Annotated[bool, typer.Option("--offline", help="Never use the network.")] = False,
     steps: Annotated[
-        int | None, typer.Option(help="Take the checkpoints for this many steps.", min=1, show_default=False)
+        int | None,
+        typer.Option(help="Fetch the checkpoints for this step count.", min=1, show_default=False),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Fetch the models of recipes: what is missing, resumed where it stopped, every byte checked.
+    """Fetch the missing models of recipes, resume partial downloads, and verify every file.
 
     Example: fastface download hyper-fastface --dry-run
     """
@@ -51,7 +52,8 @@ def download(
     if names and DATASET in names:
         if names != [DATASET] or dry_run or verify:
             raise UsageError(
-                f"{DATASET} is a data set and is fetched by itself", f"fastface download {DATASET}"
+                f"{DATASET} is a dataset and cannot be combined with other names or options",
+                f"run `fastface download {DATASET}`",
             )
         _fetch_dataset(store, json=json)
         return
@@ -66,13 +68,13 @@ def download(
 
 
 def _fetch_dataset(store: Store, *, json: bool) -> None:
-    """Fetch the published data set and say what it holds, which its makers have not."""
+    """Fetch the published dataset and print the number of identities and prompts."""
     from ..evaluation.dataset import load_dataset
     from ..evaluation.download import fetch_diversefaces
 
     path = fetch_diversefaces(store.settings, offline=store.offline, log=console.note)
-    found = load_dataset(path)
-    counts = {"identities": len(found.subjects), "prompts": len(found.prompts)}
+    dataset = load_dataset(path)
+    counts = {"identities": len(dataset.subjects), "prompts": len(dataset.prompts)}
     if json:
         console.print_json({"ok": True, "datasets": [{"name": DATASET, "path": str(path), **counts}]})
         return
@@ -80,14 +82,14 @@ def _fetch_dataset(store: Store, *, json: bool) -> None:
 
 
 def _artifacts(names: list[str], steps: int | None) -> list[Artifact]:
-    """What recipes and models mean together, each once."""
+    """The artifacts of recipes and models, without duplicates."""
     from ..recipe.files import load_recipe, recipe_names
     from ..store import load_manifest, resolve
 
-    found: dict[str, Artifact] = {}
+    artifacts: dict[str, Artifact] = {}
     for name in names:
         if name in load_manifest() or name.startswith("hub:"):
-            found.setdefault(name, resolve(name))
+            artifacts.setdefault(name, resolve(name))
             continue
         try:
             resolved = load_recipe(
@@ -98,12 +100,12 @@ def _artifacts(names: list[str], steps: int | None) -> list[Artifact]:
             if near is None or nearest(name, [near, *recipe_names()]) != near:
                 raise
             raise RecipeError(
-                f"there is no recipe and no model called '{name}'", f"did you mean '{near}'?"
+                f"there is no recipe or model called '{name}'", f"did you mean '{near}'?"
             ) from error
         for reference in resolved.recipe.references().values():
             artifact = resolve(reference)
-            found.setdefault(artifact.name, artifact)
-    return list(found.values())
+            artifacts.setdefault(artifact.name, artifact)
+    return list(artifacts.values())
 
 
 def _fetch(store: Store, artifacts: list[Artifact], *, json: bool) -> None:
@@ -121,7 +123,7 @@ def _show(store: Store, artifacts: list[Artifact], *, json: bool) -> None:
     from ..store import human_bytes
 
     states = {artifact.name: store.status(artifact) for artifact in artifacts}
-    missing = {one.artifact.name: one.bytes for one in store.missing(artifacts)}
+    missing = {item.artifact.name: item.bytes for item in store.missing(artifacts)}
     total = sum(_size(artifact, states[artifact.name]) for artifact in artifacts)
     if json:
         console.print_json(
@@ -159,12 +161,12 @@ def _show(store: Store, artifacts: list[Artifact], *, json: bool) -> None:
         ]
         for artifact in artifacts
     ]
-    console.print_table("", ["model", "files here", "size", "to fetch", "license", "commercial use"], rows)
+    console.print_table("", ["model", "files", "size", "to fetch", "license", "commercial use"], rows)
     to_fetch = sum(missing.values())
     console.line(
-        f"{human_bytes(total)} in all, "
-        + (f"{human_bytes(to_fetch)} to fetch" if missing else "everything is here")
-        + f"; kept in {store.settings.hub_folder}"
+        f"{human_bytes(total)} in total, "
+        + (f"{human_bytes(to_fetch)} to fetch" if missing else "nothing to fetch")
+        + f"; stored in {store.settings.hub_folder}"
     )
     for artifact in artifacts:
         if artifact.commercial != "yes" and artifact.commercial_note:
@@ -183,7 +185,8 @@ def _verify(store: Store, artifacts: list[Artifact], *, json: bool) -> None:
         )
     if bad:
         error = ModelUnavailableError(
-            "; ".join(file.detail for file in bad), "run `fastface download` to fetch what was moved aside"
+            "; ".join(file.detail for file in bad),
+            "run `fastface download` to fetch the quarantined files again",
         )
         error.partial = {"files": report}
         raise error
@@ -198,9 +201,9 @@ def _size(artifact: Artifact, files: list[FileStatus]) -> int:
 def _counts(files: list[FileStatus]) -> str:
     here = sum(file.state in ("present", "unverified") for file in files)
     partial = sum(file.state == "partial" for file in files)
-    return f"{here} of {len(files)}" + (f", {partial} begun" if partial else "")
+    return f"{here} of {len(files)}" + (f", {partial} partial" if partial else "")
 
 
 def _as_json(file: FileStatus) -> dict[str, Any]:
-    found: dict[str, Any] = {"path": file.path, "bytes": file.bytes, "state": file.state, "here": file.here}
-    return found | ({"detail": file.detail} if file.detail else {})
+    fields: dict[str, Any] = {"path": file.path, "bytes": file.bytes, "state": file.state, "here": file.here}
+    return fields | ({"detail": file.detail} if file.detail else {})

@@ -1,4 +1,4 @@
-"""`fastface licenses`: what the licenses of a recipe's model parts allow."""
+"""`fastface licenses`: the licenses of a recipe's model parts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from .options import RecipeOption
 def licenses(
     recipe: RecipeOption = None,
     steps: Annotated[
-        int | None, typer.Option(help="Take the checkpoints for this many steps.", min=1, show_default=False)
+        int | None,
+        typer.Option(help="Use the checkpoints for this step count.", min=1, show_default=False),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -26,16 +27,16 @@ def licenses(
     from ..settings import load_settings
 
     flags = {} if steps is None else {"sampling.steps": (steps, "--steps")}
-    found = load_recipe(recipe or load_settings().recipe, flags=flags).recipe
-    parts = artifacts_of(found)
+    resolved = load_recipe(recipe or load_settings().recipe, flags=flags).recipe
+    parts = artifacts_of(resolved)
     uses = {part.commercial for part in parts.values()}
-    whole = "no" if "no" in uses else "unclear" if "unclear" in uses else "yes"
+    overall = "no" if "no" in uses else "unclear" if "unclear" in uses else "yes"
     if as_json:
         console.print_json(
             {
                 "ok": True,
-                "recipe": found.name,
-                "commercial": whole,
+                "recipe": resolved.name,
+                "commercial": overall,
                 "parts": [
                     {
                         "role": role,
@@ -62,4 +63,4 @@ def licenses(
     )
     for link in dict.fromkeys(part.license_link for part in parts.values() if part.license_link):
         console.line(link)
-    console.line(f"commercial use of {found.name} as a whole: {whole}")
+    console.line(f"commercial use of {resolved.name} as a whole: {overall}")

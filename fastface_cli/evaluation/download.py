@@ -51,7 +51,7 @@ def fetch_diversefaces(
     temporary = folder.with_name(f".{DIVERSEFACES}-{secrets.token_hex(4)}")
     try:
         unpack(archive, temporary)
-        records.seen(URL, archive, got)
+        records.save_hash(URL, archive, got)
         os.replace(temporary, folder)
     except ModelUnavailableError:
         archive.unlink()  # it is something else: not to be gone on with

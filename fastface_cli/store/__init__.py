@@ -1,4 +1,4 @@
-"""Artifacts: where they come from, how big they are, which license; fetch, resume, verify, remove."""
+"""Artifacts: source, size and license; download, resume, verify and remove."""
 
 from __future__ import annotations
 

@@ -16,13 +16,13 @@ from rich.progress import TaskID
 from .. import console
 from ..errors import ModelUnavailableError
 from . import transfer
-from .layout import Layout, blob_name, check_room, link, source_of
+from .layout import CacheLayout, blob_name, check_room, link, source_of
 from .manifest import Artifact, RemoteFile
-from .records import Record, file_sha256, mismatch, move_aside, short_hash
+from .records import Record, file_sha256, mismatch, quarantine, short_hash
 
 
 @dataclass(frozen=True)
-class Job:
+class FetchTask:
     """A file to fetch, and the artifact that wants it."""
 
     artifact: Artifact
@@ -54,7 +54,7 @@ class Bars:
         self._all = self._progress.add_task("all files", total=size or None)
 
     @contextlib.contextmanager
-    def one(self, label: str, size: int, done: int = 0) -> Iterator[transfer.Report]:
+    def one(self, label: str, size: int, done: int = 0) -> Iterator[transfer.TransferReport]:
         """A bar for one file; what it yields is told of every change in bytes."""
         task = self._progress.add_task(label, total=size or None, completed=done)
         if self._all is not None:
@@ -71,7 +71,7 @@ class Bars:
             self._progress.remove_task(task)
 
     @contextlib.contextmanager
-    def check(self, label: str, size: int) -> Iterator[transfer.Report]:
+    def check(self, label: str, size: int) -> Iterator[transfer.TransferReport]:
         """A bar for hashing, which does not count as progress of all files."""
         task = self._progress.add_task(label, total=size or None)
         try:
@@ -88,71 +88,71 @@ class Fetcher:
         bars: told of progress.
     """
 
-    def __init__(self, layout: Layout, bars: Bars) -> None:
+    def __init__(self, layout: CacheLayout, bars: Bars) -> None:
         self.layout = layout
         self.records = layout.records
         self.bars = bars
 
-    def fetch(self, job: Job) -> None:
+    def fetch(self, task: FetchTask) -> None:
         """Fetch one file, from wherever its artifact comes.
 
         Raises:
             ModelUnavailableError: refused, not reachable, wrong bytes.
         """
-        if job.artifact.repo is None:
-            self._fetch_url(job)
+        if task.artifact.repo is None:
+            self._fetch_url(task)
             return
         try:
-            self._fetch_hub(job)
+            self._fetch_hub(task)
         except transfer.SourceError as error:
-            if job.artifact.archive is None or job.file.sha256 is None:
+            if task.artifact.archive is None or task.file.sha256 is None:
                 raise
-            self._fetch_archive(job, error)
+            self._fetch_archive(task, error)
 
-    def here(self, job: Job) -> bool:
+    def here(self, task: FetchTask) -> bool:
         """Whether the file lies verified at its place."""
-        place = self.layout.place(job.artifact, job.file.path)
-        record = self.records.read(job.source)
-        return record.describes(place) and job.file.sha256 in (None, record.sha256)
+        place = self.layout.place(task.artifact, task.file.path)
+        record = self.records.read(task.source)
+        return record.describes(place) and task.file.sha256 in (None, record.sha256)
 
-    def verify(self, job: Job, path: Path, etag: str | None) -> str:
+    def verify(self, task: FetchTask, path: Path, etag: str | None) -> str:
         """SHA-256 of a file that must be right.
 
         Raises:
             WrongBytesError: it is not, and was moved aside.
         """
-        expected = job.file.sha256 or self.records.read(job.source).sha256
-        with self.bars.check(f"checking {job.file.path}", path.stat().st_size) as report:
+        expected = task.file.sha256 or self.records.read(task.source).sha256
+        with self.bars.check(f"checking {task.file.path}", path.stat().st_size) as report:
             got = file_sha256(path, report)
         right = mismatch(got, expected, etag, path)
         if right is not None:
-            aside = move_aside(path, self.layout.quarantine, job.source, got)
-            raise WrongBytesError(job, got, right, aside)
+            aside = quarantine(path, self.layout.quarantine, task.source, got)
+            raise WrongBytesError(task, got, right, aside)
         return got
 
-    def _fetch_hub(self, job: Job) -> None:
-        said = transfer.announce(job.artifact, job.file)
-        record = self.records.read(job.source)
-        _refuse_early(job, said, record)
-        blob = self.layout.repo(job.artifact) / "blobs" / blob_name(said.etag)
-        with self._locked(job, blob.name):
-            if self.here(job):
+    def _fetch_hub(self, task: FetchTask) -> None:
+        said = transfer.announce(task.artifact, task.file)
+        record = self.records.read(task.source)
+        _refuse_early(task, said, record)
+        blob = self.layout.repo(task.artifact) / "blobs" / blob_name(said.etag)
+        with self._locked(task, blob.name):
+            if self.here(task):
                 return
             self.records.write(replace(record, etag=said.etag))
-            got = self._reuse(job, blob, said.etag) or self._fetch_blob(job, said, blob)
-            self._settle(job, blob, got, said.etag)
+            got = self._reuse(task, blob, said.etag) or self._fetch_blob(task, said, blob)
+            self._settle(task, blob, got, said.etag)
 
-    def _reuse(self, job: Job, blob: Path, etag: str) -> str | None:
+    def _reuse(self, task: FetchTask, blob: Path, etag: str) -> str | None:
         """The hash of a blob that is there already, for another path or put there by another program."""
         if not blob.is_file():
             return None
         try:
-            return self.verify(job, blob, etag)
+            return self.verify(task, blob, etag)
         except WrongBytesError as error:
             console.note(f"{error.message}; fetching it anew")
             return None
 
-    def _fetch_blob(self, job: Job, said: transfer.Announcement, blob: Path) -> str:
+    def _fetch_blob(self, task: FetchTask, said: transfer.Announcement, blob: Path) -> str:
         """Fetch into a partial file, check it, and only then give it its place.
 
         A file that was put together from two transfers and is wrong is fetched once more from its start.
@@ -160,9 +160,9 @@ class Fetcher:
         blob.parent.mkdir(parents=True, exist_ok=True)
         partial = blob.with_name(f"{blob.name}.incomplete")
         while True:
-            resumed = self._transfer(job, said, partial)
+            resumed = self._transfer(task, said, partial)
             try:
-                got = self.verify(job, partial, said.etag)
+                got = self.verify(task, partial, said.etag)
             except WrongBytesError as error:
                 if not resumed:
                     raise
@@ -171,43 +171,43 @@ class Fetcher:
             os.replace(partial, blob)
             return got
 
-    def _transfer(self, job: Job, said: transfer.Announcement, partial: Path) -> bool:
+    def _transfer(self, task: FetchTask, said: transfer.Announcement, partial: Path) -> bool:
         here = partial.stat().st_size if partial.exists() else 0
-        check_room(partial.parent, (said.size or job.file.expected_bytes) - here)
-        with self.bars.one(job.file.path, said.size or job.file.expected_bytes, here) as report:
-            return transfer.fetch(job.artifact, job.file, said, partial, report)
+        check_room(partial.parent, (said.size or task.file.expected_bytes) - here)
+        with self.bars.one(task.file.path, said.size or task.file.expected_bytes, here) as report:
+            return transfer.fetch(task.artifact, task.file, said, partial, report)
 
-    def _settle(self, job: Job, blob: Path, got: str, etag: str | None) -> None:
-        place = self.layout.place(job.artifact, job.file.path)
+    def _settle(self, task: FetchTask, blob: Path, got: str, etag: str | None) -> None:
+        place = self.layout.place(task.artifact, task.file.path)
         link(place, blob)
-        self.records.seen(job.source, place, got, etag)
+        self.records.save_hash(task.source, place, got, etag)
 
-    def _fetch_url(self, job: Job) -> None:
-        place = self.layout.place(job.artifact, job.file.path)
+    def _fetch_url(self, task: FetchTask) -> None:
+        place = self.layout.place(task.artifact, task.file.path)
         partial = place.with_name(place.name + ".part")
-        with self._locked(job, short_hash(job.source)):
-            if self.here(job):
+        with self._locked(task, short_hash(task.source)):
+            if self.here(task):
                 return
-            self._retrieve(job.artifact, str(job.artifact.url), job.file.expected_bytes, partial)
-            got = self.verify(job, partial, None)
+            self._retrieve(task.artifact, str(task.artifact.url), task.file.expected_bytes, partial)
+            got = self.verify(task, partial, None)
             os.replace(partial, place)
-            self.records.seen(job.source, place, got)
+            self.records.save_hash(task.source, place, got)
 
     def _retrieve(self, artifact: Artifact, url: str, size: int, target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         with self.bars.one(url.rsplit("/", 1)[-1], size) as report:
             transfer.fetch_url(artifact, url, target, report)
 
-    def _fetch_archive(self, job: Job, reason: transfer.SourceError) -> None:
+    def _fetch_archive(self, task: FetchTask, reason: transfer.SourceError) -> None:
         """The same file out of the publisher's zip, whose folders may be nested in any way."""
-        artifact, file = job.artifact, job.file
+        artifact, file = task.artifact, task.file
         url = str(artifact.archive)
         console.note(f"{reason.message}; trying {url}")
         folder = self.layout.settings.home / "files" / artifact.name
         archive = folder / url.rsplit("/", 1)[-1]
         blob = self.layout.repo(artifact) / "blobs" / str(file.sha256)
-        with self._locked(job, short_hash(url)):
-            if self.here(job):
+        with self._locked(task, short_hash(url)):
+            if self.here(task):
                 return
             try:
                 self._retrieve(artifact, url, 0, archive)
@@ -222,24 +222,24 @@ class Fetcher:
             except ModelUnavailableError:
                 archive.unlink()
                 raise
-            got = self.verify(job, partial, None)
+            got = self.verify(task, partial, None)
             os.replace(partial, blob)
-            self._settle(job, blob, got, None)
+            self._settle(task, blob, got, None)
 
     @contextlib.contextmanager
-    def _locked(self, job: Job, name: str) -> Iterator[None]:
+    def _locked(self, task: FetchTask, name: str) -> Iterator[None]:
         """One process at a time for each blob; the lock that huggingface_hub takes too."""
         from filelock import FileLock, Timeout
 
         folder = self.layout.settings.hub_folder / ".locks"
-        if job.artifact.repo is not None:
-            folder /= self.layout.repo(job.artifact).name
+        if task.artifact.repo is not None:
+            folder /= self.layout.repo(task.artifact).name
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / f"{name}.lock")
         try:
             lock.acquire(timeout=0.5)
         except Timeout:
-            console.note(f"waiting for another process that is fetching {job.file.path}")
+            console.note(f"waiting for another process that is fetching {task.file.path}")
             lock.acquire()
         try:
             yield
@@ -250,9 +250,9 @@ class Fetcher:
 class WrongBytesError(ModelUnavailableError):
     """A file is not the file it should be; it was moved aside."""
 
-    def __init__(self, job: Job, got: str, right: str, aside: Path) -> None:
+    def __init__(self, task: FetchTask, got: str, right: str, aside: Path) -> None:
         super().__init__(
-            f"{job.artifact.name}: {job.file.path} has the wrong bytes: SHA-256 {got}, expected {right}; "
+            f"{task.artifact.name}: {task.file.path} has the wrong bytes: SHA-256 {got}, expected {right}; "
             f"it was moved to {aside}",
             "run the same command again to fetch it anew; if it stays so, a server or proxy changes it",
         )
@@ -288,32 +288,32 @@ def extract(archive: Path, name: str, target: Path, size: int | None) -> None:
         ) from error
 
 
-def fetch_all(fetcher: Fetcher, jobs: Sequence[Job]) -> None:
+def fetch_all(fetcher: Fetcher, tasks: Sequence[FetchTask]) -> None:
     """Fetch files, small ones first, so that what is refused is refused early."""
-    ordered = sorted(jobs, key=lambda job: job.file.expected_bytes)
-    fetcher.bars.total(sum(job.file.expected_bytes for job in ordered))
+    ordered = sorted(tasks, key=lambda task: task.file.expected_bytes)
+    fetcher.bars.total(sum(task.file.expected_bytes for task in ordered))
     archives = {
-        fetcher.layout.settings.home / "files" / job.artifact.name for job in jobs if job.artifact.archive
+        fetcher.layout.settings.home / "files" / task.artifact.name for task in tasks if task.artifact.archive
     }
-    for job in ordered:
-        fetcher.fetch(job)
+    for task in ordered:
+        fetcher.fetch(task)
     for folder in archives:
         for archive in folder.glob("*.zip"):
             archive.unlink()
 
 
-def _refuse_early(job: Job, said: transfer.Announcement, record: Record) -> None:
+def _refuse_early(task: FetchTask, said: transfer.Announcement, record: Record) -> None:
     """What the server announces may already show that these are not the right bytes."""
-    expected = job.file.sha256 or record.sha256
+    expected = task.file.sha256 or record.sha256
     if expected and re.fullmatch(r"[0-9a-f]{64}", said.etag) and said.etag != expected:
         announced = f"SHA-256 {said.etag}, expected {expected}"
-    elif expected is None and job.file.bytes is not None and said.size not in (None, job.file.bytes):
-        announced = f"{said.size} bytes, expected {job.file.bytes}"
+    elif expected is None and task.file.bytes is not None and said.size not in (None, task.file.bytes):
+        announced = f"{said.size} bytes, expected {task.file.bytes}"
     else:
         return
     raise ModelUnavailableError(
-        f"{job.artifact.name}: the server offers other bytes for {job.file.path} ({announced}); "
+        f"{task.artifact.name}: the server offers other bytes for {task.file.path} ({announced}); "
         "nothing was fetched",
         "unset HF_ENDPOINT if it names a mirror, or name the file yourself in the recipe: "
-        f"hub:{job.artifact.repo}@<commit>:{job.file.path}",
+        f"hub:{task.artifact.repo}@<commit>:{task.file.path}",
     )

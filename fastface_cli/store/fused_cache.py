@@ -1,9 +1,9 @@
-"""Fused models kept between runs: which there are, whether they are whole, and room for new ones.
+"""The cache of fused models: lookup, integrity checks and eviction.
 
-Loading a stack from its published files means casting, and adding every LoRA to the UNet, which takes longer
-than reading the result. So the result is kept: one safetensors file for each set of inputs in `home/fused`,
-beside a small JSON file that says what it was made of. A file is trusted as long as its size and time of
-change are those of the moment it was written; else it is hashed again, and removed where its bytes differ.
+Loading a stack from its published files casts the weights and adds every LoRA to the UNet, which takes longer
+than reading the result. So the result is cached: one safetensors file for each set of inputs in `home/fused`,
+next to a small JSON file that lists the inputs. A file is trusted while its size and modification time are
+those recorded when it was written; otherwise it is hashed again, and removed if its bytes differ.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ from .records import file_sha256
 from .states import human_bytes
 
 FORMAT = 1
-"""Of the files; another number is another key."""
+"""Version of the file format; part of the key."""
 FUSING = ("diffusers", "peft")
-"""Packages whose version may change what fusing gives."""
+"""Packages whose version may change the fused weights."""
 PREFIX = "fused-"
-"""How `fastface cache` names an entry: this and twelve digits of its key."""
+"""Prefix of entry names in `fastface cache`, followed by twelve digits of the key."""
 STALE = 24 * 3600
-"""Seconds after which an unfinished file belongs to a process that died."""
+"""Age in seconds after which an unfinished file is treated as left over from a crash."""
 
 
 @dataclass(frozen=True)
-class Fused:
-    """One kept model.
+class FusedEntry:
+    """One cached model.
 
     Args:
-        key: 64 hex digits of everything that entered it.
-        recipe: the recipe that it was first made for.
-        inputs: for people: role, file and scale of what was fused.
-        bytes, mtime_ns, sha256: of the file as it was written.
+        key: hash (64 hex digits) of all inputs.
+        recipe: the first recipe that used it.
+        inputs: role, file and scale of each input, for display.
+        bytes, mtime_ns, sha256: of the file when it was written.
     """
 
     key: str
@@ -57,26 +57,27 @@ class Fused:
 
     @property
     def name(self) -> str:
-        """What a user types to remove it."""
+        """Its name in `fastface cache`."""
         return PREFIX + self.key[:12]
 
 
 def fused_inputs(recipe: Recipe, paths: Mapping[str, Path]) -> dict[str, list[Path]]:
-    """The files that enter a fused UNet, and text encoders where a LoRA speaks to them, by role.
+    """The input files of a fused UNet, and of text encoders with a LoRA, by role.
 
     Args:
-        recipe: whose LoRAs.
-        paths: where each of `recipe.references()` lies.
+        recipe: the recipe with the LoRAs.
+        paths: the path of each of `recipe.references()`.
     """
-    base, found = paths["base"], {}
+    base = paths["base"]
+    inputs: dict[str, list[Path]] = {}
     folders = [base / name for name in ("unet", "text_encoder", "text_encoder_2")]
-    found["base"] = [base] if base.is_file() else _files(folders)
+    inputs["base"] = [base] if base.is_file() else _files(folders)
     for role, path in sorted(paths.items()):
         if role == "unet":
-            found[role] = [path] if path.is_file() else _files([path / "unet"])
+            inputs[role] = [path] if path.is_file() else _files([path / "unet"])
         elif role in ("distillation", "adapter") or role.startswith("lora."):
-            found[role] = [path]
-    return found
+            inputs[role] = [path]
+    return inputs
 
 
 def _files(folders: Sequence[Path]) -> list[Path]:
@@ -84,20 +85,20 @@ def _files(folders: Sequence[Path]) -> list[Path]:
 
 
 def fused_key(recipe: Recipe, inputs: Mapping[str, Sequence[Path]], device: str, dtype: str) -> str:
-    """What a fused model is remembered by: a hash of everything that decides its numbers.
+    """The cache key: a hash of everything that determines the fused weights.
 
-    A file counts by its real path, size and time of change, which is how the store knows its own files too.
+    A file is identified by its real path, size and modification time, as in the records of the store.
 
     Args:
-        recipe: the scales of its LoRAs count.
-        inputs: of `fused_inputs`.
-        device: kind of device that fuses; two kinds round differently.
-        dtype: of the numbers.
+        recipe: provides the scales of its LoRAs.
+        inputs: result of `fused_inputs`.
+        device: kind of device that fuses; rounding differs between kinds.
+        dtype: data type of the weights.
 
     Raises:
-        OSError: a file is not there.
+        OSError: a file does not exist.
     """
-    told = {
+    key_fields = {
         "format": FORMAT,
         "versions": {name: version(name) for name in FUSING},
         "files": {role: [_fingerprint(path) for path in files] for role, files in inputs.items()},
@@ -105,7 +106,7 @@ def fused_key(recipe: Recipe, inputs: Mapping[str, Sequence[Path]], device: str,
         "device": device,
         "dtype": dtype,
     }
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(key_fields, sort_keys=True).encode()).hexdigest()
 
 
 def _fingerprint(path: Path) -> tuple[str, int, int]:
@@ -115,32 +116,32 @@ def _fingerprint(path: Path) -> tuple[str, int, int]:
 
 
 class FusedCache:
-    """The kept models of this machine.
+    """The cached fused models of this machine.
 
     Args:
-        folder: where they lie; it need not exist.
-        limit: bytes that all of them may take; those not used for longest go first. 0 keeps none.
-        least: inputs of fewer bytes load in a moment and are not kept.
+        folder: the cache folder; it need not exist.
+        limit: maximum total bytes; the least recently used model is evicted first. 0 disables the cache.
+        least: inputs with fewer bytes load quickly and are not cached.
     """
 
     def __init__(self, folder: Path, limit: int, least: int = 1_000_000_000) -> None:
         self.folder, self.limit, self.least = folder, limit, least
 
     def worthwhile(self, inputs: Mapping[str, Sequence[Path]]) -> bool:
-        """Whether a model made of these files is looked for and kept."""
+        """Whether a model with these inputs is cached."""
         size = sum(path.stat().st_size for files in inputs.values() for path in files)
         return self.limit > 0 and size >= self.least
 
     def file(self, key: str) -> Path:
-        """Where the model of a key lies."""
+        """The path of the model with this key."""
         return self.folder / f"{key}.safetensors"
 
-    def _note(self, key: str) -> Path:
+    def _metadata_path(self, key: str) -> Path:
         return self.folder / f"{key}.json"
 
     def find(self, key: str) -> Path | None:
-        """The file of a key if it is here and whole; one that is not is removed."""
-        entry = _parse(self._note(key))
+        """The file of a key if it is cached and intact; a damaged file is removed."""
+        entry = _parse(self._metadata_path(key))
         if entry is None or entry.key != key:
             return None
         path = self.file(key)
@@ -148,11 +149,11 @@ class FusedCache:
             stat = path.stat()
             if (stat.st_size, stat.st_mtime_ns) != (entry.bytes, entry.mtime_ns):
                 if stat.st_size != entry.bytes or file_sha256(path) != entry.sha256:
-                    console.note(f"{path} has changed since it was written; it is made anew")
+                    console.note(f"{path} has changed since it was written; it is created again")
                     self.remove(key)
                     return None
-                self._write_note(replace(entry, mtime_ns=stat.st_mtime_ns))
-            os.utime(self._note(key))  # used just now
+                self._write_metadata(replace(entry, mtime_ns=stat.st_mtime_ns))
+            os.utime(self._metadata_path(key))  # marks it as most recently used
         except OSError:
             return None
         return path
@@ -165,16 +166,16 @@ class FusedCache:
         size: int,
         write: Callable[[BinaryIO], str],
     ) -> Path | None:
-        """Keep a model; where that cannot be, say so and go on without.
+        """Cache a model; if that fails, log a warning and continue.
 
         Args:
-            key: of `fused_key`.
-            recipe, inputs: told to people.
+            key: result of `fused_key`.
+            recipe, inputs: for display.
             size: bytes that `write` will write.
             write: writes the file and returns its SHA-256 (hex).
 
         Returns:
-            Where it went, or None.
+            The path of the file, or None.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -182,13 +183,13 @@ class FusedCache:
             return self._write(key, recipe, inputs, write)
         except (OSError, ModelUnavailableError) as error:
             reason = getattr(error, "strerror", None) or getattr(error, "message", None) or str(error)
-            console.note(f"the fused models are not kept for the next start: {reason}")
+            console.note(f"fused models are not cached for the next start: {reason}")
             return None
 
     def _make_room(self, size: int) -> None:
         if size > self.limit:
             raise ModelUnavailableError(
-                f"they take {human_bytes(size)}, and the setting fused_cache allows {human_bytes(self.limit)}"
+                f"they need {human_bytes(size)}, but the setting fused_cache allows {human_bytes(self.limit)}"
             )
         for path in self._unfinished():
             path.unlink(missing_ok=True)
@@ -196,7 +197,7 @@ class FusedCache:
         total = sum(entry.bytes for entry in oldest)
         while total + size > self.limit:
             total -= oldest[0].bytes
-            console.note(f"{oldest[0].name} ({oldest[0].recipe}) makes room for other fused models")
+            console.note(f"{oldest[0].name} ({oldest[0].recipe}) is removed to make room")
             self.remove(oldest.pop(0).key)
         check_room(self.folder, size)
 
@@ -206,25 +207,25 @@ class FusedCache:
             with open(temporary, "xb") as file:
                 digest = write(file)
                 file.flush()
-                os.fsync(file.fileno())  # a name must never outlive the bytes behind it
+                os.fsync(file.fileno())  # after a crash, the name must not point to missing bytes
             stat = temporary.stat()
-            entry = Fused(key, recipe, tuple(inputs), stat.st_size, stat.st_mtime_ns, digest)
-            # First the file: a note without a file is nothing, a file without its note would never be found.
+            entry = FusedEntry(key, recipe, tuple(inputs), stat.st_size, stat.st_mtime_ns, digest)
+            # The file comes first: metadata without a file would be a dangling entry.
             os.replace(temporary, self.file(key))
-            self._write_note(entry)
+            self._write_metadata(entry)
         finally:
             temporary.unlink(missing_ok=True)
         return self.file(key)
 
-    def _write_note(self, entry: Fused) -> None:
+    def _write_metadata(self, entry: FusedEntry) -> None:
         temporary = self.folder / f".{entry.key[:12]}-{secrets.token_hex(4)}.tmp"
         temporary.write_text(json.dumps(asdict(entry)), encoding="utf-8")
-        os.replace(temporary, self._note(entry.key))
+        os.replace(temporary, self._metadata_path(entry.key))
 
-    def entries(self) -> list[Fused]:
-        """Every kept model."""
-        found = (_parse(path) for path in sorted(self.folder.glob("*.json")))
-        return [entry for entry in found if entry is not None and self.file(entry.key).is_file()]
+    def entries(self) -> list[FusedEntry]:
+        """Every cached model."""
+        entries = (_parse(path) for path in sorted(self.folder.glob("*.json")))
+        return [entry for entry in entries if entry is not None and self.file(entry.key).is_file()]
 
     def remove(self, key: str) -> int:
         """Remove a model; returns the bytes freed.
@@ -233,14 +234,14 @@ class FusedCache:
             OSError: the file system refuses.
         """
         freed = 0
-        for path in (self.file(key), self._note(key)):
+        for path in (self.file(key), self._metadata_path(key)):
             with suppress(FileNotFoundError):
                 freed += path.stat().st_size
                 path.unlink()
         return freed
 
     def clear(self) -> int:
-        """Remove everything, unfinished files too; returns the bytes freed."""
+        """Remove everything, including unfinished files; returns the bytes freed."""
         freed = 0
         for path in self.folder.glob("*"):
             freed += path.stat().st_size
@@ -248,18 +249,20 @@ class FusedCache:
         return freed
 
     def _used(self, key: str) -> float:
-        return self._note(key).stat().st_mtime
+        return self._metadata_path(key).stat().st_mtime
 
     def _unfinished(self) -> list[Path]:
-        """What processes that died left behind."""
-        left = [path for path in self.folder.glob("*.safetensors") if not path.with_suffix(".json").exists()]
-        left += self.folder.glob(".*.tmp")
-        return [path for path in left if path.stat().st_mtime < time.time() - STALE]
+        """Files left over from crashed processes."""
+        leftovers = [
+            path for path in self.folder.glob("*.safetensors") if not path.with_suffix(".json").exists()
+        ]
+        leftovers += self.folder.glob(".*.tmp")
+        return [path for path in leftovers if path.stat().st_mtime < time.time() - STALE]
 
 
-def _parse(path: Path) -> Fused | None:
+def _parse(path: Path) -> FusedEntry | None:
     try:
-        read = json.loads(path.read_text(encoding="utf-8"))
-        return Fused(**{**read, "inputs": tuple(read["inputs"])})
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        return FusedEntry(**{**fields, "inputs": tuple(fields["inputs"])})
     except (OSError, ValueError, TypeError, KeyError):
         return None

@@ -1,4 +1,4 @@
-"""Where the store keeps what: the Hub's own cache layout for the Hub, `home/files` for the rest."""
+"""Paths of cached files: the Hub's cache layout for Hub files, `home/files` for everything else."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from .records import Records
 from .states import human_bytes
 
 MARGIN = 256 << 20
-"""Bytes that stay free on the disk beyond what is fetched."""
+"""Bytes that must stay free on the disk after a download."""
 
 
 def source_of(artifact: Artifact, file: RemoteFile) -> str:
-    """What a file is remembered by: `owner/name@commit:path`, or its URL."""
+    """The key of a file in the records: `owner/name@commit:path`, or its URL."""
     return f"{artifact.repo}@{artifact.commit}:{file.path}" if artifact.repo else str(artifact.url)
 
 
 def blob_name(etag: str) -> str:
-    """The file name of an etag; what is no plain word is hashed, so that no server can choose a path."""
+    """The file name for an etag; unusual etags are hashed, so that no server can choose a path."""
     plain = re.fullmatch(r"[0-9A-Za-z][0-9A-Za-z_-]{0,127}", etag)
     return etag if plain else f"etag-{hashlib.sha256(etag.encode()).hexdigest()}"
 
 
-class Layout:
+class CacheLayout:
     """Paths of artifacts on this machine; they need not exist.
 
     Args:
-        settings: the folders.
+        settings: the cache folders.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -43,16 +43,16 @@ class Layout:
         self.quarantine = settings.home / "quarantine"
 
     def path(self, artifact: Artifact) -> Path:
-        """What a loader opens.
+        """The path that a loader opens.
 
-        - a LoRA, a Lightning UNet, an adapter, any single-file artifact: the file itself;
-        - `base`, `scheduler`, and a `unet` of several files: the folder that holds `unet/`, `scheduler/`, ...
-          as in the repository;
-        - `vae` and `image_encoder`: the folder that directly holds `config.json` and the weights;
-        - `face`: the folder that directly holds the `.onnx` files (for a pack of InsightFace it is
+        - a LoRA, a Lightning UNet, an adapter, or any other single-file artifact: the file itself;
+        - `base`, `scheduler`, and a `unet` of several files: the folder that contains `unet/`, `scheduler/`
+          and so on, as in the repository;
+        - `vae` and `image_encoder`: the folder that directly contains `config.json` and the weights;
+        - `face`: the folder that directly contains the `.onnx` files (for an InsightFace pack it is
           `<root>/models/<pack>`, so `FaceAnalysis(name=path.name, root=path.parent.parent)`);
         - a Hub reference without a file: the snapshot; with a folder: that folder;
-        - a place on this machine: that place.
+        - a local path: that path.
         """
         if artifact.local is not None:
             return artifact.local
@@ -61,7 +61,7 @@ class Layout:
         return self.folder(artifact) / (artifact.root or "")
 
     def folder(self, artifact: Artifact) -> Path:
-        """The folder that file paths of an artifact are relative to."""
+        """The folder to which the file paths of an artifact are relative."""
         if artifact.repo is None:
             return self.settings.home / "files" / artifact.name
         return self.repo(artifact) / "snapshots" / str(artifact.commit)
@@ -71,10 +71,10 @@ class Layout:
         return self.settings.hub_folder / f"models--{str(artifact.repo).replace('/', '--')}"
 
     def place(self, artifact: Artifact, path: str) -> Path:
-        """Where one file lies.
+        """The path of one file.
 
         Raises:
-            ModelUnavailableError: the path leads out of the repository.
+            ModelUnavailableError: the path leads outside the repository.
         """
         parts = PurePosixPath(path)
         if parts.is_absolute() or ".." in parts.parts or "\\" in path:
@@ -84,7 +84,7 @@ class Layout:
         return self.folder(artifact).joinpath(*parts.parts)
 
     def partial(self, artifact: Artifact, file: RemoteFile) -> Path | None:
-        """Where the first bytes of a file wait for the rest, if that can be known without asking."""
+        """The path of a partial download, or None if it depends on an etag that is not known yet."""
         if artifact.repo is None:
             return self.place(artifact, file.path + ".part")
         etag = file.sha256 or self.records.read(source_of(artifact, file)).etag
@@ -92,26 +92,26 @@ class Layout:
 
 
 def check_room(folder: Path, need: int) -> None:
-    """Refuse what will not fit on the disk.
+    """Check that a download fits on the disk.
 
     Args:
         folder: an existing folder on that disk.
-        need: bytes to be written.
+        need: bytes to write.
 
     Raises:
-        ModelUnavailableError: less than that and MARGIN is free.
+        ModelUnavailableError: less than `need` plus MARGIN is free.
     """
     free = shutil.disk_usage(folder).free
     if free < need + MARGIN:
         raise ModelUnavailableError(
-            f"{human_bytes(need + MARGIN)} are needed in {folder}, but {human_bytes(free)} are free",
-            "free some room (`fastface cache list` shows what is there), or set FASTFACE_HOME "
+            f"{human_bytes(need + MARGIN)} are needed in {folder}, but only {human_bytes(free)} are free",
+            "free some disk space (`fastface cache list` shows the downloaded models), or set FASTFACE_HOME "
             "to a folder on a larger disk",
         )
 
 
 def link(place: Path, blob: Path) -> None:
-    """Let `place` be `blob`: a relative symbolic link, or the file itself where there are no links."""
+    """Make `place` a relative symbolic link to `blob`, or move the blob there if links are unsupported."""
     place.parent.mkdir(parents=True, exist_ok=True)
     if os.path.lexists(place):
         place.unlink()
@@ -124,7 +124,7 @@ def link(place: Path, blob: Path) -> None:
 
 
 def remove_file(place: Path, repo: Path | None) -> int:
-    """Remove a file; of a link into `repo` also the blob, once nothing else in the repository links to it.
+    """Remove a file, and its blob in `repo` once nothing else in the repository links to it.
 
     Returns:
         Bytes freed.
@@ -146,13 +146,13 @@ def remove_file(place: Path, repo: Path | None) -> int:
     return freed
 
 
-def _target(link_: Path) -> Path:
-    """What a link points at, one step far: a blob may itself be a link into a store of its program."""
-    return Path(os.path.abspath(link_.parent / os.readlink(link_)))
+def _target(symlink: Path) -> Path:
+    """The direct target of a link: a blob may itself be a link into the storage of another program."""
+    return Path(os.path.abspath(symlink.parent / os.readlink(symlink)))
 
 
 def remove_empty(folder: Path) -> None:
-    """Remove `folder` and whatever folders in it are empty."""
+    """Remove the empty folders below `folder`, then `folder` itself if it is empty."""
     if not folder.is_dir() or folder.is_symlink():
         return
     for child in folder.iterdir():
@@ -162,17 +162,17 @@ def remove_empty(folder: Path) -> None:
 
 
 def face_pack_folder(path: Path) -> Path:
-    """The folder that directly holds the .onnx files of a pack, which some zips nest one folder too deep.
+    """The folder that directly contains the .onnx files of a pack; some zips nest it one folder deeper.
 
     Args:
-        path: a pack's folder, or one that holds it.
+        path: the folder of a pack, or its parent.
 
     Raises:
-        ModelUnavailableError: there are no .onnx files.
+        ModelUnavailableError: no .onnx files.
     """
     for folder in (path, *sorted(child for child in path.glob("*") if child.is_dir())):
         if any(folder.glob("*.onnx")):
             return folder
     raise ModelUnavailableError(
-        f"{path} holds no .onnx files", "check the path of the face pack in the recipe"
+        f"{path} contains no .onnx files", "check the path of the face pack in the recipe"
     )

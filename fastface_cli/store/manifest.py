@@ -1,4 +1,4 @@
-"""Artifacts: which there are, where each comes from, and what a reference in a recipe means."""
+"""The manifest of artifacts and their sources, and the resolution of references in recipes."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class RemoteFile:
 
     Args:
         path: path inside the repository, with forward slashes.
-        bytes: exact size, or None where it is not known before the first download.
-        sha256: 64 hex digits, or None where the publisher's own hash at the first download decides.
-        approx_bytes: a size for tables, where `bytes` is None.
+        bytes: exact size, or None if it is not known before the first download.
+        sha256: 64 hex digits, or None to trust the publisher's hash at the first download.
+        approx_bytes: approximate size for tables, if `bytes` is None.
     """
 
     path: str
@@ -39,24 +39,25 @@ class RemoteFile:
 
     @property
     def expected_bytes(self) -> int:
-        """The size to plan with; 0 where nothing is known."""
+        """Exact or approximate size; 0 if unknown."""
         return self.bytes if self.bytes is not None else self.approx_bytes or 0
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """One model part, from exactly one of a Hub repository, a URL, or a place on this machine.
+    """One model part, from exactly one of a Hub repository, a URL, or a local path.
 
     Args:
-        name: name in recipes; for others the reference itself.
+        name: name in recipes; for Hub references and local paths, the reference itself.
         kind: base, unet, lora, vae, adapter, image_encoder, scheduler, face, scorer, recognizer, ...
-        files: what must be fetched; empty for a place on this machine, and for a Hub folder whose
-            listing has not been read yet (`whole`).
-        commercial: yes, no or unclear; `commercial_note` says why.
-        root: what the store's `path` points at, inside the snapshot; None: the snapshot folder, or the
-            file itself where there is exactly one.
-        folder: for `whole`, the folder of the repository that is wanted; empty is all of it.
-        archive: URL of a zip that holds the same files, tried when the repository cannot be had.
+        files: files to fetch; empty for a local path, and for a Hub folder whose listing has not been
+            read yet (`whole`).
+        commercial: yes, no or unclear; `commercial_note` gives the reason.
+        root: path inside the snapshot that `Store.path` returns; None: the snapshot folder, or the
+            file itself if there is exactly one.
+        whole: the files are those of an entire Hub folder.
+        folder: for `whole`, the folder of the repository; empty means the entire repository.
+        archive: URL of a zip with the same files, used if the repository is unavailable.
     """
 
     name: str
@@ -79,50 +80,50 @@ class Artifact:
 
     @property
     def bytes(self) -> int:
-        """Total size in bytes; approximate where a file's exact size is not known."""
+        """Total size in bytes; approximate if the exact size of a file is not known."""
         return sum(file.expected_bytes for file in self.files)
 
     @property
     def page(self) -> str:
-        """Where a person reads about it and accepts its terms."""
+        """URL of the web page with its description and terms."""
         return f"https://huggingface.co/{self.repo}" if self.repo else self.license_link or self.url or ""
 
 
 def parse_manifest(text: str) -> Mapping[str, Artifact]:
-    """Artifacts by name from the text of a manifest (its form: the head of `manifest.yaml`).
+    """Parse a manifest into artifacts by name. The head of `manifest.yaml` documents the format.
 
     Raises:
         ValueError: the manifest is not well-formed.
     """
     data = yaml.load(text, Loader=yaml.BaseLoader)
-    found: dict[str, Artifact] = {}
+    artifacts: dict[str, Artifact] = {}
     for entry in data["artifacts"]:
         artifact = _artifact(dict(entry), data["licenses"])
-        if artifact.name in found:
+        if artifact.name in artifacts:
             raise ValueError(f"the manifest names {artifact.name} twice")
-        found[artifact.name] = artifact
-    return MappingProxyType(found)
+        artifacts[artifact.name] = artifact
+    return MappingProxyType(artifacts)
 
 
 @functools.cache
 def load_manifest() -> Mapping[str, Artifact]:
-    """The artifacts that ship with this version, by name."""
+    """The artifacts of the packaged manifest, by name."""
     return parse_manifest(MANIFEST.read_text(encoding="utf-8"))
 
 
 def resolve(reference: ModelReference, known: Mapping[str, Artifact] | None = None) -> Artifact:
-    """The artifact that a recipe's reference means.
+    """Resolve a reference of a recipe to an artifact.
 
-    A name of the manifest; `hub:owner/name@<40 hex>[:file or folder]` (or a HubReference); or a path of this
-    machine: whatever starts with `/`, `~` or `.`, ends like a weight file, or exists. A path need not
-    exist yet: the store says so when the file is needed.
+    A reference is a name in the manifest; `hub:owner/name@<40 hex>[:file or folder]` (or a HubReference);
+    or a local path: it starts with `/`, `~` or `.`, has the suffix of a weight file, or exists. A path need
+    not exist yet: the store reports a missing file when it is needed.
 
     Args:
-        reference: what the recipe says.
-        known: the manifest; None is the one that ships.
+        reference: the value in the recipe.
+        known: the manifest; None is the packaged manifest.
 
     Raises:
-        RecipeError: none of these; names the nearest valid name.
+        RecipeError: none of these; suggests the nearest valid name.
     """
     names = load_manifest() if known is None else known
     if isinstance(reference, HubReference):
@@ -141,7 +142,7 @@ def resolve(reference: ModelReference, known: Mapping[str, Artifact] | None = No
         return Artifact(
             name=reference,
             kind="local",
-            summary="a file or folder of this machine",
+            summary="a local file or folder",
             license="yours",
             local=Path(reference).expanduser(),
         )
@@ -149,7 +150,7 @@ def resolve(reference: ModelReference, known: Mapping[str, Artifact] | None = No
     raise RecipeError(
         f"there is no model called '{reference}'",
         (f"did you mean '{near}'? " if near else "")
-        + "a path starts with './' or '/', a Hub file is hub:owner/name@commit:file",
+        + "a local path starts with './' or '/'; a Hub file is hub:owner/name@commit:file",
     )
 
 
@@ -163,28 +164,32 @@ def _is_path(reference: str) -> bool:
 
 
 def _from_hub(repo: str, commit: str, file: str | None, names: Mapping[str, Artifact]) -> Artifact:
-    """A Hub reference; a file that the manifest knows keeps its hash and license."""
+    """The artifact of a Hub reference; a file in the manifest keeps its hash and license."""
     name = f"hub:{repo}@{commit}" + (f":{file}" if file else "")
-    relatives = [one for one in names.values() if one.repo == repo]
+    related = [artifact for artifact in names.values() if artifact.repo == repo]
     terms = (
         {
-            key: getattr(relatives[0], key)
+            key: getattr(related[0], key)
             for key in ("license", "license_link", "commercial", "commercial_note")
         }
-        if relatives
-        else {"license": "see its page", "license_link": f"https://huggingface.co/{repo}"}
+        if related
+        else {"license": "see its web page", "license_link": f"https://huggingface.co/{repo}"}
     )
     single = file is not None and file.lower().endswith((*WEIGHT_SUFFIXES, ".json"))
     files: tuple[RemoteFile, ...] = ()
     if single and file is not None:
         pinned = [
-            known for one in relatives if one.commit == commit for known in one.files if known.path == file
+            known
+            for artifact in related
+            if artifact.commit == commit
+            for known in artifact.files
+            if known.path == file
         ]
         files = (pinned[0] if pinned else RemoteFile(file),)
     return Artifact(
         name=name,
         kind="hub",
-        summary=f"{file or 'all of it'} from {repo}",
+        summary=f"{file or 'all files'} from {repo}",
         files=files,
         repo=repo,
         commit=commit,
@@ -216,7 +221,7 @@ def _artifact(entry: dict[str, Any], licenses: dict[str, list[str]]) -> Artifact
     if artifact.repo and not re.fullmatch(r"[0-9a-f]{40}", artifact.commit or ""):
         raise ValueError(f"{where} needs a commit of 40 hex digits")
     if not files and artifact.local is None:
-        raise ValueError(f"{where} names no file")
+        raise ValueError(f"{where} has no files")
     return artifact
 
 
@@ -238,14 +243,15 @@ _TEXT = (".json", ".txt", ".model", ".jinja")
 
 
 def whole_selection(paths: list[str], folder: str = "") -> list[str]:
-    """The files of a repository worth fetching when a whole folder is asked for.
+    """Select the files to fetch for a reference to an entire folder.
 
-    In each folder one set of weights: safetensors before pickles before ONNX, the fp16 variant before full
-    precision; of a diffusers pipeline the folders of SDXL only, and no single-file checkpoints beside them.
+    Each folder contributes one set of weights: safetensors before pickles before ONNX, the fp16 variant
+    before full precision. A diffusers pipeline contributes only the SDXL folders, without single-file
+    checkpoints.
 
     Args:
         paths: every path of the repository.
-        folder: the folder wanted; empty is all of it.
+        folder: the folder to fetch; empty means the entire repository.
     """
     inside = [path for path in paths if not folder or path.startswith(folder + "/")]
     prefix = folder + "/" if folder else ""
@@ -261,8 +267,12 @@ def whole_selection(paths: list[str], folder: str = "") -> list[str]:
         elif name.endswith(_WEIGHTS) and not name.startswith(("flax", "openvino")):
             weights.setdefault(parent, []).append(path)
     for candidates in weights.values():
-        safe = next(found for suffix in _WEIGHTS if (found := [p for p in candidates if p.endswith(suffix)]))
-        half = [path for path in safe if ".fp16" in path.rsplit("/", 1)[-1]]
-        plain = [path for path in safe if not re.search(r"\.(non_ema|ema|bf16|fp32)[.-]", path)]
-        chosen += half or plain or safe
+        preferred = next(
+            matches
+            for suffix in _WEIGHTS
+            if (matches := [path for path in candidates if path.endswith(suffix)])
+        )
+        half = [path for path in preferred if ".fp16" in path.rsplit("/", 1)[-1]]
+        plain = [path for path in preferred if not re.search(r"\.(non_ema|ema|bf16|fp32)[.-]", path)]
+        chosen += half or plain or preferred
     return sorted(chosen)

@@ -1,4 +1,4 @@
-"""What is known of files on this disk: their verified hashes, and the ones that were moved aside."""
+"""Records of verified files: their hashes, and the quarantine for files with wrong bytes."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Record:
-    """What was seen of one source.
+    """The verified state of one source.
 
     Args:
         source: `owner/name@commit:path`, or a URL.
-        sha256: of the verified bytes; None until then.
-        etag: what the server called them.
-        path, bytes, mtime_ns: the file as it was when its hash was taken.
+        sha256: hash of the verified bytes; None before the first verification.
+        etag: etag of the server.
+        path, bytes, mtime_ns: the file at the time it was hashed.
     """
 
     source: str
@@ -33,7 +33,7 @@ class Record:
     mtime_ns: int = -1
 
     def describes(self, path: Path) -> bool:
-        """Whether `path` is still the very file that was hashed."""
+        """Whether `path` is unchanged since it was hashed."""
         try:
             stat = path.stat()
         except OSError:
@@ -55,11 +55,11 @@ class Records:
         return self.folder / f"{short_hash(source)}.json"
 
     def read(self, source: str) -> Record:
-        """The record of a source; an empty one where there is none or it cannot be read."""
+        """The record of a source; an empty record if it does not exist or cannot be read."""
         return _parse(self._place(source)) or Record(source)
 
     def write(self, record: Record) -> None:
-        """Remember a record.
+        """Save a record.
 
         Raises:
             OSError: the folder cannot be written.
@@ -70,13 +70,13 @@ class Records:
         temporary.write_text(json.dumps(asdict(record)), encoding="utf-8")
         os.replace(temporary, place)
 
-    def seen(self, source: str, path: Path, sha256: str, etag: str | None = None) -> None:
-        """Remember that the bytes of `path` were hashed just now."""
+    def save_hash(self, source: str, path: Path, sha256: str, etag: str | None = None) -> None:
+        """Record the hash of `path`, taken just now."""
         stat = path.stat()
         self.write(Record(source, sha256, etag, str(path.absolute()), stat.st_size, stat.st_mtime_ns))
 
     def all(self) -> Iterator[Record]:
-        """Every record that can be read."""
+        """Every readable record."""
         for place in sorted(self.folder.glob("*.json")):
             record = _parse(place)
             if record is not None:
@@ -91,23 +91,28 @@ def _parse(place: Path) -> Record | None:
 
 
 def short_hash(text: str) -> str:
-    """32 hex digits that stand for a text in file names."""
+    """A hash of 32 hex digits, for use in file names."""
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def file_sha256(path: Path, report: Callable[[int], None] | None = None) -> str:
-    """SHA-256 (hex) of a file, read as a stream; `report` hears of each block's size."""
+def file_sha256(path: Path, on_read: Callable[[int], None] | None = None) -> str:
+    """SHA-256 (hex) of a file, read as a stream.
+
+    Args:
+        path: the file.
+        on_read: called with the size of each block.
+    """
     digest = hashlib.sha256()
     with path.open("rb") as source:
         while block := source.read(1 << 22):
             digest.update(block)
-            if report:
-                report(len(block))
+            if on_read:
+                on_read(len(block))
     return digest.hexdigest()
 
 
 def git_sha1(path: Path) -> str:
-    """The name (hex) that git gives to a file's bytes; the Hub's etag of small files."""
+    """The git blob hash (hex) of a file, which the Hub uses as the etag of small files."""
     digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
     with path.open("rb") as source:
         while block := source.read(1 << 22):
@@ -115,31 +120,31 @@ def git_sha1(path: Path) -> str:
     return digest.hexdigest()
 
 
-def mismatch(got: str, expected: str | None, etag: str | None, path: Path) -> str | None:
-    """The hash that `path` should have had, or None where its bytes are right.
+def mismatch(actual: str, expected: str | None, etag: str | None, path: Path) -> str | None:
+    """The expected hash of `path` if its bytes are wrong, else None.
 
-    Without an expected SHA-256 the server's etag decides, if it is a hash.
+    Without an expected SHA-256, the etag is compared if it is a hash.
 
     Args:
-        got: SHA-256 of the file.
+        actual: SHA-256 of the file.
         expected: the SHA-256 of the manifest or of an earlier download.
-        etag: 64 hex digits are a SHA-256, 40 the SHA-1 that git gives.
+        etag: 64 hex digits are a SHA-256, 40 are the git blob hash.
     """
     if expected is None and etag is not None:
         if re.fullmatch(r"[0-9a-f]{64}", etag):
             expected = etag
         elif re.fullmatch(r"[0-9a-f]{40}", etag):
             return None if git_sha1(path) == etag else f"git:{etag}"
-    return None if expected in (None, got) else expected
+    return None if expected in (None, actual) else expected
 
 
-def move_aside(path: Path, folder: Path, source: str, got: str) -> Path:
-    """Take a wrong file out of the way, under a name that says where it came from.
+def quarantine(path: Path, folder: Path, source: str, sha256: str) -> Path:
+    """Move a file with wrong bytes to the quarantine, under a name that identifies its source.
 
-    A second copy of the same bytes replaces the first. Where `folder` is on another disk, a `quarantine`
-    folder beside the file is used, so that gigabytes are not copied.
+    A second copy of the same bytes replaces the first. If `folder` is on another disk, a `quarantine`
+    folder next to the file is used, which avoids copying gigabytes.
     """
-    name = f"{short_hash(source)[:12]}-{got[:12]}-{source.rsplit('/', 1)[-1]}"
+    name = f"{short_hash(source)[:12]}-{sha256[:12]}-{source.rsplit('/', 1)[-1]}"
     real = path.resolve()
     for place in (folder, real.parent / "quarantine"):
         try:

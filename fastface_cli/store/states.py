@@ -1,4 +1,4 @@
-"""What is here of an artifact and what is not, and how to say so."""
+"""The state of artifacts on this machine, and its description in words."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class FileStatus:
     """One file of an artifact on this machine.
 
     Args:
-        path: path inside the repository (for a place on this machine: that place).
-        bytes: its size, exact or approximate; 0 where nothing is known.
-        state: present (verified), missing, partial, unverified (there, hashed when needed), bad.
-        here: how many of its bytes are on this disk.
-        detail: what is wrong, where something is.
+        path: path inside the repository, or the local path.
+        bytes: size, exact or approximate; 0 if unknown.
+        state: present (verified), missing, partial, unverified (on disk, hashed when needed), bad.
+        here: number of bytes on this disk.
+        detail: the reason for state bad.
     """
 
     path: str
@@ -33,20 +33,20 @@ class FileStatus:
 
 @dataclass(frozen=True)
 class Missing:
-    """What an artifact still needs."""
+    """The files of an artifact that must be fetched."""
 
     artifact: Artifact
     files: tuple[FileStatus, ...]
 
     @property
     def bytes(self) -> int:
-        """Bytes to fetch; approximate where a size is not known."""
+        """Bytes to fetch; approximate if a size is not known exactly."""
         return sum(max(file.bytes - file.here, 0) for file in self.files)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """An artifact that takes room on this disk."""
+    """An artifact that uses disk space."""
 
     artifact: Artifact
     files: int
@@ -56,7 +56,7 @@ class Entry:
 
 
 def human_bytes(count: float) -> str:
-    """A number of bytes for people, in powers of ten."""
+    """Format a number of bytes in powers of ten."""
     for unit in ("B", "kB", "MB"):
         if count < 999.5:
             return f"{count:.0f} {unit}"
@@ -65,12 +65,12 @@ def human_bytes(count: float) -> str:
 
 
 def human_size(count: int) -> str:
-    """The size of something to fetch, which is 0 where nobody has said it yet."""
-    return human_bytes(count) if count else "size not known"
+    """Format a download size, where 0 means unknown."""
+    return human_bytes(count) if count else "size unknown"
 
 
 def license_line(artifact: Artifact) -> str:
-    """The license of an artifact and what it says of commercial use, in one line."""
+    """The license of an artifact and its terms for commercial use, in one line."""
     use = {"yes": "commercial use allowed", "no": "no commercial use"}.get(
         artifact.commercial, "commercial use unclear"
     )
@@ -80,19 +80,21 @@ def license_line(artifact: Artifact) -> str:
 
 
 def count_models(count: int) -> str:
+    """`1 model`, or `2 models`."""
     return "1 model" if count == 1 else f"{count} models"
 
 
 def offline_error(missing: Sequence[Missing]) -> ModelUnavailableError:
+    """The error for missing artifacts when the network may not be used."""
     names = ", ".join(
-        f"{one.artifact.name} ({human_bytes(one.bytes)})" if one.bytes else one.artifact.name
-        for one in missing
+        f"{item.artifact.name} ({human_bytes(item.bytes)})" if item.bytes else item.artifact.name
+        for item in missing
     )
-    total = human_size(sum(one.bytes for one in missing))
+    total = human_size(sum(item.bytes for item in missing))
     plural = "is" if len(missing) == 1 else "are"
     return ModelUnavailableError(
-        f"{count_models(len(missing))} {plural} missing and the network is off: {names}"
-        + (f"; {total} in all" if len(missing) > 1 else ""),
-        "run `fastface download` for them without --offline and HF_HUB_OFFLINE; "
+        f"{count_models(len(missing))} {plural} missing and offline mode is on: {names}"
+        + (f"; {total} in total" if len(missing) > 1 else ""),
+        "run `fastface download` without --offline and with HF_HUB_OFFLINE unset; "
         "`fastface generate --recipe pocket` needs no download",
     )

@@ -22,9 +22,9 @@ from .. import console
 from ..errors import ModelUnavailableError
 from ..settings import Settings
 from . import transfer
-from .fetching import Bars, Fetcher, Job, WrongBytesError, fetch_all
+from .fetching import Bars, Fetcher, FetchTask, WrongBytesError, fetch_all
 from .fused_cache import FusedCache
-from .layout import Layout, blob_name, check_room, remove_empty, remove_file, source_of
+from .layout import CacheLayout, blob_name, check_room, remove_empty, remove_file, source_of
 from .manifest import Artifact, RemoteFile, load_manifest, resolve
 from .records import short_hash
 from .states import Entry, FileStatus, Missing, State, count_models, human_size, license_line, offline_error
@@ -49,7 +49,7 @@ class Store:
         self.settings = settings
         self.offline = transfer.is_offline() if offline is None else offline
         self.known = load_manifest() if known is None else known
-        self.layout = Layout(settings)
+        self.layout = CacheLayout(settings)
         self._found: dict[str, tuple[RemoteFile, ...]] = {}
 
     @property
@@ -58,7 +58,7 @@ class Store:
         return FusedCache(self.settings.home / "fused", int(self.settings.fused_cache * 1e9))
 
     def path(self, artifact: Artifact) -> Path:
-        """What a loader opens: `Layout.path` says what that is for each kind. It need not exist yet."""
+        """What a loader opens: `CacheLayout.path` says what that is for each kind. It need not exist yet."""
         return self.layout.path(artifact)
 
     def status(self, artifact: Artifact) -> list[FileStatus]:
@@ -116,7 +116,7 @@ class Store:
                     raise offline_error(missing)
                 self._check_room(missing)
                 (listed or self._announce)(missing)
-                fetch_all(Fetcher(self.layout, bars), self._jobs(missing))
+                fetch_all(Fetcher(self.layout, bars), self._tasks(missing))
         return {artifact.name: self.path(artifact) for artifact in wanted}
 
     def verify(self, artifact: Artifact, *, progress: bool = True) -> list[FileStatus]:
@@ -211,10 +211,10 @@ class Store:
         source = source_of(artifact, file)
         etag = self.layout.records.read(source).etag or (real.name if real.parent.name == "blobs" else None)
         try:
-            got = Fetcher(self.layout, bars).verify(Job(artifact, file), place, etag)
+            got = Fetcher(self.layout, bars).verify(FetchTask(artifact, file), place, etag)
         except WrongBytesError as error:
             return FileStatus(file.path, size, "bad", 0, error.message)
-        self.layout.records.seen(source, place, got, etag)
+        self.layout.records.save_hash(source, place, got, etag)
         return FileStatus(file.path, size, "present", size)
 
     def _check_present(self, artifact: Artifact, bars: Bars) -> None:
@@ -260,14 +260,16 @@ class Store:
         temporary.write_text(json.dumps([asdict(file) for file in files]), encoding="utf-8")
         os.replace(temporary, place)
 
-    def _jobs(self, missing: Sequence[Missing]) -> list[Job]:
-        jobs: dict[Path, Job] = {}
+    def _tasks(self, missing: Sequence[Missing]) -> list[FetchTask]:
+        tasks: dict[Path, FetchTask] = {}
         for one in missing:
             wanted = {file.path for file in one.files}
             for file in self._files(one.artifact):
                 if file.path in wanted:
-                    jobs.setdefault(self.layout.place(one.artifact, file.path), Job(one.artifact, file))
-        return list(jobs.values())
+                    tasks.setdefault(
+                        self.layout.place(one.artifact, file.path), FetchTask(one.artifact, file)
+                    )
+        return list(tasks.values())
 
     def _check_room(self, missing: Sequence[Missing]) -> None:
         """Refuse before the first byte what will not fit."""

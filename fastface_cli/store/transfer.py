@@ -24,7 +24,7 @@ from .. import __version__, console
 from ..errors import ModelUnavailableError
 from .manifest import Artifact, RemoteFile, whole_selection
 
-Report = Callable[[int], None]
+TransferReport = Callable[[int], None]
 """Told of each change in the number of bytes on disk."""
 
 RETRIES = 3
@@ -97,7 +97,9 @@ def announce(artifact: Artifact, file: RemoteFile) -> Announcement:
     return Announcement(url, found.etag, found.size)
 
 
-def fetch(artifact: Artifact, file: RemoteFile, said: Announcement, partial: Path, report: Report) -> bool:
+def fetch(
+    artifact: Artifact, file: RemoteFile, said: Announcement, partial: Path, report: TransferReport
+) -> bool:
     """Fetch a Hub file into `partial`, going on where an earlier transfer stopped.
 
     Returns:
@@ -131,7 +133,7 @@ def fetch(artifact: Artifact, file: RemoteFile, said: Announcement, partial: Pat
                 time.sleep(_pause(error, fruitless))
 
 
-def fetch_url(artifact: Artifact, url: str, target: Path, report: Report) -> None:
+def fetch_url(artifact: Artifact, url: str, target: Path, report: TransferReport) -> None:
     """Fetch a file that is not on the Hub, whole, with pooch.
 
     Raises:
@@ -188,7 +190,7 @@ def list_folder(artifact: Artifact) -> tuple[RemoteFile, ...]:
 class _CountingFile(io.BufferedWriter):
     """Appends to a file and reports every change of its length."""
 
-    def __init__(self, path: Path, report: Report) -> None:
+    def __init__(self, path: Path, report: TransferReport) -> None:
         super().__init__(io.FileIO(path, "ab"))
         self._report = report
 
@@ -208,7 +210,7 @@ class _CountingFile(io.BufferedWriter):
 class _PoochBar:
     """What pooch expects of a progress bar, passed on as changes of length."""
 
-    def __init__(self, report: Report) -> None:
+    def __init__(self, report: TransferReport) -> None:
         self._report = report
         self._seen = 0
         self.total = 0

@@ -79,9 +79,9 @@ def test_the_table_of_a_dry_run(shop: Shop, capsys: Capture) -> None:
     table = capsys.readouterr().out
     base, lora, free = (next(row for row in table.splitlines() if name in row) for name in shop_names())
     assert "2 of 2" in base
-    assert "0 of 1, 1 begun" in lora
+    assert "0 of 1, 1 partial" in lora
     assert "research only" in free
-    assert "4 MB in all, 2 MB to fetch; kept in" in table
+    assert "4 MB in total, 2 MB to fetch; stored in" in table
     assert "tiny-open: for non-commercial research" in table
 
 
@@ -112,7 +112,7 @@ def test_offline(shop: Shop, capsys: Capture, monkeypatch: pytest.MonkeyPatch, w
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert run(["download", "tiny-lora", *(["--offline"] if way == "flag" else [])]) == 3
     told = capsys.readouterr()
-    assert "1 model is missing and the network is off: tiny-lora (4 MB)" in told.err
+    assert "1 model is missing and offline mode is on: tiny-lora (4 MB)" in told.err
     assert "Traceback" not in told.err
     assert shop.hub.log == []
 

@@ -178,7 +178,7 @@ class TestRemembered:
     def test_the_cache_command_shows_and_forgets_them(self, generate, tmp_path, capfd):
         self.make(generate, tmp_path, "--remember")
         assert cli.run(["cache", "list"]) == 0
-        assert "1 remembered identities" in capfd.readouterr().out
+        assert "1 cached identities" in capfd.readouterr().out
         assert cli.run(["cache", "remove", "identities", "--yes"]) == 0
         assert list(self.folder.iterdir()) == []
         assert "removed identities" in capfd.readouterr().out

@@ -191,7 +191,7 @@ def test_a_full_disk_is_said_and_nothing_fails(cache, monkeypatch, capfd):
 
     monkeypatch.setattr(store.os, "fsync", full)
     assert put(cache, "a") is None
-    assert "not kept for the next start: No space left on device" in capfd.readouterr().err
+    assert "not cached for the next start: No space left on device" in capfd.readouterr().err
     assert list(cache.folder.iterdir()) == []
 
 
@@ -210,7 +210,7 @@ def test_a_sweep_stays_within_its_limit(tmp_path, capfd):
         os.utime(cache.folder / f"{key * 64}.json", (time.time() - age, time.time() - age))
     put(cache, "c")
     assert {entry.key[0] for entry in cache.entries()} == {"a", "c"}
-    assert "fused-bbbbbbbbbbbb (recipe b) makes room" in capfd.readouterr().err
+    assert "fused-bbbbbbbbbbbb (recipe b) is removed to make room" in capfd.readouterr().err
     assert cache.find("a" * 64)  # used: now the youngest
     os.utime(cache.folder / f"{'c' * 64}.json", (time.time() - 10, time.time() - 10))
     put(cache, "d")

@@ -89,7 +89,7 @@ def test_where_loaders_look(tmp_path: Path) -> None:
         (("commit: " + "a" * 40, "commit: main"), "40 hex digits"),
         (("[x.bin, 5, " + "b" * 64, "[x.bin, 5, abc"), "not a SHA-256"),
         (("repo: a/b, ", ""), "exactly one of"),
-        (("files: [[x.bin, 5, " + "b" * 64 + "]]", "files: []"), "names no file"),
+        (("files: [[x.bin, 5, " + "b" * 64 + "]]", "files: []"), "has no files"),
     ],
 )
 def test_a_manifest_that_is_not_well_formed(change: tuple[str, str], complaint: str) -> None:

@@ -369,7 +369,7 @@ def test_a_url_that_is_gone(shop: Shop) -> None:
 
 def test_offline_names_what_is_missing(shop: Shop) -> None:
     error = failure(shop.store(offline=True), shop["lora"], shop["base"], shop["package"])
-    assert "tiny-lora (4 MB), tiny-base (5 kB); 4 MB in all" in error.message
+    assert "tiny-lora (4 MB), tiny-base (5 kB); 4 MB in total" in error.message
     assert "2 models are missing" in error.message
     assert shop.hub.log == []
 
@@ -402,7 +402,7 @@ def test_a_disk_that_is_too_small_for_a_file_of_unknown_size(
     artifact = resolve(f"hub:other/style@{COMMIT}:pastel.safetensors")
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": (256 << 20) + 2_000_000})())
     assert "are needed in" in failure(shop.store(), artifact).message
-    assert "size not known" in capsys.readouterr().err
+    assert "size unknown" in capsys.readouterr().err
     assert shop.hub.asked("GET") == []
 
 
