@@ -1,4 +1,4 @@
-"""Every way to get a recipe wrong: file, line, field, and what would be right; never another exception."""
+"""Errors of invalid recipes: file, line, field and hint, and never another exception."""
 
 import json
 

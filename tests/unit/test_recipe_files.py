@@ -1,4 +1,4 @@
-"""Recipes as files: the shipped ones, looking up, extending, overriding, origins."""
+"""Recipe files: the shipped recipes, lookup, inheritance, overrides, origins."""
 
 from pathlib import Path
 
@@ -319,7 +319,7 @@ def test_another_base_brings_its_own_unet(tmp_path):
     assert recipe("lightning", "model.base=x.safetensors").references()["unet"].startswith("sdxl-lightning")
 
 
-def test_a_section_that_is_commented_out_says_nothing(tmp_path):
+def test_a_section_that_is_commented_out_is_ignored(tmp_path):
     path = write(tmp_path, "a.yaml", "extends: hyper\nguidance:\n  # text: 3\nattention:\n")
     assert recipe(path).digest() == recipe("hyper").digest()
 
