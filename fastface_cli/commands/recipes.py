@@ -68,8 +68,9 @@ def show(
 
       fastface recipes show pocket --resolved --set guidance.text=[1,2,2,1]
     """
-    from ..recipe.files import find_recipe, load_recipe, to_yaml
+    from ..recipe.files import find_recipe, load_recipe
     from ..recipe.tree import read_text
+    from ..recipe.yaml_text import to_yaml
 
     changed = steps is not None or overrides or stack is not None
     flags: dict[str, tuple[Any, str]] = {} if steps is None else {"sampling.steps": (steps, "--steps")}

@@ -35,7 +35,7 @@ KEYWORD = "fastface"
 MAX_TEXT = 1024 * 1024
 """Maximum characters of the JSON, for writing and reading."""
 
-PACKAGES = {
+_PACKAGES = {
     "fastface": "fastface-cli",
     "torch": "torch",
     "diffusers": "diffusers",
@@ -162,7 +162,7 @@ class Provenance(BaseModel):
 def installed_versions() -> dict[str, str]:
     """Installed versions of the packages that determine the pixels, without importing them."""
     versions = {"fastface": __version__}
-    for name, distribution in PACKAGES.items():
+    for name, distribution in _PACKAGES.items():
         if name not in versions:
             try:
                 versions[name] = importlib.metadata.version(distribution)

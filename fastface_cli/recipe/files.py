@@ -1,4 +1,4 @@
-"""Recipes as files: look up, extend, override, validate, and say where each value came from."""
+"""Recipe files: find, extend, override and validate them, and record the origin of each value."""
 
 from __future__ import annotations
 
@@ -9,10 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-import yaml
-
-from ..errors import RecipeError, UsageError, nearest
-from .tree import Key, Mark, Node, Plain, mapping, mark_tree, merge, read_json, read_text, read_yaml
+from ..errors import RecipeError, nearest
+from .layers import (
+    absolute_paths,
+    apply_override,
+    drop_sdxl_unet,
+    numeric_step_counts,
+    set_field,
+    stack_layer,
+)
+from .tree import Mark, Node, mapping, mark_tree, merge, read_json, read_text, read_yaml
 
 if TYPE_CHECKING:
     from .schema import Recipe
@@ -21,28 +27,23 @@ Flag: TypeAlias = tuple[Any, str]
 """A value from the command line and the flag that gave it: `(8, "--steps")`."""
 
 DEFAULT = "default"
-"""Origin of a value that nobody wrote."""
+"""Origin of a default value."""
 
 MODELS = ("hyper", "lightning", "lcm", "turbo", "base", "pocket")
-"""Rows of the stack table: the files of `recipes/models`."""
+"""The files in `recipes/models`."""
 
 SHORT_NAMES = {model: f"{model}-fastface" for model in MODELS if model != "base"}
-"""A bare model name means its published method."""
+"""A model name alone means the published method."""
 
 _YAML, _JSON = (".yaml", ".yml"), (".json",)
 _NAME = re.compile(r"[A-Za-z0-9][\w-]*(/[A-Za-z0-9][\w-]*)*")
-_WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".onnx", ".zip")
-_BARE = re.compile(r"[A-Za-z][\w/.-]*")
-_RESERVED = ("yes", "no", "on", "off", "true", "false", "null", "y", "n")
-_BASE, _BASE_UNET = "sdxl-base", "sdxl-base-unet"
 _SECTIONS = ("model", "sampling", "adapter", "guidance", "attention")
-_LISTS = (("attention", "transforms"), ("model", "loras"))
 _MAX_CHAIN = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """A recipe, and for each of its dotted fields where the value came from."""
+    """A recipe, and the origin of each dotted field."""
 
     recipe: Recipe
     origins: dict[str, str]
@@ -56,41 +57,41 @@ class RecipeInfo:
     name: str
     summary: str
     short: str | None
-    """The short name, where there is one."""
+    """The short name, if any."""
     path: Path
 
 
 def recipes_folder() -> Path:
-    """The shipped recipes: inside the package when installed, else at the top of the checkout."""
+    """The folder of the shipped recipes: in the installed package, or at the root of the checkout."""
     package = Path(__file__).parents[1]
     installed = package / "recipes"
     return installed if installed.is_dir() else package.parent / "recipes"
 
 
 def recipe_names() -> list[str]:
-    """Names of the shipped recipes and their short names; reads no file (for shell completion)."""
-    found = {path.stem for path in recipes_folder().glob("*.yaml")}
-    return sorted(found | {short for short, name in SHORT_NAMES.items() if name in found})
+    """Names of the shipped recipes and their short names; reads no files, for shell completion."""
+    names = {path.stem for path in recipes_folder().glob("*.yaml")}
+    return sorted(names | {short for short, name in SHORT_NAMES.items() if name in names})
 
 
 def list_recipes() -> list[RecipeInfo]:
     """The shipped recipes, sorted by name."""
     shorts = {name: short for short, name in SHORT_NAMES.items()}
-    found = []
+    infos = []
     for path in sorted(recipes_folder().glob("*.yaml")):
         tree = _read(path)
         summary = mapping(tree).get("summary")
-        found.append(
+        infos.append(
             RecipeInfo(path.stem, str(summary.value) if summary else "", shorts.get(path.stem), path)
         )
-    return found
+    return infos
 
 
 def find_recipe(name_or_path: str | Path) -> Path:
-    """The file of a shipped recipe, by name, or of the user's own, by path.
+    """Return the file of a shipped recipe (by name) or of the user's recipe (by path).
 
     Raises:
-        RecipeError: there is none; the hint names the nearest recipe.
+        RecipeError: there is no such recipe; the hint names the nearest one.
     """
     name_or_path = str(name_or_path)
     if name_or_path.endswith((*_YAML, *_JSON)):
@@ -104,7 +105,7 @@ def find_recipe(name_or_path: str | Path) -> Path:
     near = nearest(name_or_path, recipe_names())
     raise RecipeError(
         f"there is no recipe '{name_or_path[:200]}'",
-        f"did you mean '{near}'?" if near else "`fastface recipes list` names them all",
+        f"did you mean '{near}'?" if near else "`fastface recipes list` lists all recipes",
     )
 
 
@@ -131,17 +132,17 @@ def load_recipe(
 ) -> Resolved:
     """Read, merge and validate a recipe.
 
-    Later wins: what the file extends, the file, `stack`, `flags`, `overrides` in their order.
+    Later layers win: the files it extends, the file, `stack`, `flags`, `overrides` in their order.
 
     Args:
         name_or_path: a shipped recipe (`hyper-fastface`, short `hyper`), a YAML file, or a JSON
             configuration of the published code.
         overrides: `--set` arguments, `field=VALUE` with VALUE in YAML.
-        flags: dotted field -> value and the flag it came from, as `{"sampling.steps": (8, "--steps")}`.
-        stack: folder with a local stack (`pipe/`, `clip/`, `faceid_plusv2.bin`) in place of the recipe's.
+        flags: dotted field -> value and its flag, such as `{"sampling.steps": (8, "--steps")}`.
+        stack: folder with a local stack (`pipe/`, `clip/`, `faceid_plusv2.bin`) that replaces the recipe's.
 
     Raises:
-        RecipeError: anything wrong with the recipe, naming file, line and field.
+        RecipeError: the recipe is invalid; the message names file, line and field.
         UsageError: `stack` lacks a part.
     """
     path = find_recipe(name_or_path)
@@ -156,11 +157,11 @@ def load_recipe_data(
     flags: Mapping[str, Flag] | None = None,
     stack: Path | None = None,
 ) -> Resolved:
-    """Like `load_recipe`, from the plain data of `Recipe.canonical` (the metadata of a picture).
+    """Like `load_recipe`, from the plain data of `Recipe.canonical` (the metadata of an image).
 
     Args:
         data: a recipe as plain data.
-        source: how origins and errors name it.
+        source: its name in origins and errors.
     """
     if not isinstance(data, Mapping):
         raise RecipeError(f"{source}: a recipe must be a mapping")
@@ -179,36 +180,26 @@ def _resolve(
     if stack is not None:
         tree = merge(tree, stack_layer(stack))
     for field, (value, flag) in (flags or {}).items():
-        tree = _set(tree, field.split("."), mark_tree(value, Mark(flag, flag)))
+        tree = set_field(tree, field.split("."), mark_tree(value, Mark(flag, flag)))
     for override in overrides:
-        tree = _override(tree, override)
-    tree = _with_own_unet(tree)
+        tree = apply_override(tree, override)
+    tree = drop_sdxl_unet(tree)
     recipe = validate(tree)
     return Resolved(recipe, dict(_origins(recipe.canonical(), tree, "")))
 
 
-def _with_own_unet(tree: Node) -> Node:
-    """Another base brings its own UNet, where a shipped recipe names the one of SDXL 1.0 as a file apart."""
-    base, unet = (tree.child("model") or tree).child("base"), (tree.child("model") or tree).child("unet")
-    if base is None or unet is None or base.value == _BASE or unet.value != _BASE_UNET:
-        return tree
-    if not unet.mark.origin.startswith("recipes/models/"):
-        return tree
-    return merge(tree, Node({"model": Node({"unet": Node(None, base.mark)}, base.mark)}, tree.mark))
-
-
 def validate(tree: Node) -> Recipe:
-    """A merged tree -> the recipe.
+    """Validate a merged tree as a recipe.
 
     Raises:
-        RecipeError: the first few problems, one a line, each with file, line and field.
+        RecipeError: the first few problems, one per line, each with file, line and field.
     """
     from pydantic import ValidationError
 
     from .problems import problems_of, to_error
     from .schema import Recipe
 
-    tree = _counts_as_numbers(tree)
+    tree = numeric_step_counts(tree)
     try:
         return Recipe.model_validate(tree.plain())
     except ValidationError as error:
@@ -216,21 +207,21 @@ def validate(tree: Node) -> Recipe:
 
 
 def _load(path: Path, chain: tuple[str, ...], known: dict[str, Node]) -> Node:
-    """The merged tree of a file and of all that it extends, without `extends`.
+    """Merge a file and all files it extends, without `extends`.
 
     Args:
         path: the file.
         chain: real paths of the files that extend it, outermost first.
-        known: merged trees by real path, so that no file is read twice.
+        known: merged trees by real path, so that each file is read once.
     """
     tree = _read(path)
     entries = dict(mapping(tree))
     extends = entries.pop("extends", None)
     for name in _SECTIONS:
-        # A section whose every line is commented out reads as null; it says nothing.
+        # A section whose lines are all commented out is null; ignore it.
         if name in entries and entries[name].value is None:
             del entries[name]
-    own = _local_paths(Node(entries, tree.mark), path.parent)
+    own = absolute_paths(Node(entries, tree.mark), path.parent)
     chain = (*chain, os.path.realpath(path))
     merged: Node | None = None
     for mark, parent in _parents(extends, path):
@@ -238,12 +229,12 @@ def _load(path: Path, chain: tuple[str, ...], known: dict[str, Node]) -> Node:
         if real in chain:
             raise RecipeError(f"{mark.where}: field extends: {_shown(parent)} extends this file in turn")
         if len(chain) > _MAX_CHAIN:
-            raise RecipeError(f"{mark.where}: field extends: too many files, one after the other")
+            raise RecipeError(f"{mark.where}: field extends: too many levels")
         if real not in known:
             known[real] = _load(parent, chain, known)
         inherited = dict(mapping(known[real]))
-        for own_alone in ("name", "summary"):
-            inherited.pop(own_alone, None)
+        for not_inherited in ("name", "summary"):
+            inherited.pop(not_inherited, None)
         merged = merge(merged, Node(inherited, tree.mark))
     return merge(merged, own)
 
@@ -269,7 +260,7 @@ def _read(path: Path) -> Node:
 
 
 def _shown(path: Path) -> str:
-    """Shipped files by their place among the recipes, others as the user wrote them."""
+    """Return shipped files as `recipes/...`, other files as the user wrote them."""
     folder = recipes_folder()
     if path.is_relative_to(folder):
         return f"recipes/{path.relative_to(folder).as_posix()}"
@@ -298,7 +289,7 @@ def _parents(extends: Node | None, path: Path) -> Iterator[tuple[Mark, Path]]:
             hint = (
                 f"did you mean '{near}'?"
                 if near
-                else "a path ends in .yaml; `fastface recipes list` has names"
+                else "a path ends in .yaml; `fastface recipes list` lists names"
             )
             raise RecipeError(f"{item.mark.where}: field extends: there is no recipe '{name}'", hint)
         yield item.mark, shipped
@@ -308,131 +299,8 @@ def _part(name: str) -> list[Path]:
     return sorted((recipes_folder() / name).glob("*.yaml"))
 
 
-def stack_layer(folder: Path) -> Node:
-    """The model parts of a local stack as a layer over a recipe.
-
-    Args:
-        folder: holds `pipe/` (a diffusers SDXL folder), `clip/` (image encoder), `faceid_plusv2.bin`,
-            and `face/` where there is an own face pack.
-
-    Raises:
-        UsageError: a part is missing.
-    """
-    mark = Mark("--stack", f"--stack {folder}")
-    if not folder.is_dir():
-        raise UsageError(f"{mark.where}: there is no such folder")
-    folder = Path(os.path.abspath(folder))
-    parts = {
-        "base": folder / "pipe",
-        "image_encoder": folder / "clip",
-        "adapter": folder / "faceid_plusv2.bin",
-    }
-    missing = [
-        part.name
-        for role, part in parts.items()
-        if not (part.is_file() if role == "adapter" else part.is_dir())
-    ]
-    if missing:
-        raise UsageError(
-            f"{mark.where}: lacks {' and '.join(missing)}",
-            "a stack holds pipe/ (diffusers SDXL), clip/ (image encoder) and faceid_plusv2.bin",
-        )
-    if (folder / "face").is_dir():
-        parts["face"] = folder / "face"
-    model: dict[Key, Plain] = {role: str(part) for role, part in parts.items()}
-    model |= {"unet": None, "distillation": None, "loras": [], "vae": None, "scheduler": {"config": None}}
-    return mark_tree({"model": model}, mark)
-
-
-def _override(tree: Node, override: str) -> Node:
-    """Apply one `--set field=VALUE`."""
-    field, equals, text = override.partition("=")
-    field = field.strip()
-    mark = Mark("--set", f"--set {override if len(override) <= 80 else override[:77] + '...'}")
-    if not equals or not all(field.split(".")):
-        raise RecipeError(f"{mark.where}: must be field=VALUE", "for example --set guidance.text=[1,2,2,1]")
-    if field == "extends":
-        raise RecipeError(f"{mark.where}: 'extends' stands in a file only")
-    return _set(tree, field.split("."), read_yaml(text, "--set", mark))
-
-
-def _set(tree: Node, path: Sequence[str], value: Node, done: tuple[str, ...] = ()) -> Node:
-    """`value` merged into `tree` at `path`; an index reaches into a list."""
-    if not path:
-        return merge(tree, value)
-    part, rest = path[0], path[1:]
-    here = (*done, part)
-    if isinstance(tree.value, str) and done[:-1] == ("attention", "transforms"):
-        tree = Node({"kind": tree}, tree.mark)  # `power` is short for `{kind: power}`
-    if isinstance(tree.value, list) and (part.isdecimal() or done in _LISTS):
-        index = int(part) if part.isdecimal() and len(part) < 6 else -1
-        item = tree.child(index)
-        if item is None:
-            raise RecipeError(
-                f"{value.mark.where}: field {'.'.join(here)}: {'.'.join(done)} has {len(tree.value)} entries",
-                "entries are counted from 0; set the whole list to add one",
-            )
-        items = list(tree.value)
-        items[index] = _set(item, rest, value, here)
-        return Node(items, tree.mark)
-    entries = dict(tree.value) if isinstance(tree.value, dict) else {}
-    key: Key = int(part) if _is_by_step(done) and part.isdecimal() and len(part) < 6 else part
-    below = entries.get(key, Node(None, value.mark))
-    entries[key] = _set(below, rest, value, here)
-    return Node(entries, tree.mark if isinstance(tree.value, dict) else value.mark)
-
-
-def _is_by_step(path: Sequence[Key]) -> bool:
-    return tuple(path) in (("model", "unet"), ("model", "distillation"))
-
-
-def _counts_as_numbers(tree: Node) -> Node:
-    """Step counts that came as text (JSON keys, quoted YAML keys) as numbers."""
-    model = tree.child("model")
-    if model is None or not isinstance(model.value, dict):
-        return tree
-    entries = dict(model.value)
-    for name in ("unet", "distillation"):
-        part = entries.get(name)
-        if part is not None and isinstance(part.value, dict):
-            counts = {
-                int(key) if isinstance(key, str) and key.isdecimal() and len(key) < 6 else key: value
-                for key, value in part.value.items()
-            }
-            entries[name] = Node(counts, part.mark)
-    return Node({**mapping(tree), "model": Node(entries, model.mark)}, tree.mark)
-
-
-def _local_paths(tree: Node, folder: Path) -> Node:
-    """A path of a model part, written in a file, is relative to that file."""
-    model = tree.child("model")
-    if model is None or not isinstance(model.value, dict):
-        return tree
-    return Node({**mapping(tree), "model": _anchored(model, folder)}, tree.mark)
-
-
-def _anchored(node: Node, folder: Path) -> Node:
-    value = node.value
-    if isinstance(value, dict):
-        if "repo" in value:
-            return node
-        return Node({key: _anchored(child, folder) for key, child in value.items()}, node.mark)
-    if isinstance(value, list):
-        return Node([_anchored(child, folder) for child in value], node.mark)
-    if isinstance(value, str) and _is_path(value):
-        # Absolute, so that no store can take it for the name of an artifact.
-        return Node(os.path.abspath(folder / os.path.expanduser(value)), node.mark)
-    return node
-
-
-def _is_path(reference: str) -> bool:
-    if reference.startswith("hub:"):
-        return False
-    return reference.startswith(("./", "../", "~", "/")) or reference.lower().endswith(_WEIGHTS)
-
-
 def _origins(value: Any, node: Node | None, prefix: str) -> Iterator[tuple[str, str]]:
-    """Dotted field -> origin for every value of a canonical recipe."""
+    """Yield the dotted field and the origin of every value of a canonical recipe."""
     if isinstance(value, dict) and value:
         children: list[tuple[str, Any]] = list(value.items())
     elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
@@ -447,55 +315,3 @@ def _origins(value: Any, node: Node | None, prefix: str) -> Iterator[tuple[str, 
             if inner is None and key == "kind" and isinstance(node.value, str):
                 inner = node
         yield from _origins(child, inner, f"{prefix}.{key}" if prefix else key)
-
-
-def to_yaml(resolved: Resolved, *, origins: bool) -> str:
-    """A resolved recipe as YAML that loads back to the same recipe.
-
-    Args:
-        origins: end each line with a comment that says where its value came from.
-    """
-    lines = list(_lines(resolved.recipe.canonical(), "", 0))
-    if not origins:
-        return "".join(f"{text}\n" for text, _ in lines)
-    width = min(48, max(len(text) for text, _ in lines))
-    found = resolved.origins
-    return "".join(
-        f"{text:<{width}}  # {found[field]}\n" if field in found else f"{text}\n" for text, field in lines
-    )
-
-
-def _lines(value: dict[str, Any], prefix: str, depth: int) -> Iterator[tuple[str, str]]:
-    """Lines of YAML, each with the dotted field whose value it holds ("" for a heading)."""
-    indent = "  " * depth
-    for key, child in value.items():
-        field = f"{prefix}.{key}" if prefix else key
-        if isinstance(child, dict) and child:
-            yield f"{indent}{key}:", ""
-            yield from _lines(child, field, depth + 1)
-        elif isinstance(child, list) and any(isinstance(item, dict) for item in child):
-            yield f"{indent}{key}:", ""
-            for index, item in enumerate(child):
-                for number, (text, inner) in enumerate(_lines(item, f"{field}.{index}", depth + 2)):
-                    dash = f"{indent}  - {text.lstrip()}" if number == 0 else text
-                    yield dash, inner
-        else:
-            yield f"{indent}{key}: {_flow(child)}", field
-
-
-def _flow(value: Any) -> str:
-    """A scalar or a list of scalars on one line."""
-    if isinstance(value, list):
-        return f"[{', '.join(_flow(item) for item in value)}]"
-    if isinstance(value, dict):
-        return "{}"
-    if isinstance(value, bool) or value is None:
-        return {True: "true", False: "false", None: "null"}[value]
-    if isinstance(value, float):
-        text = repr(value)
-        return text.replace("e", ".0e") if "e" in text and "." not in text else text
-    if isinstance(value, int):
-        return str(value)
-    if _BARE.fullmatch(value) and value.lower() not in _RESERVED:
-        return str(value)
-    return yaml.safe_dump(value, default_style='"', allow_unicode=True, width=float("inf")).strip()

@@ -1,4 +1,4 @@
-"""What the shell offers on Tab, asked as bash asks it: the right names, and nothing heavy imported."""
+"""Shell completion, called as bash calls it: correct names, and no heavy imports."""
 
 from __future__ import annotations
 

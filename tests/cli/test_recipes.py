@@ -1,4 +1,4 @@
-"""`fastface recipes` as a user meets it."""
+"""`fastface recipes` on the command line."""
 
 import json
 import subprocess
@@ -43,7 +43,7 @@ def test_show_prints_the_file(run):
     assert out == (recipes_folder() / "hyper-fastface.yaml").read_text()
 
 
-def test_show_resolved_says_where_each_value_came_from(run, tmp_path):
+def test_show_resolved_prints_the_origin_of_each_value(run, tmp_path):
     code, out, _ = run("show", "hyper", "--resolved", "--steps", "8", "--set", "adapter.scale=0.5")
     assert code == 0
     assert "  steps: 8 " in out
@@ -57,7 +57,7 @@ def test_show_resolved_says_where_each_value_came_from(run, tmp_path):
     assert load_recipe(path).recipe.digest() == expected.digest()
 
 
-def test_show_with_an_override_shows_the_whole_recipe(run):
+def test_show_with_an_override_shows_the_complete_recipe(run):
     code, out, _ = run("show", "lcm-am2", "--set", "guidance.text=[1, 2]")
     assert code == 0
     assert "text: [1.0, 2.0]" in out

@@ -1,4 +1,4 @@
-"""The edge to InsightFace: packs load from their folder alone, and a real photo becomes an identity."""
+"""InsightFace: face packs load from their folder, and a real photo becomes an identity."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Identity: its arithmetic, its files, and which face of which photo makes it."""
+"""Identities: their arithmetic, files, and choice of the face."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ class TestFiles:
         with pytest.raises(UsageError, match="face_crop_bgr"):
             Identity.load(path)
 
-    def test_rounded_norms_are_mended_and_wrong_ones_refused(self, tmp_path: Path) -> None:
+    def test_rounded_norms_are_normalized_and_wrong_norms_refused(self, tmp_path: Path) -> None:
         path = tmp_path / "a.safetensors"
         arrays = tensors(2)
         save_file(
@@ -354,7 +354,7 @@ class TestOnePhoto:
     def test_box(self, box: tuple[float, float, float, float], number: int) -> None:
         assert taken(make_identity([GROUP], SquareAnalyzer(), face_box=box)) == number
 
-    def test_a_box_is_looked_at_by_itself_where_the_whole_shows_nothing(self) -> None:
+    def test_a_box_is_searched_separately_if_the_photo_shows_no_face(self) -> None:
         small = drawn((1000, 1000), (700, 700, 40, 5), (100, 100, 300, 6))
         analyzer = SquareAnalyzer(sees=lambda size, shape, share: share > 0.1)
         assert taken(make_identity([small], analyzer, face_box=(690, 690, 750, 750))) == 5
@@ -390,7 +390,7 @@ class TestOnePhoto:
         with pytest.raises(UsageError):
             make_identity([GROUP], SquareAnalyzer(), **choice)
 
-    def test_a_small_face_is_noted(self) -> None:
+    def test_a_small_face_is_reported(self) -> None:
         heard = Heard()
         make_identity([drawn((300, 200), (10, 10, 30, 7))], SquareAnalyzer(), log=heard)
         assert "only 30 pixels wide" in heard[0]
@@ -417,18 +417,18 @@ class TestRetries:
         # The face is cut from the photo itself: as if it had been seen at once.
         assert same(made, make_identity([tight], SquareAnalyzer()))
 
-    def test_padding_of_a_large_picture_takes_little_memory(self) -> None:
+    def test_padding_of_a_large_image_takes_little_memory(self) -> None:
         tight = drawn((4000, 3000), (200, 100, 2800, 9))
         analyzer = SquareAnalyzer(sees=lambda size, shape, share: share < 0.4)
         assert taken(make_identity([tight], analyzer)) == 9
         assert max(max(shape) for _, shape in analyzer.asked if shape != (3000, 4000)) <= 3 * 1280
 
-    def test_larger_pictures_are_tried_large(self) -> None:
+    def test_larger_images_are_tried_large(self) -> None:
         analyzer = SquareAnalyzer(sees=lambda size, shape, share: size == 1280)
         assert taken(make_identity([drawn((2000, 1500), (50, 50, 60, 3))], analyzer)) == 3
         assert [size for size, _ in analyzer.asked] == [640, 576, 512, 448, 384, 320, 1280]
 
-    def test_no_face_says_what_was_tried(self, tmp_path: Path) -> None:
+    def test_no_face_error_lists_the_attempts(self, tmp_path: Path) -> None:
         (path,) = save_photos(tmp_path, wall=EMPTY)
         analyzer = SquareAnalyzer()
         with pytest.raises(NoFaceError) as caught:
@@ -465,7 +465,7 @@ class TestSeveralPhotos:
         wanted = 0.9 * people[7].astype(np.float64) + 0.6 * people[8]
         assert np.abs(made.mean() - wanted / np.linalg.norm(wanted)).max() < 1e-6
 
-    def test_a_photo_without_a_face_is_named_and_left_out(self, tmp_path: Path) -> None:
+    def test_a_photo_without_a_face_is_named_and_omitted(self, tmp_path: Path) -> None:
         heard = Heard()
         paths = save_photos(tmp_path, wall=EMPTY, me=ONE)
         assert len(make_identity(paths, SquareAnalyzer(), log=heard).weight) == 1
@@ -477,7 +477,7 @@ class TestSeveralPhotos:
             make_identity(paths, SquareAnalyzer())
         assert all(str(path) in caught.value.message for path in paths)
 
-    def test_an_outlier_is_named_and_left_out(self, tmp_path: Path) -> None:
+    def test_an_outlier_is_named_and_omitted(self, tmp_path: Path) -> None:
         people = {1: person(1), 2: person(2, 0.7, of=1), 3: person(3), 4: person(4, 0.6, of=1)}
         photos = {f"p{number}": drawn((300, 200), (100, 50, 90, number)) for number in people}
         paths = save_photos(tmp_path, **photos)
@@ -507,7 +507,7 @@ class TestSeveralPhotos:
         with pytest.raises(UsageError, match="box applies to one photo"):
             make_identity([ONE, ONE], SquareAnalyzer(), face_box=(0, 0, 9, 9))
 
-    def test_without_a_log_nothing_is_said(self, capfd: pytest.CaptureFixture[str]) -> None:
+    def test_without_a_log_it_is_silent(self, capfd: pytest.CaptureFixture[str]) -> None:
         make_identity([GROUP, EMPTY], SquareAnalyzer())
         assert capfd.readouterr() == ("", "")
 
@@ -517,7 +517,7 @@ class TestOutliers:
     def found(*people: np.ndarray, weight: list[float] | None = None) -> list[int]:
         return list(outliers(np.stack(people), np.array(weight or [1.0] * len(people), np.float32)))
 
-    def test_nobody_of_one_or_two(self) -> None:
+    def test_one_or_two_photos_have_no_outlier(self) -> None:
         assert self.found(person(1)) == []
         assert self.found(person(1), person(2)) == []
         assert self.found(person(1), -person(1)) == []
@@ -526,16 +526,16 @@ class TestOutliers:
         assert self.found(*(person(i, 0.55) for i in range(1, 7))) == []  # pairs at 0.3
         assert self.found(person(0), person(1, 0.7), person(2, 0.45)) == []
 
-    def test_a_stranger_whatever_the_weights(self) -> None:
+    def test_another_person_is_an_outlier_for_any_weights(self) -> None:
         friends = [person(0), person(1, 0.8), person(2, 0.7)]
         assert self.found(person(9), *friends) == [0]
         assert self.found(*friends, person(9), weight=[0.5, 0.5, 0.5, 1.0]) == [3]
 
-    def test_two_strangers_worst_first(self) -> None:
+    def test_two_outliers_worst_first(self) -> None:
         people = [person(i, 0.8) for i in range(1, 6)]
         assert sorted(self.found(person(20), *people, person(21))) == [0, 6]
 
-    def test_a_recognizer_whose_strangers_are_alike(self) -> None:
+    def test_a_recognizer_that_scores_different_people_as_similar(self) -> None:
         """Photos of one person at 0.9, strangers at 0.3."""
         people = [person(i, 0.95) for i in range(1, 5)]
         assert self.found(*people, person(20, 0.3)) == [4]

@@ -1,4 +1,4 @@
-"""What a PNG says about how it was made, and reading it back."""
+"""Metadata of PNGs, and reading it back."""
 
 from __future__ import annotations
 
@@ -230,7 +230,7 @@ class TestPrivacy:
         assert parts["model.adapter"].mark is None
         assert found.recipe.model.base == "local:secret-folder"
 
-    def test_local_parts_must_be_named_anew(self, tmp_path: Path) -> None:
+    def test_local_parts_must_be_given_again(self, tmp_path: Path) -> None:
         made = recipe(base="./dreams.safetensors", loras=[{"file": "./ink.safetensors", "scale": 0.5}])
         found = again(tmp_path, run(made))
         with pytest.raises(UsageError, match=r"'dreams\.safetensors' as model\.base, 'ink") as caught:
@@ -348,7 +348,7 @@ class TestRefusals:
         with pytest.raises(UsageError, match=r"is malformed|does not say"):
             again(tmp_path, {"fastface": text})
 
-    def test_a_picture_names_no_file_of_this_machine(self, tmp_path: Path) -> None:
+    def test_a_image_cannot_name_a_local_file(self, tmp_path: Path) -> None:
         for reference in ("/etc/passwd", "~/.ssh/id_rsa", "x.safetensors", "C:\\x"):
             data = stored()
             data["recipe"]["model"]["adapter"] = reference

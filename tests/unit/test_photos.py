@@ -1,4 +1,4 @@
-"""Reading photographs: every mode and format, upright, and everything broken refused in one sentence."""
+"""Reading photos: modes, formats, orientation, and one-sentence errors for broken files."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_an_unknown_orientation_changes_nothing(orientation: int) -> None:
     assert near(corners(read_photo(encoded(quarters(), "PNG", exif=exif))), [RED, GREEN, GREY, BLUE], 0)
 
 
-def test_damaged_exif_leaves_the_picture_usable() -> None:
+def test_damaged_exif_leaves_the_image_usable() -> None:
     image = read_photo(encoded(quarters(), "JPEG", quality=95, exif=b"Exif\0\0II*\0\xff\xff\xff\x7fgarbage"))
     assert near(corners(image), [RED, GREEN, GREY, BLUE], 8)
 
@@ -218,7 +218,7 @@ def test_tiny(size: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("size", [(10000, 10), (10, 10000), (5000, 4000), (30000, 1)])
-def test_huge_pictures_are_scaled_to_the_longest_side(size: tuple[int, int]) -> None:
+def test_huge_images_are_scaled_to_the_longest_side(size: tuple[int, int]) -> None:
     photo = open_photo(encoded(Image.new("RGB", size, RED), "PNG"))
     assert max(photo.image.size) == MAX_SIDE
     assert min(photo.image.size) == max(1, round(min(size) * photo.scale))
@@ -266,7 +266,7 @@ def test_unreadable(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"\0" * 4096, b"%PDF-1.7\n", b"<svg></svg>"])
-def test_not_a_picture(tmp_path: Path, content: bytes) -> None:
+def test_not_a_image(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "me.jpg"
     path.write_bytes(content)
     error = refused(path)

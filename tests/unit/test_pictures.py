@@ -171,7 +171,7 @@ class TestNames:
         assert plan("x.png", 3000)[-1] == "x-3000.png"
         assert plan(None, 3000, seed=1)[-1] == "fastface-hyper-fastface-1-2999.png"
 
-    def test_one_field_mapping_a_picture(self) -> None:
+    def test_one_field_mapping_a_image(self) -> None:
         with pytest.raises(ValueError, match="fields for 1"):
             plan_paths("x.png", count=2, fields=fields(1), force=False)
 
@@ -212,7 +212,7 @@ class TestWriting:
         data = Path("x.png").read_bytes()
         assert not any(chunk in data for chunk in (b"tEXt", b"iTXt", b"zTXt", b"eXIf", b"tIME"))
 
-    def test_same_picture_same_bytes(self) -> None:
+    def test_same_image_same_bytes(self) -> None:
         write_png(small(), Path("a.png"), text={"fastface": "1"})
         write_png(small(), Path("b.png"), text={"fastface": "1"})
         assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
@@ -225,7 +225,7 @@ class TestWriting:
             os.umask(old)
         assert Path("x.png").stat().st_mode & 0o777 == 0o640
 
-    def test_a_taken_name_is_neither_overwritten_nor_is_the_picture_lost(self) -> None:
+    def test_a_taken_name_is_neither_overwritten_nor_is_the_image_lost(self) -> None:
         Path("x.png").write_text("mine")
         assert write_png(small(), Path("x.png")) == Path("x-1.png")
         assert write_png(small(), Path("x.png")) == Path("x-2.png")
@@ -316,7 +316,7 @@ class TestGrid:
     def test_near_square(self, count: int, columns: int) -> None:
         assert pictures._near_square(count, 1.0) == columns
 
-    def test_wide_pictures_stack(self) -> None:
+    def test_wide_images_stack(self) -> None:
         assert pictures._near_square(4, 4.0) == 1
 
     def test_order(self) -> None:

@@ -136,7 +136,7 @@ def test_digest_is_stable_under_key_order(random):
     assert Recipe.model_validate(shuffled(whole, random)).digest() == Recipe.model_validate(whole).digest()
 
 
-def test_digest_says_what_decides_the_pixels():
+def test_digest_covers_what_determines_the_pixels():
     base = recipe().digest()
     assert recipe(name="y", summary="other words").digest() == base
     assert recipe(adapter={"scale": 0.8}).digest() == base, "a default spelled out changes nothing"

@@ -1,4 +1,4 @@
-"""Every way to get a recipe wrong: file, line, field, and what would be right; never another exception."""
+"""Errors of invalid recipes: file, line, field and hint, and never another exception."""
 
 import json
 
@@ -218,7 +218,7 @@ SETS = [
     ("sampling.steps.x=1", "field sampling.steps: must be a whole number, not a mapping", None),
     ("x", "must be field=VALUE", "guidance.text"),
     ("=3", "must be field=VALUE", "guidance.text"),
-    ("extends=hyper", "'extends' stands in a file only", None),
+    ("extends=hyper", "'extends' is only supported in a file", None),
     (
         "attention.transforms.7.p=1",
         "field attention.transforms.7: attention.transforms has 2 entries",

@@ -1,4 +1,4 @@
-"""Recipes as files: the shipped ones, looking up, extending, overriding, origins."""
+"""Recipe files: the shipped recipes, lookup, inheritance, overrides, origins."""
 
 from pathlib import Path
 
@@ -16,8 +16,8 @@ from fastface_cli.recipe.files import (
     load_recipe_data,
     recipe_names,
     recipes_folder,
-    to_yaml,
 )
+from fastface_cli.recipe.yaml_text import to_yaml
 
 DISTILLED = ("hyper", "lightning", "lcm", "turbo", "pocket")
 METHODS = ("baseline", "dcg", "am1", "am2", "fastface", "fastface-am2")
@@ -319,7 +319,7 @@ def test_another_base_brings_its_own_unet(tmp_path):
     assert recipe("lightning", "model.base=x.safetensors").references()["unet"].startswith("sdxl-lightning")
 
 
-def test_a_section_that_is_commented_out_says_nothing(tmp_path):
+def test_a_section_that_is_commented_out_is_ignored(tmp_path):
     path = write(tmp_path, "a.yaml", "extends: hyper\nguidance:\n  # text: 3\nattention:\n")
     assert recipe(path).digest() == recipe("hyper").digest()
 
@@ -341,7 +341,7 @@ def test_a_lattice_of_parents_is_read_once_each(tmp_path):
     assert recipe(tmp_path / "13.yaml").digest() == recipe("hyper").digest()
     for level in range(14, 20):
         write(tmp_path, f"{level}.yaml", f"extends: {level - 1}.yaml\n")
-    with pytest.raises(RecipeError, match="too many files"):
+    with pytest.raises(RecipeError, match="too many levels"):
         load_recipe(tmp_path / "19.yaml")
 
 
