@@ -1,4 +1,4 @@
-"""`fastface eval`: a data set through recipes, measured; and what is done with such a run afterwards."""
+"""`fastface eval`: generate a data set with recipes, score it, and work with the finished run."""
 
 from __future__ import annotations
 
@@ -30,29 +30,33 @@ app = typer.Typer(
 
 DatasetOption = Annotated[
     str | None,
-    typer.Option("--dataset", metavar="DIR", help="Photos and prompts, a JSONL manifest, or 'diversefaces'."),
+    typer.Option(
+        "--dataset", metavar="DIR", help="Folder of photos and prompts, JSONL manifest, or 'diversefaces'."
+    ),
 ]
 PromptsOption = Annotated[
-    Path | None, typer.Option("--prompts", help="Prompts, one a line, in place of the data set's.")
+    Path | None,
+    typer.Option("--prompts", help="Prompts file, one per line; replaces the data set's."),
 ]
 SplitOption = Annotated[
-    str, typer.Option(help="Prompts of the published data set: full, realistic or style.")
+    str, typer.Option(help="Prompt set of the published data set: full, realistic or style.")
 ]
 OutputOption = Annotated[
-    Path | None, typer.Option("--output", "-o", metavar="RUN", help="Folder of the run.", show_default=False)
+    Path | None,
+    typer.Option("--output", "-o", metavar="RUN", help="Output folder of the run.", show_default=False),
 ]
 MetricsOption = Annotated[
     str | None,
     typer.Option(
-        help="Names, as 'id,clip-l14'; 'none' measures later.",
-        show_default="what fits the models",
+        help="Metrics, comma-separated (id,clip-l14); 'none' to score later.",
+        show_default="those that fit the models",
         autocompletion=complete_metric,
     ),
 ]
 ProtocolOption = Annotated[
-    str, typer.Option(help="fastface, or published: as the paper did, with its faults.")
+    str, typer.Option(help="fastface, or published: the paper's protocol with its known bugs.")
 ]
-OfflineOption = Annotated[bool, typer.Option("--offline", help="Fetch nothing.")]
+OfflineOption = Annotated[bool, typer.Option("--offline", help="Use no network.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
@@ -64,7 +68,7 @@ def evaluate(
         typer.Option(
             "--recipe",
             "-r",
-            help="Recipe to compare; repeat it. The first one is the measure.",
+            help="Recipe to compare (repeatable). The first one is the baseline.",
             autocompletion=complete_recipe,
         ),
     ] = None,
@@ -72,25 +76,27 @@ def evaluate(
     output: OutputOption = None,
     prompts: PromptsOption = None,
     split: SplitOption = "full",
-    seeds: Annotated[int, typer.Option(min=1, max=1000, help="Pictures of each person and prompt.")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, max=1000, help="Number of images per person and prompt.")] = 1,
     stress: Annotated[
-        str | None, typer.Option(help="Degrade the photos too: blur,lowlight,occlusion,jpeg,small.")
+        str | None, typer.Option(help="Also use degraded photos: blur,lowlight,occlusion,jpeg,small.")
     ] = None,
     metrics: MetricsOption = None,
     protocol: ProtocolOption = "fastface",
-    engine: Annotated[str, typer.Option(help="local, or ray for many machines.")] = "local",
-    address: Annotated[str | None, typer.Option(help="Of a running Ray cluster.")] = None,
+    engine: Annotated[str, typer.Option(help="local, or ray for a cluster.")] = "local",
+    address: Annotated[str | None, typer.Option(help="Address of a running Ray cluster.")] = None,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes that make pictures.", show_default="one a GPU")
+        int | None, typer.Option(min=1, help="Number of worker processes.", show_default="one per GPU")
     ] = None,
-    threads: Annotated[int, typer.Option(min=1, help="Torch threads of a process, on a CPU.")] = 1,
-    shard: Annotated[str, typer.Option(help="A part of the run, as 2/8.")] = "1/1",
-    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try failed pictures again.")] = False,
+    threads: Annotated[int, typer.Option(min=1, help="Torch threads per process, on a CPU.")] = 1,
+    shard: Annotated[str, typer.Option(help="Part of the run: 2/8 is the second of eight.")] = "1/1",
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Retry failed images.")] = False,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", help="Change all recipes: sampling.width=64.", autocompletion=complete_field),
+        typer.Option(
+            "--set", help="Override a field of all recipes: sampling.width=64.", autocompletion=complete_field
+        ),
     ] = None,
-    stack: Annotated[Path | None, typer.Option(help="Folder of local weights for the models.")] = None,
+    stack: Annotated[Path | None, typer.Option(help="Folder of local model weights.")] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     offline: OfflineOption = False,
@@ -99,10 +105,10 @@ def evaluate(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Say which recipe is better, by how much, and how sure that is.
+    """Compare recipes on a data set, with 95% confidence intervals.
 
-    Every prompt is made with every person of a data set and every recipe, measured and compared. The same
-    command goes on where it was stopped.
+    Generates an image for every recipe, person and prompt, scores the images and compares the recipes. Run
+    the same command again to resume an interrupted run.
 
     Examples:
 
@@ -126,7 +132,7 @@ def evaluate(
     settings = load_settings()
     rules = _rules(protocol)
     if engine not in ("local", "ray"):
-        raise UsageError(f"there is no engine '{engine}'", "use local or ray")
+        raise UsageError(f"unknown engine '{engine}'", "use local or ray")
     worker_setup = setup.WorkerSetup(
         engine="ray" if engine == "ray" else "local",
         address=address,
@@ -166,19 +172,19 @@ def evaluate(
 
 @app.command()
 def score(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run, or a folder of INDEX.png.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, or of INDEX.png images.")],
     metrics: MetricsOption = None,
-    again: Annotated[bool, typer.Option("--again", help="Also what is scored already.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Score again what already has scores.")] = False,
     identity_order: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="People in the order of INDEX.png, one a line.")
+        Path | None, typer.Option(metavar="FILE", help="People in the order of INDEX.png, one per line.")
     ] = None,
     dataset: DatasetOption = None,
     prompts: PromptsOption = None,
     split: SplitOption = "full",
-    name: Annotated[str, typer.Option(help="What to call the pictures of INDEX.png.")] = "pictures",
+    name: Annotated[str, typer.Option(help="Recipe name of INDEX.png in the report.")] = "pictures",
     output: OutputOption = None,
     face: Annotated[
-        str, typer.Option(metavar="RECIPE", help="Whose face models measure INDEX.png.")
+        str, typer.Option(metavar="RECIPE", help="Recipe whose face models score INDEX.png.")
     ] = "hyper-fastface",
     protocol: Annotated[
         str | None, typer.Option(help="fastface or published.", show_default="the run's")
@@ -187,7 +193,7 @@ def score(
     offline: OfflineOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Score a run later or by more metrics, or score pictures that another program made.
+    """Score a run later or with more metrics, or score images of another program.
 
     Examples:
 
@@ -207,17 +213,17 @@ def score(
     if (run / "run.json").is_file():
         if identity_order is not None or dataset is not None or output is not None:
             raise UsageError(
-                f"{run} is a run and knows its data set", "leave out --dataset, --identity-order and -o"
+                f"{run} is a run, which already has its data set", "omit --dataset, --identity-order and -o"
             )
         folder = run
     else:
         if identity_order is None or dataset is None or output is None:
             raise UsageError(
                 f"{run} is not a run",
-                "for pictures of another program give --dataset, --identity-order and -o",
+                "to score images of another program, add --dataset, --identity-order and -o",
             )
         rules = _rules(protocol or "fastface")
-        (recipe,) = _recipes([face], [], None).values()  # by its own name, whatever it was called here
+        (recipe,) = _recipes([face], [], None).values()  # keyed by its own name, not by --face
         adopt(
             run,
             output,
@@ -244,10 +250,10 @@ def score(
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, finished or not.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run; it may be unfinished.")],
     as_json: JsonOption = False,
 ) -> None:
-    """Write the numbers and the page of a run anew, from what it holds.
+    """Write the tables and the report page of a run again.
 
     Example: fastface eval report run/
     """
@@ -263,7 +269,7 @@ def merge(
     output: OutputOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Join the shards of a run that were made apart.
+    """Merge the shards of a run.
 
     Example: fastface eval merge shard1/ shard2/ -o run/
     """
@@ -271,7 +277,7 @@ def merge(
     from ..evaluation.runs import Run
 
     if output is None:
-        raise UsageError("merge needs -o", "fastface eval merge shard1/ shard2/ -o run/")
+        raise UsageError("eval merge needs -o", "fastface eval merge shard1/ shard2/ -o run/")
     merge_shards(shards, output)
     with Run.reopen(output) as run:
         _finish(run, as_json=as_json)
@@ -279,43 +285,45 @@ def merge(
 
 @app.command()
 def compare(
-    run_a: Annotated[Path, typer.Argument(metavar="RUN_A", help="The run that is compared with.")],
-    run_b: Annotated[Path, typer.Argument(metavar="RUN_B", help="The other one.")],
+    run_a: Annotated[Path, typer.Argument(metavar="RUN_A", help="Baseline run.")],
+    run_b: Annotated[Path, typer.Argument(metavar="RUN_B", help="Run to compare with the baseline.")],
     recipe: Annotated[
         list[str] | None,
         typer.Option(
             "--recipe",
             "-r",
             metavar="A=B",
-            help="Which recipe of RUN_A goes with which of RUN_B; repeat it.",
-            show_default="those of one name",
+            help="Recipe of RUN_A to compare with a recipe of RUN_B (repeatable).",
+            show_default="same names",
         ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """What changed from one finished run to another, over the same people, prompts and seeds.
+    """Compare two finished runs over the same people, prompts and seeds.
 
     Example: fastface eval compare before/ after/
     """
     from ..evaluation.compare import compare_runs, comparison_tables
 
-    found = compare_runs(run_a, run_b, recipes=_recipe_pairs(recipe or []) or None)
+    comparison = compare_runs(run_a, run_b, recipes=_recipe_pairs(recipe or []) or None)
     if as_json:
-        console.print_json({"ok": True, "runs": [str(run_a), str(run_b)], **found.to_json(), "error": None})
+        console.print_json(
+            {"ok": True, "runs": [str(run_a), str(run_b)], **comparison.to_json(), "error": None}
+        )
         return
-    for table in comparison_tables(found):
+    for table in comparison_tables(comparison):
         console.print_table(table.title, table.columns, table.rows)
-    for pairing in found.pairings:
+    for pairing in comparison.pairings:
         if pairing.changed:
-            console.note(f"the recipes differ (then: {pairing.a} in {run_a}, now: {pairing.b} in {run_b}):")
+            console.note(f"the recipes differ (before: {pairing.a} in {run_a}, now: {pairing.b} in {run_b}):")
             console.note("\n".join(pairing.changed))
         if any(pairing.alone):
-            console.note(f"{pairing.b}: {sum(pairing.alone)} images are in one run alone and do not count")
+            console.note(f"{pairing.b}: {sum(pairing.alone)} images are only in one run and are ignored")
         if pairing.other_seeds:
             console.note(f"{pairing.b}: {pairing.other_seeds} of {pairing.pairs} pairs have different seeds")
-    if found.changed:
-        console.note(f"the runs differ (then: {run_a}, now: {run_b}):")
-        console.note("\n".join(found.changed))
+    if comparison.changed:
+        console.note(f"the runs differ (before: {run_a}, now: {run_b}):")
+        console.note("\n".join(comparison.changed))
 
 
 def _recipe_pairs(given: Sequence[str]) -> dict[str, str]:
@@ -323,16 +331,16 @@ def _recipe_pairs(given: Sequence[str]) -> dict[str, str]:
     for text in given:
         first, equals, second = text.partition("=")
         if not (first and equals and second):
-            raise UsageError(f"--recipe '{text}' is no pair", "write it as FIRST=SECOND")
+            raise UsageError(f"--recipe '{text}' is not a pair", "write it as FIRST=SECOND")
         pairs[first] = second
     return pairs
 
 
 def _finish(run: Run, *, as_json: bool) -> None:
-    """Write the numbers and the page, and show them.
+    """Write the tables and the report page, and print the results.
 
     Raises:
-        FastFaceError: there is not one picture.
+        FastFaceError: every image failed.
     """
     from ..evaluation.metrics.base import columns_of, make_metrics
     from ..evaluation.report import FEW
@@ -342,7 +350,7 @@ def _finish(run: Run, *, as_json: bool) -> None:
     metrics = make_metrics(metrics_of(run.folder))
     summary = finish(run, metrics, columns_of(metrics))
     counts = summary["counts"].values()
-    failed, made = sum(one["failed"] for one in counts), sum(one["images"] for one in counts)
+    failed, generated = sum(count["failed"] for count in counts), sum(count["images"] for count in counts)
     page = run.folder / "report.html"
     if as_json:
         console.print_json(
@@ -353,11 +361,11 @@ def _finish(run: Run, *, as_json: bool) -> None:
             console.print_table(table.title, table.columns, table.rows)
         console.line(str(page))
     if failed:
-        console.note(f"{failed} of {failed + made} pictures could not be made; the page lists why")
+        console.note(f"{failed} of {failed + generated} images failed; the report lists the reasons")
     if 0 < len(summary["identities"]) < FEW:
-        console.note(f"fewer than {FEW} identities say little about people in general; better are 50")
-    if failed and not made:
-        raise FastFaceError("not one picture could be made", f"{page} lists why")
+        console.note(f"results for fewer than {FEW} identities do not generalize; use about 50")
+    if failed and not generated:
+        raise FastFaceError("all images failed", f"{page} lists the reasons")
 
 
 def _recipes(
@@ -366,47 +374,48 @@ def _recipes(
     from ..recipe.files import load_recipe
 
     flags = {}
-    if rules == "published":  # its data set was drawn so; single pictures were drawn with 0.6
+    if rules == "published":  # used for the published data set; the paper's single images use 0.6
         flags["adapter.lora_scale"] = (0.8, "--protocol published")
-        console.note("adapter.lora_scale is 0.8, as in the published data set; --set changes it")
-    found: dict[str, Recipe] = {}
+        console.note("adapter.lora_scale is 0.8, as in the published data set; change it with --set")
+    recipes: dict[str, Recipe] = {}
     for name in names:
         recipe = load_recipe(name, overrides=overrides, flags=flags, stack=stack).recipe
-        if recipe.name in found:
+        if recipe.name in recipes:
             raise UsageError(
-                f"two recipes are called '{recipe.name}'", "copy one of them to a file of another name"
+                f"two recipes are called '{recipe.name}'", "copy one of them to a file with another name"
             )
         if re.search(r'[/\\:*?"<>|+]', recipe.name):
             raise UsageError(
-                f"'{recipe.name}' cannot name a folder", "rename the recipe's file: letters and dashes"
+                f"'{recipe.name}' is not a valid folder name",
+                "rename the recipe: use letters and dashes",
             )
-        found[recipe.name] = recipe
-    return found
+        recipes[recipe.name] = recipe
+    return recipes
 
 
 def _dataset(name: str, prompts: Path | None, split: str, rules: Rules) -> Dataset:
     from ..evaluation.dataset import SPLITS, load_dataset
     from ..evaluation.download import DIVERSEFACES, diversefaces_folder
 
-    chosen = next((one for one in SPLITS if one == split), None)
+    chosen = next((name for name in SPLITS if name == split), None)
     if chosen is None:
-        raise UsageError(f"there is no split '{split}'", f"use one of {', '.join(SPLITS)}")
+        raise UsageError(f"unknown split '{split}'", f"use one of {', '.join(SPLITS)}")
     path = Path(name).expanduser()
     if name == DIVERSEFACES and not path.exists():
         from ..settings import load_settings
 
         path = diversefaces_folder(load_settings())
         if not path.is_dir():
-            raise UsageError("diversefaces has not been fetched", "fastface download diversefaces")
-    found = load_dataset(path, prompts=prompts, split=chosen, lower=rules == "published")
-    again = [text for text, count in Counter(found.prompts).items() if count > 1]
-    if again:
+            raise UsageError("diversefaces is not downloaded", "fastface download diversefaces")
+    dataset = load_dataset(path, prompts=prompts, split=chosen, lower=rules == "published")
+    repeated = [text for text, count in Counter(dataset.prompts).items() if count > 1]
+    if repeated:
+        prompts_are = "prompt is" if len(repeated) == 1 else "prompts are"
         console.note(
-            f"{len(again)} prompt{' is' if len(again) == 1 else 's are'} given more than once, "
-            f"as '{again[0][:80]}': "
-            "each time counts as a prompt of its own"
+            f"{len(repeated)} {prompts_are} repeated, for example '{repeated[0][:80]}': "
+            "each repetition counts as a separate prompt"
         )
-    return found
+    return dataset
 
 
 def _metrics(given: str | None, recipes: Mapping[str, Recipe], rules: Rules) -> list[str]:
@@ -422,7 +431,7 @@ def _check_licenses(recipes: Mapping[str, Recipe], metrics: Sequence[str]) -> No
     """Refuse recipes and metrics whose models forbid commercial use.
 
     Raises:
-        LicenseError: names them.
+        LicenseError: a model forbids it.
     """
     from ..app.licensing import artifacts_of, check_commercial
     from ..evaluation.metrics.base import registry
@@ -441,7 +450,7 @@ def _rules(protocol: str) -> Rules:
         return "published"
     near = nearest(protocol, ("fastface", "published"))
     raise UsageError(
-        f"there is no protocol '{protocol}'",
+        f"unknown protocol '{protocol}'",
         f"did you mean '{near}'?" if near else "use fastface or published",
     )
 
@@ -449,22 +458,22 @@ def _rules(protocol: str) -> Rules:
 def _shard(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text.strip())
     if match is None or not 1 <= int(match[1]) <= int(match[2]):
-        raise UsageError(f"--shard '{text}' is not a part of a whole", "write it as 2/8: the second of eight")
+        raise UsageError(f"--shard '{text}' is not valid", "write it as 2/8: the second of eight")
     return int(match[1]), int(match[2])
 
 
 @contextmanager
 def _progress(total: int, *, making: bool = True) -> Iterator[RunObserver]:
-    """Progress of making and scoring."""
+    """Show progress bars of generation and scoring."""
     from ..evaluation.runner import RunObserver
 
     with console.step_progress() as progress:
-        made = progress.add_task("made", total=total, visible=making)
+        generated = progress.add_task("generated", total=total, visible=making)
         scored = progress.add_task("scored", total=total)
 
         def advance(task: Any, count: int) -> None:
             progress.advance(task, count)
 
         yield RunObserver(
-            console.note, lambda count: advance(made, count), lambda count: advance(scored, count)
+            console.note, lambda count: advance(generated, count), lambda count: advance(scored, count)
         )

@@ -1,1 +1,1 @@
-"""Evaluation: a data set through recipes, measured, with intervals, as a table and a page."""
+"""Evaluate recipes on a data set: generate, score, summarize with confidence intervals, and report."""

@@ -1,4 +1,4 @@
-"""Two runs against each other: the images of the same person, prompt and seed in pairs."""
+"""Compare two runs: images of the same person, prompt and seed form pairs."""
 
 from __future__ import annotations
 
@@ -18,107 +18,109 @@ from .statistics import RESAMPLES, paired_difference
 from .table import Table, heading
 
 COMPARED = ("dataset", "options", "versions", "hardware")
-"""Parts of run.json whose differences are named, besides the recipes."""
+"""Parts of run.json whose differences are reported, besides the recipes."""
 Cell: TypeAlias = tuple[str, str, int]
 """Identity, prompt, seed index."""
 
 
 @dataclass(frozen=True)
 class Pairing:
-    """One recipe of each run, on clean references or on one kind of degraded ones."""
+    """One recipe of each run, on clean references or on one kind of degraded references."""
 
     a: str
     b: str
     stress: str | None
     pairs: int
-    """Images of the same person, prompt and seed index that both runs have."""
+    """Number of images of the same person, prompt and seed index in both runs."""
     alone: tuple[int, int]
-    """Images that only the first, only the second run has."""
+    """Number of images only in the first run, and only in the second run."""
     other_seeds: int
-    """Pairs made from different seeds: their difference holds that of the noise."""
+    """Number of pairs with different seeds: their difference includes the initial noise."""
     columns: dict[str, dict[str, Any]]
-    """{COLUMN: {a, b, difference, low, high, n}}: means over the pairs that both have a score for, and the
-    second less the first."""
+    """{COLUMN: {a, b, difference, low, high, n}}: means over pairs with two scores, and second minus
+    first."""
     changed: list[str]
-    """How the recipes differ, a line each."""
+    """Differences of the recipes, one per line."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What two runs say together."""
+    """The comparison of two runs."""
 
     pairings: list[Pairing]
     columns: dict[str, dict[str, Any]]
-    """As in `summary.json`: those that both runs have."""
+    """As in `summary.json`; only columns of both runs."""
     changed: list[str]
-    """How data sets, options, versions and machines differ, a line each."""
+    """Differences of data sets, options, versions and machines, one per line."""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
+        """Return JSON-compatible data."""
         return asdict(self)
 
 
 def compare_runs(
     a: Path, b: Path, *, recipes: Mapping[str, str] | None = None, resamples: int = RESAMPLES
 ) -> Comparison:
-    """The difference of two finished runs.
+    """Compare two finished runs.
 
     Args:
-        a: the run that is compared with.
-        b: the other; differences are `b` less `a`.
-        recipes: which recipe of `a` goes with which of `b`; None pairs those of one name, or the only two.
+        a: the baseline.
+        b: the other run; differences are `b` minus `a`.
+        recipes: pairs of a recipe of `a` and one of `b`; None pairs equal names, or the only recipe of each.
         resamples: see `.statistics.mean_interval`.
 
     Raises:
-        UsageError: a run is not finished, or they have no recipe, measure or image in common.
+        UsageError: a run is unfinished, or the runs have no recipe, metric or image in common.
     """
-    known = [read_info(run) for run in (a, b)]
+    infos = [read_info(run) for run in (a, b)]
     summaries = [read_summary(run) for run in (a, b)]
     columns = {
         name: column for name, column in summaries[0]["columns"].items() if name in summaries[1]["columns"]
     }
     if not columns:
         raise UsageError(
-            f"{a} and {b} have no measure in common", f"fastface eval score {b} --metrics NAMES adds more"
+            f"{a} and {b} have no metric in common", f"add metrics: fastface eval score {b} --metrics NAMES"
         )
-    pairs = _recipes([list(info["recipes"]) for info in known], recipes)
+    pairs = _recipes([list(info["recipes"]) for info in infos], recipes)
     rows = [_by_place(read_rows(run)) for run in (a, b)]
     stresses = [None, *sorted({stress for _, stress in rows[0] if stress} & {s for _, s in rows[1] if s})]
-    found = []
+    pairings = []
     for mine, other in pairs.items():
-        changed = list(differences(known[0]["recipes"][mine], known[1]["recipes"][other]))
+        changed = list(differences(infos[0]["recipes"][mine], infos[1]["recipes"][other]))
         for stress in stresses:
             left, right = (
                 part.get((name, stress), {}) for part, name in zip(rows, (mine, other), strict=True)
             )
             if left.keys() & right.keys():
-                found.append(_pairing(mine, other, stress, left, right, columns, changed, resamples))
-    if not found:
+                pairings.append(_pairing(mine, other, stress, left, right, columns, changed, resamples))
+    if not pairings:
         raise UsageError(
             f"{a} and {b} have no image of the same person, prompt and seed index in common",
             "compare runs of the same data set",
         )
-    rest = [line for part in COMPARED for line in differences(known[0].get(part), known[1].get(part), part)]
-    return Comparison(found, columns, rest)
+    rest = [line for part in COMPARED for line in differences(infos[0].get(part), infos[1].get(part), part)]
+    return Comparison(pairings, columns, rest)
 
 
 def comparison_tables(comparison: Comparison) -> list[Table]:
-    """The tables of a comparison, one a pair of recipes."""
+    """Return one table per pair of recipes."""
     return [_table(pairing, comparison.columns) for pairing in comparison.pairings]
 
 
-def _recipes(names: Sequence[Sequence[str]], wanted: Mapping[str, str] | None) -> dict[str, str]:
-    """Which recipe goes with which.
+def _recipes(names: Sequence[Sequence[str]], pairs: Mapping[str, str] | None) -> dict[str, str]:
+    """Pair the recipes of two runs.
 
     Raises:
-        UsageError: an unknown name, or none in common.
+        UsageError: an unknown name, or no recipe in common.
     """
-    if wanted:
-        for name, run in [(name, 0) for name in wanted] + [(name, 1) for name in wanted.values()]:
+    if pairs:
+        for name, run in [(name, 0) for name in pairs] + [(name, 1) for name in pairs.values()]:
             if name not in names[run]:
                 which = ("first", "second")[run]
-                raise UsageError(f"the {which} run has no recipe '{name}'", f"it has {', '.join(names[run])}")
-        return dict(wanted)
+                raise UsageError(
+                    f"the {which} run has no recipe '{name}'", f"its recipes are {', '.join(names[run])}"
+                )
+        return dict(pairs)
     both = [name for name in names[0] if name in names[1]]
     if both:
         return {name: name for name in both}
@@ -126,17 +128,17 @@ def _recipes(names: Sequence[Sequence[str]], wanted: Mapping[str, str] | None) -
         return {names[0][0]: names[1][0]}
     raise UsageError(
         f"the runs have no recipe in common: {', '.join(names[0])}; {', '.join(names[1])}",
-        "say which go together with --recipe FIRST=SECOND",
+        "pair them with --recipe FIRST=SECOND",
     )
 
 
 def _by_place(rows: Sequence[Row]) -> dict[tuple[str, str | None], dict[Cell, Row]]:
-    """Rows by recipe and stress, then by cell; the prompt counts and not its number, which may differ."""
-    found: dict[tuple[str, str | None], dict[Cell, Row]] = {}
+    """Group rows by recipe and stress, then by cell. Cells use the prompt itself: its index may differ."""
+    groups: dict[tuple[str, str | None], dict[Cell, Row]] = {}
     for row in rows:
-        cells = found.setdefault((row.recipe, row.stress), {})
+        cells = groups.setdefault((row.recipe, row.stress), {})
         cells[row.identity, row.prompt, row.seed_index] = row
-    return found
+    return groups
 
 
 def _pairing(
@@ -150,11 +152,11 @@ def _pairing(
     resamples: int,
 ) -> Pairing:
     cells = [cell for cell in left if cell in right]
-    found = {}
+    results = {}
     for column in columns:
         numbers = _column(column, [left[cell] for cell in cells], [right[cell] for cell in cells], resamples)
         if numbers is not None:
-            found[column] = numbers
+            results[column] = numbers
     return Pairing(
         a=a,
         b=b,
@@ -162,7 +164,7 @@ def _pairing(
         pairs=len(cells),
         alone=(len(left) - len(cells), len(right) - len(cells)),
         other_seeds=sum(left[cell].seed != right[cell].seed for cell in cells),
-        columns=found,
+        columns=results,
         changed=changed,
     )
 
@@ -170,21 +172,21 @@ def _pairing(
 def _column(
     column: str, left: Sequence[Row], right: Sequence[Row], resamples: int
 ) -> dict[str, float | int | None] | None:
-    """Means and difference over the pairs that both have a score for; None where there is no such pair."""
+    """Return means and difference over pairs with two scores; None without such a pair."""
     pairs = [
-        (row.identity, one, two)
+        (row.identity, first, second)
         for row, other in zip(left, right, strict=True)
-        if (one := finite(row.scores.get(column))) is not None
-        and (two := finite(other.scores.get(column))) is not None
+        if (first := finite(row.scores.get(column))) is not None
+        and (second := finite(other.scores.get(column))) is not None
     ]
-    people = [who for who, _, _ in pairs]
-    ones, twos = [one for _, one, _ in pairs], [two for _, _, two in pairs]
-    difference = paired_difference(twos, ones, people, resamples=resamples)
+    people = [identity for identity, _, _ in pairs]
+    a, b = [first for _, first, _ in pairs], [second for _, _, second in pairs]
+    difference = paired_difference(b, a, people, resamples=resamples)
     if difference is None:
         return None
     return {
-        "a": fmean(ones),
-        "b": fmean(twos),
+        "a": fmean(a),
+        "b": fmean(b),
         "difference": difference.mean,
         "low": difference.low,
         "high": difference.high,
@@ -193,14 +195,14 @@ def _column(
 
 
 def _table(pairing: Pairing, columns: Mapping[str, Any]) -> Table:
-    title = pairing.a if pairing.a == pairing.b else f"{pairing.b} less {pairing.a}"
+    title = pairing.a if pairing.a == pairing.b else f"{pairing.b} minus {pairing.a}"
     if pairing.stress:
         title += f", references degraded: {pairing.stress}"
     lines: list[tuple[str, ...]] = []
     for name, numbers in pairing.columns.items():
         column = columns[name]
         style = Style.of(column["unit"], [numbers["a"], numbers["b"]])
-        said = verdict(numbers, column["higher_is_better"])
+        result = verdict(numbers, column["higher_is_better"])
         lines.append(
             (
                 heading(column),
@@ -208,7 +210,7 @@ def _table(pairing: Pairing, columns: Mapping[str, Any]) -> Table:
                 style.value(numbers["b"]),
                 style.difference(numbers["difference"]),
                 style.interval(numbers["low"], numbers["high"]),
-                "" if said == "unclear" else said,
+                "" if result == "unclear" else result,
                 str(numbers["n"]),
             )
         )

@@ -1,7 +1,6 @@
-"""Workers: processes of this machine, or Ray actors on many. Images are handed out one by one.
+"""Worker pools: processes of this machine, or Ray actors of a cluster. Images are assigned one by one.
 
-A worker that dies takes no image with it: what it was making goes to another one. Only when an image has cost
-`ATTEMPTS` workers is it recorded as failed.
+The image of a crashed worker is requeued. An image that crashes `ATTEMPTS` workers is recorded as failed.
 """
 
 from __future__ import annotations
@@ -20,14 +19,14 @@ from .maker import Factory, ImageOutcome, ImageTask, error_record, failed
 from .processes import Answerer, Broken, GoneError
 
 ATTEMPTS = 3
-"""Workers that one image may cost."""
+"""Worker crashes after which an image is recorded as failed."""
 LOSSES = 6
-"""Workers lost in a row, without an image between them, after which the run stops."""
+"""Consecutive worker crashes after which the run stops."""
 
 
 @dataclass(frozen=True)
 class Lost:
-    """A worker died over its task."""
+    """A worker crashed during its task."""
 
     reason: str
 
@@ -36,42 +35,42 @@ Outcome: TypeAlias = ImageOutcome | Lost | Broken
 
 
 class Pool(Protocol):
-    """Workers by number."""
+    """Workers, addressed by slot number."""
 
     size: int
 
     def start(self, slot: int) -> None:
-        """Start a worker, or another one in place of a lost one."""
+        """Start a worker, or replace a crashed one."""
         ...
 
     def send(self, slot: int, task: ImageTask) -> None:
-        """Give an idle worker its task."""
+        """Send a task to an idle worker."""
         ...
 
     def wait(self) -> list[tuple[int, Outcome]]:
-        """Wait until at least one busy worker is done, or lost."""
+        """Wait until at least one busy worker has finished or crashed."""
         ...
 
     def close(self) -> None:
-        """End all workers."""
+        """Stop all workers."""
         ...
 
 
 def make_all(
     pool: Pool, tasks: Iterable[ImageTask], log: Callable[[str], None] = lambda _: None
 ) -> Iterator[ImageOutcome]:
-    """Every task through the pool, in the order in which they get done.
+    """Run all tasks in the pool and yield outcomes in the order of completion.
 
     Args:
-        pool: closed at the end, whatever the end is.
-        tasks: taken one by one, as workers come free.
-        log: told of lost workers.
+        pool: closed at the end, also after errors.
+        tasks: consumed one by one, whenever a worker is idle.
+        log: receives messages about crashed workers.
 
     Raises:
-        FastFaceError: workers cannot make images at all.
+        FastFaceError: workers cannot generate images at all.
     """
     source = iter(tasks)
-    again: deque[ImageTask] = deque()
+    requeued: deque[ImageTask] = deque()
     attempts: Counter[str] = Counter()
     losses = 0
     idle, busy = deque(range(pool.size)), dict[int, ImageTask]()
@@ -80,10 +79,10 @@ def make_all(
         for slot in range(pool.size):
             pool.start(slot)
         while True:
-            while idle and (task := again.popleft() if again else next(source, None)) is not None:
+            while idle and (task := requeued.popleft() if requeued else next(source, None)) is not None:
                 busy[idle[0]] = task
                 pool.send(idle.popleft(), task)
-            yield from finished  # only now: whoever writes them keeps no worker waiting
+            yield from finished  # after sending, so that writing them keeps no worker waiting
             finished.clear()
             if not busy:
                 return
@@ -98,24 +97,24 @@ def make_all(
                     continue
                 attempts[task.row.key] += 1
                 losses += 1
-                log(f"a worker was lost over {task.row.key}: {outcome.reason}")
+                log(f"a worker crashed while generating {task.row.key}: {outcome.reason}")
                 if losses >= LOSSES:
                     raise FastFaceError(
-                        f"{losses} workers in a row were lost ({outcome.reason})",
-                        "is there memory for so many? --workers takes fewer",
+                        f"{losses} workers in a row crashed ({outcome.reason})",
+                        "if memory is short, use fewer --workers",
                     )
                 pool.start(slot)
                 if attempts[task.row.key] < ATTEMPTS:
-                    again.append(task)
+                    requeued.append(task)
                 else:
-                    lost = FastFaceError(f"{ATTEMPTS} workers were lost over it: {outcome.reason}")
+                    lost = FastFaceError(f"{ATTEMPTS} workers crashed while generating it: {outcome.reason}")
                     finished.append(failed(task.row, lost))
     finally:
         pool.close()
 
 
 def work(factory: Factory, device: str) -> Callable[[ImageTask], Outcome]:
-    """What a worker of any engine does with a task; models come with the first one."""
+    """Return the function that runs a task in a worker; the first task loads the models."""
     make = None
 
     def answer(task: ImageTask) -> Outcome:
@@ -136,8 +135,8 @@ class LocalPool:
     """Processes of this machine.
 
     Args:
-        factory: makes what makes images; called in each process.
-        devices: one a worker.
+        factory: creates the image maker; called in each process.
+        devices: the device of each worker.
     """
 
     def __init__(self, factory: Factory, devices: Sequence[str]) -> None:
@@ -180,11 +179,11 @@ class LocalPool:
 
 
 def local_devices(device: str, workers: int | None) -> list[str]:
-    """A device for each worker: every GPU of this machine once, or the CPU for as many as are asked for.
+    """Return a device for each worker: the GPUs in turn, or the CPU.
 
     Args:
         device: `auto`, or one device for all workers.
-        workers: how many; None: one a GPU, one on a CPU.
+        workers: number of workers; None: one per GPU, or one on the CPU.
     """
     import torch
 
@@ -201,7 +200,7 @@ def local_devices(device: str, workers: int | None) -> list[str]:
 
 
 class _Actor:
-    """A Ray actor's code; the actor itself is made where Ray is there."""
+    """Code of a Ray actor; `RayPool` turns it into an actor, because Ray is optional."""
 
     def __init__(self, factory: Factory, device: str) -> None:
         self._answer = work(factory, device)
@@ -214,17 +213,17 @@ class _Actor:
 
 
 class RayPool:
-    """Ray actors, one a GPU or a CPU slot of the cluster.
+    """Ray actors, one per GPU or CPU slot of the cluster.
 
     Args:
-        factory: makes what makes images; called in each actor.
-        address: of a running cluster; None starts one on this machine.
-        workers: how many; None: one a GPU, or one a CPU where the cluster has no GPU.
-        device: `auto`, or what every actor uses; `cpu` asks the cluster for no GPU.
+        factory: creates the image maker; called in each actor.
+        address: address of a running cluster; None starts one on this machine.
+        workers: number of actors; None: one per GPU, or one per CPU in a cluster without GPUs.
+        device: `auto`, or the device of every actor; `cpu` requests no GPU.
 
     Raises:
         ModelUnavailableError: Ray is not installed.
-        UsageError: no such cluster, or too small a one.
+        UsageError: no such cluster, or a cluster that is too small.
     """
 
     def __init__(
@@ -255,22 +254,23 @@ class RayPool:
                 )
             except Exception as error:
                 raise UsageError(
-                    f"cannot reach the Ray cluster {address or 'of this machine'}: {error}", "check --address"
+                    f"cannot connect to the Ray cluster {address or 'of this machine'}: {error}",
+                    "check --address",
                 ) from error
         resources = ray.cluster_resources()
         gpus = 0 if device == "cpu" else int(resources.get("GPU", 0))
         cpus = max(1, int(resources.get("CPU", 1)))
         self.size = workers or gpus or cpus
-        if not gpus and self.size > cpus:  # Ray would keep the rest waiting for ever, and say nothing
+        if not gpus and self.size > cpus:  # Ray would silently keep the rest waiting forever
             if self._own:
                 ray.shutdown()
             raise UsageError(
                 f"the Ray cluster has {cpus} CPUs for {self.size} workers",
-                f"give at most --workers {cpus}",
+                f"use at most --workers {cpus}",
             )
-        # An actor fits on one GPU: of five on two GPUs each takes a third, or one would wait for ever.
+        # An actor must fit on one GPU: five actors on two GPUs get a third each, or one would wait forever.
         share = {"num_gpus": 1 / math.ceil(self.size / gpus)} if gpus else {"num_cpus": 1}
-        # Ray shows each actor its own GPU alone, as cuda:0.
+        # Each actor only sees its own GPU, as cuda:0.
         self._device = "cuda" if gpus and device == "auto" else "cpu" if device == "auto" else device
         self._kind = ray.remote(**share)(_Actor)
         self._factory = factory
@@ -295,7 +295,7 @@ class RayPool:
                 outcomes.append((slot, self._ray.get(reference)))
             except self._ray.exceptions.RayTaskError as error:
                 outcomes.append((slot, Broken(error_record(error))))
-            except self._ray.exceptions.RayError as error:  # the actor or its machine is gone
+            except self._ray.exceptions.RayError as error:  # the actor or its machine has crashed
                 outcomes.append((slot, Lost((str(error) or type(error).__name__).splitlines()[0])))
         return outcomes
 

@@ -1,4 +1,4 @@
-"""What a finished run says: its rows with scores, and its summary."""
+"""Read a finished run: rows with scores, and the summary."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from .runs import read_info, read_lines
 
 
 def read_rows(run: Path) -> list[Row]:
-    """Every image of a finished run, with its scores.
+    """Return every image of a finished run with its scores.
 
     Raises:
-        UsageError: there is no run, or it is not finished.
+        UsageError: there is no run, or it is unfinished.
     """
     path = run / "images.jsonl"
     if not path.is_file():
@@ -24,10 +24,10 @@ def read_rows(run: Path) -> list[Row]:
 
 
 def read_summary(run: Path) -> dict[str, Any]:
-    """What `summary.json` holds.
+    """Return the contents of `summary.json`.
 
     Raises:
-        UsageError: there is no run, or it is not finished.
+        UsageError: there is no run, or it is unfinished.
     """
     path = run / "summary.json"
     if not path.is_file():
@@ -40,5 +40,5 @@ def read_summary(run: Path) -> dict[str, Any]:
 
 
 def _unfinished(run: Path, path: Path) -> UsageError:
-    read_info(run)  # says so where there is no run at all
+    read_info(run)  # raises if there is no run at all
     return UsageError(f"{run} is not finished: it has no {path.name}", f"fastface eval report {run}")

@@ -1,6 +1,6 @@
-"""Pictures that another program made, as the published scripts name them: `INDEX.png`.
+"""Import images of another program, named as the published scripts name them: `INDEX.png`.
 
-INDEX = place of the person in the program's order x number of prompts + place of the prompt.
+INDEX = position of the person in the program's order x number of prompts + position of the prompt.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from .runs import Run
 
 
 def read_order(file: Path, dataset: Dataset) -> list[str]:
-    """People in the order that gave the indices.
+    """Read the order of people that defines INDEX.
 
     Args:
-        file: names or file names, one a line.
-        dataset: whose people they are.
+        file: names or file names, one per line.
+        dataset: the data set of these people.
 
     Raises:
-        UsageError: a name that the data set does not have, one named twice, or one not named.
+        UsageError: a name is unknown, repeated or missing.
     """
     known = {subject.name for subject in dataset.subjects}
     order = []
@@ -42,23 +42,23 @@ def read_order(file: Path, dataset: Dataset) -> list[str]:
         if name not in known:
             near = nearest(name, known)
             raise UsageError(
-                f"{file} names '{name}', who is not in the data set",
+                f"'{name}' in {file} is not in the data set",
                 f"did you mean '{near}'?" if near else None,
             )
         order.append(name)
     if missing := sorted(known - set(order)):
         raise UsageError(
-            f"{file} does not name {', '.join(missing[:5])}",
-            "every person stands in it once, also without pictures",
+            f"{file} does not list {', '.join(missing[:5])}",
+            "list every person once, also those without images",
         )
     if len(order) > len(known):
         twice = next(name for name in order if order.count(name) > 1)
-        raise UsageError(f"{file} names '{twice}' twice", "every person stands in it once")
+        raise UsageError(f"{file} lists '{twice}' twice", "list every person once")
     return order
 
 
 def adopt(
-    pictures: Path,
+    images: Path,
     folder: Path,
     dataset: Dataset,
     order: Path,
@@ -69,25 +69,25 @@ def adopt(
     split: str,
     log: Callable[[str], None],
 ) -> None:
-    """Make a run of pictures that are there already; they are copied, unscored.
+    """Create a run from existing images. Images are copied and not scored.
 
     Args:
-        pictures: folder with INDEX.png.
+        images: folder of INDEX.png.
         folder: RUN/.
-        dataset: what they were made of.
+        dataset: the data set that the images were generated from.
         order: see `read_order`.
-        name: what stands in the place of a recipe's name.
-        recipe: whose face models measure them.
-        rules: the protocol of scoring.
-        split: for the record.
-        log: told of what is missing.
+        name: recipe name of the images.
+        recipe: recipe whose face models score them.
+        rules: evaluation protocol.
+        split: prompt set, for the record.
+        log: receives messages about photos that cannot be read.
 
     Raises:
-        UsageError: no picture is there, or RUN holds something else.
+        UsageError: there are no images, or RUN contains something else.
     """
     people = {person: index for index, person in enumerate(read_order(order, dataset))}
-    if not any((pictures / f"{index}.png").is_file() for index in range(len(people) * len(dataset.prompts))):
-        raise UsageError(f"{pictures} holds no INDEX.png of this data set", "as 0.png, 1.png, ...")
+    if not any((images / f"{index}.png").is_file() for index in range(len(people) * len(dataset.prompts))):
+        raise UsageError(f"{images} contains no INDEX.png of this data set", "expected 0.png, 1.png, ...")
     info = {
         "recipes": {name: recipe.model_copy(update={"name": name}).canonical()},
         "dataset": dataset.record(),
@@ -99,25 +99,25 @@ def adopt(
             "identity_order": list(people),
         },
         "versions": dict(installed_versions()),
-        "pictures": str(pictures),
+        "pictures": str(images),
         "metrics": [],
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     plan = EvaluationPlan({name: recipe}, dataset)
     with Run.open(folder, info) as run:
-        keeper = People(folder, {}, log)
+        photos = People(folder, {}, log)
         for subject in dataset.subjects:
-            keeper.keep_photos(subject)
+            photos.keep_photos(subject)
         known = run.rows()
         for row in plan.rows():
             if row.key not in known:
                 index = people[row.identity] * len(dataset.prompts) + row.prompt_index
-                run.add(*_picture(row, pictures / f"{index}.png"))
+                run.add(*_read(row, images / f"{index}.png"))
 
 
-def _picture(row: Row, file: Path) -> tuple[Row, bytes | None]:
+def _read(row: Row, file: Path) -> tuple[Row, bytes | None]:
     try:
         return row, file.read_bytes()
     except OSError as error:
-        missing = FastFaceError(f"there is no picture {file.name}: {error.strerror}", None)
+        missing = FastFaceError(f"cannot read {file.name}: {error.strerror}", None)
         return replace(row, file=None, error=error_record(missing)), None

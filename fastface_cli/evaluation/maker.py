@@ -1,4 +1,4 @@
-"""What a worker does: a row and an identity in, a row and a picture out. It writes nothing."""
+"""Generate images in a worker: row and identity in, row and image out. Workers write no files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ImageTask:
-    """One image to make."""
+    """One image to generate."""
 
     row: Row
     identity: Identity
@@ -26,7 +26,7 @@ class ImageTask:
 
 @dataclass(frozen=True)
 class ImageOutcome:
-    """What became of a task: a picture, or the row's error says why not."""
+    """The result of a task: an image, or a row with an error."""
 
     row: Row
     image: bytes | None
@@ -35,29 +35,29 @@ class ImageOutcome:
 
 Make: TypeAlias = Callable[[ImageTask], ImageOutcome]
 Factory: TypeAlias = Callable[[str], Make]
-"""Device name to what makes images on it; called once in each worker, and therefore picklable."""
+"""Creates the image maker of a device; called once in each worker, and therefore picklable."""
 
 
 @dataclass(frozen=True)
 class MakerFactory:
-    """How workers come to their models."""
+    """What workers need to load their models; picklable."""
 
     recipes: Mapping[str, Recipe]
     dtype: str | None = None
     offline: bool | None = None
     threads: int = 1
-    """Torch threads of a worker."""
+    """Torch threads per worker."""
 
     def __call__(self, device: str) -> Make:
         return Maker(self, device)
 
 
 class Maker:
-    """Makes images on one device, with one recipe's models in memory.
+    """Generate images on one device, with the models of one recipe in memory.
 
     Args:
         setup: the recipes.
-        device: as torch names it.
+        device: torch device name.
     """
 
     def __init__(self, setup: MakerFactory, device: str) -> None:
@@ -70,10 +70,10 @@ class Maker:
         self._pipeline: Pipeline | None = None
 
     def __call__(self, task: ImageTask) -> ImageOutcome:
-        """Make one image; what goes wrong with it is recorded in its row.
+        """Generate one image and record its errors in the row.
 
         Raises:
-            FastFaceError: the models cannot be loaded: no image of the recipe could be made.
+            FastFaceError: the models cannot be loaded, so that no image of the recipe can be generated.
         """
         from ..app.pipeline import Request
         from ..output.images import encode_png
@@ -90,7 +90,7 @@ class Maker:
             return failed(task.row, error)
 
     def _ready(self, recipe: Recipe, task: ImageTask) -> Pipeline:
-        """The pipeline of a recipe; models that it shares with the last one stay."""
+        """Return the pipeline of a recipe; models shared with the previous recipe stay loaded."""
         from ..app.api import FastFace
 
         if self._pipeline is not None and self._pipeline.recipe == recipe:
@@ -100,7 +100,7 @@ class Maker:
             try:
                 self._pipeline = self._pipeline.with_recipe(recipe, face.paths(faces=False))
             except RecipeError:
-                self._face = self._pipeline = None  # room for other models
+                self._face = self._pipeline = None  # free memory for other models
         if self._pipeline is None:
             self._face = face
             self._pipeline = face.pipeline
@@ -108,20 +108,20 @@ class Maker:
         return self._pipeline
 
     def _warm_up(self, pipeline: Pipeline, task: ImageTask) -> None:
-        """One picture that nobody sees, so that the first one's seconds hold no compilation."""
+        """Generate and discard one image, so that the time of the first image excludes compilation."""
         from ..app.pipeline import Request
 
         try:
             next(iter(pipeline.generate([Request(task.row.prompt, 0, task.identity)])))
         except Exception:
-            return  # the image itself will say what is wrong
+            return  # the image itself will report the error
 
 
 def failed(row: Row, error: BaseException) -> ImageOutcome:
-    """A row that records why its picture could not be made."""
+    """Return the row of a failed image with its error."""
     return ImageOutcome(replace(row, file=None, error=error_record(error)), None)
 
 
 def error_record(error: BaseException) -> dict[str, Any]:
-    """An exception as rows hold it."""
+    """Return an exception as recorded in rows."""
     return (error if isinstance(error, FastFaceError) else unexpected(error)).record()

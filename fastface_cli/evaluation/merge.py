@@ -1,4 +1,4 @@
-"""Shards of one run, made apart, become the run."""
+"""Merge the shards of a run."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ FOLDERS = ("images", "references", "identities", "vectors")
 
 
 def merge(shards: Sequence[Path], folder: Path) -> None:
-    """Join the shards of a run in a new folder; what several of them hold is taken once.
+    """Merge the shards of a run into a new folder; rows in several shards are taken once.
 
     Args:
-        shards: folders of runs that differ in nothing but `--shard`.
-        folder: RUN/ of the whole.
+        shards: folders of runs that only differ in `--shard`.
+        folder: RUN/ of the merged run.
 
     Raises:
-        UsageError: a folder is no run, or they are not shards of one run.
+        UsageError: a folder is not a run, or the runs are not shards of one run.
     """
     infos = [read_info(shard) for shard in shards]
     for shard, info in zip(shards[1:], infos[1:], strict=True):
@@ -29,12 +29,12 @@ def merge(shards: Sequence[Path], folder: Path) -> None:
         if differences:
             raise UsageError(
                 f"{shards[0]} and {shard} are not shards of one run:\n" + "\n".join(differences[:10]),
-                "`fastface eval compare` compares different runs",
+                "to compare different runs, use `fastface eval compare`",
             )
-    whole = {**infos[0], "options": {**infos[0]["options"], "shard": "1/1"}}
-    whole["metrics"] = list(dict.fromkeys(name for info in infos for name in info.get("metrics") or []))
-    del whole["version"]
-    with Run.open(folder, whole) as run:
+    merged = {**infos[0], "options": {**infos[0]["options"], "shard": "1/1"}}
+    merged["metrics"] = list(dict.fromkeys(name for info in infos for name in info.get("metrics") or []))
+    del merged["version"]
+    with Run.open(folder, merged) as run:
         known = run.rows().keys()
         for shard in shards:
             for name in FOLDERS:
@@ -42,12 +42,12 @@ def merge(shards: Sequence[Path], folder: Path) -> None:
                     shutil.copytree(shard / name, folder / name, dirs_exist_ok=True)
             run.take(
                 (row for row in read_lines(shard / "generated.jsonl") if row.get("key") not in known),
-                (one for one in read_lines(shard / "scores.jsonl") if one.get("key") not in known),
+                (line for line in read_lines(shard / "scores.jsonl") if line.get("key") not in known),
             )
             known = run.rows().keys()
 
 
 def _common(info: Mapping[str, Any]) -> dict[str, Any]:
-    """What shards of one run agree on."""
+    """Return the parts of run.json that are equal in all shards."""
     options = {name: value for name, value in info.get("options", {}).items() if name != "shard"}
     return {name: value for name, value in info.items() if name not in UNCOMPARED} | {"options": options}

@@ -1,4 +1,4 @@
-"""How numbers are written, the same way in the terminal's table and on the page."""
+"""Format numbers, in the same way for the terminal and the report page."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Verdict = Literal["better", "worse", "differs", "unclear"]
-"""What a difference says: `unclear` where its interval holds zero, `differs` where neither end is better."""
+"""Meaning of a difference: `unclear` if its interval contains zero, `differs` if neither direction is
+better."""
 
 
 @dataclass(frozen=True)
 class Style:
-    """How the numbers of one column are written."""
+    """Number format of one column."""
 
     digits: int
-    """After the point."""
+    """Decimal places."""
     unit: str
-    """"share" is written as a percentage, a difference of shares in points of it."""
+    """"share" is shown as a percentage, a difference of shares in percentage points."""
 
     @classmethod
     def of(cls, unit: str, values: Iterable[float | None]) -> Style:
-        """One style for all of a column's means: three significant digits for the largest of them."""
+        """Return the format of a column: three significant digits for its largest mean."""
         if unit == "share":
             return cls(1, unit)
         largest = max((abs(value) for value in values if value is not None), default=0.0)
@@ -30,7 +31,7 @@ class Style:
         return cls(min(3, max(0, 2 - whole)), unit)
 
     def value(self, number: float | None) -> str:
-        """With its unit; a dash where there is none."""
+        """Format with unit; a dash without a number."""
         if number is None:
             return "-"
         if self.unit == "share":
@@ -38,15 +39,15 @@ class Style:
         return f"{number:.{self.digits}f}{' ' + self.unit if self.unit else ''}"
 
     def bare(self, number: float) -> str:
-        """Without its unit, as within an interval."""
+        """Format without unit, for intervals."""
         return f"{number * (100 if self.unit == 'share' else 1):.{self.digits}f}"
 
     def interval(self, low: float | None, high: float | None) -> str:
-        """Both ends in brackets; nothing where there is no interval."""
+        """Format both ends in brackets; empty without an interval."""
         return "" if low is None or high is None else f"[{self.bare(low)}, {self.bare(high)}]"
 
     def difference(self, number: float | None) -> str:
-        """With its sign."""
+        """Format with sign and unit."""
         if number is None:
             return "-"
         scaled = number * (100 if self.unit == "share" else 1)
@@ -56,11 +57,11 @@ class Style:
 
 
 def verdict(paired: Mapping[str, Any] | None, higher_is_better: bool | None) -> Verdict:
-    """What a paired difference with its 95% interval says.
+    """Interpret a paired difference with its 95% confidence interval.
 
     Args:
         paired: {"difference", "low", "high"}, or None.
-        higher_is_better: None where neither end is.
+        higher_is_better: None if neither direction is better.
     """
     low, high = (paired or {}).get("low"), (paired or {}).get("high")
     if low is None or high is None or low <= 0 <= high:

@@ -1,4 +1,4 @@
-"""The people of a run: their photos as they were used, and the identities made of them, once each."""
+"""The people of a run: copies of their photos, and one identity per person, stress and face pack."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ if TYPE_CHECKING:
     from ..identity.identity import Identity
 
 SHOWN = (".png", ".jpg", ".jpeg", ".webp")
-"""Formats that browsers show; a photo in another one is kept as PNG."""
+"""Formats that browsers display; photos in other formats are copied as PNG."""
 REFERENCES = "references"
 
 
 def reference_path(subject: Subject) -> str:
-    """Where a run keeps the photo that is scored against, relative to its folder."""
+    """Return the path of the reference photo, relative to the run."""
     return _kept(subject.name, subject.photos[0])
 
 
 def held_out_path(subject: Subject) -> str | None:
-    """Where a run keeps the photo that does not condition."""
+    """Return the path of the held-out photo, relative to the run."""
     return None if subject.held_out is None else _kept(f"{subject.name}+held-out", subject.held_out)
 
 
 def degraded_path(subject: Subject, stress: str) -> str:
-    """Where a run keeps the photo that conditioned under stress."""
+    """Return the path of the degraded photo, relative to the run."""
     return f"{REFERENCES}/{subject.name}+{stress}.png"
 
 
@@ -45,12 +45,13 @@ def _kept(stem: str, photo: Path) -> str:
 
 
 class People:
-    """Identities by person, stress and face pack; made once a run, also when it is taken up again.
+    """Identities by person, stress and face pack. Each is computed once per run, also when the run is
+    resumed.
 
     Args:
-        run: the run's folder.
-        analyzers: what sees faces, by the recipe's face reference.
-        log: takes remarks about photos.
+        run: folder of the run.
+        analyzers: loaders of face analyzers, by the face reference of the recipe.
+        log: receives messages about photos.
     """
 
     def __init__(
@@ -64,15 +65,15 @@ class People:
         self._refused: dict[tuple[str, str | None, str], tuple[type[FastFaceError], str, str | None]] = {}
 
     def identity(self, subject: Subject, stress: str | None, face: str) -> Identity:
-        """Who a person is.
+        """Return the identity of a person.
 
         Args:
-            stress: how the photos are degraded first; None: not at all.
-            face: the recipe's face reference.
+            stress: degradation of the photos; None for the original photos.
+            face: the face reference of the recipe.
 
         Raises:
             UsageError: a photo cannot be read.
-            NoFaceError: there is no usable face.
+            NoFaceError: no usable face in the photos.
         """
         key = (subject.name, stress, face)
         if self._last is not None and self._last[0] == key:
@@ -81,16 +82,16 @@ class People:
             kind, message, hint = self._refused[key]
             raise kind(message, hint)
         try:
-            found = self._stored(subject, stress, face)
+            identity = self._stored(subject, stress, face)
         except (UsageError, NoFaceError) as error:
-            # Not the exception: its traceback would keep every refused photo in memory.
+            # Not the exception itself: its traceback would keep every refused photo in memory.
             self._refused[key] = (type(error), error.message, error.hint)
             raise
-        self._last = (key, found)
-        return found
+        self._last = (key, identity)
+        return identity
 
     def keep_photos(self, subject: Subject) -> None:
-        """Copy a person's reference and held-out photo into the run; one that cannot be read is left out."""
+        """Copy the reference and held-out photo of a person into the run; skip unreadable photos."""
         pairs = [(reference_path(subject), subject.photos[0])]
         held_out = held_out_path(subject)
         if held_out is not None and subject.held_out is not None:
@@ -127,23 +128,23 @@ class People:
         photos: list[Path] | list[Image.Image] = list(subject.photos)
         if stress is not None:
             photos = self._degraded(subject, stress, analyzer)
-        found = make_identity(photos, analyzer, log=lambda remark: self._log(f"{subject.name}: {remark}"))
-        found.save(file, force=True)
-        return found
+        identity = make_identity(photos, analyzer, log=lambda text: self._log(f"{subject.name}: {text}"))
+        identity.save(file, force=True)
+        return identity
 
     def _degraded(self, subject: Subject, stress: str, analyzer: FaceAnalyzer) -> list[Image.Image]:
         from ..identity.photos import read_photo
         from ..identity.search import bgr, find_faces
 
-        found = []
+        degraded = []
         for index, photo in enumerate(subject.photos):
             image = read_photo(photo)
             faces = find_faces(bgr(image), analyzer)
             if not faces:
                 raise NoFaceError(f"no face found in {photo} before it was degraded", "use another photo")
-            found.append(degrade(image, stress, f"{subject.name}/{index}", faces[0].box))
-        write_atomically(self._run / degraded_path(subject, stress), encode_png(found[0]), force=True)
-        return found
+            degraded.append(degrade(image, stress, f"{subject.name}/{index}", faces[0].box))
+        write_atomically(self._run / degraded_path(subject, stress), encode_png(degraded[0]), force=True)
+        return degraded
 
     def _analyzer(self, face: str) -> FaceAnalyzer:
         if face not in self._analyzers:
@@ -152,5 +153,5 @@ class People:
 
 
 def _folder(face: str) -> str:
-    """A face reference as the name of a folder."""
-    return "".join(sign if sign.isalnum() or sign in "-_." else "-" for sign in face)[-80:]
+    """Return a folder name for a face reference."""
+    return "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in face)[-80:]

@@ -1,4 +1,4 @@
-"""Plots of a run as SVG that lives inside a page and follows its colors."""
+"""Plots of a run as inline SVG that uses the colors of the page."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from dataclasses import dataclass
 from typing import Any
 
 INK, FAINT = "#010203", "#040506"
-"""Stand for the page's text and line colors until the plot is written."""
+"""Placeholders for the text and line colors of the page."""
 MARKERS = "osD^vPX*h"
-"""One fewer than colors, so that ninety recipes differ in one or the other."""
+"""One fewer than colors, so that color and marker together distinguish ninety recipes."""
 COLORS = 10
-"""How many `--series-N` colors the page has."""
+"""Number of `--series-N` colors of the page."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """One recipe: a mean with the ends of its interval on each axis (None: no interval)."""
+    """One recipe: on each axis the mean and the ends of its interval (None: no interval)."""
 
     name: str
     x: tuple[float, float | None, float | None]
@@ -27,28 +27,28 @@ class Point:
 
     @property
     def known(self) -> bool:
-        """Whether it has a place: both means are numbers."""
+        """Whether both means are numbers."""
         return math.isfinite(self.x[0]) and math.isfinite(self.y[0])
 
 
 def scatter(points: Sequence[Point], x_title: str, y_title: str) -> str:
-    """Recipes on two measures with their 95% intervals.
+    """Plot recipes on two metrics with their 95% confidence intervals.
 
     Args:
-        points: in the order of the page's series colors.
-        x_title, y_title: of the axes, with the way that is better.
+        points: in the order of the series colors of the page.
+        x_title, y_title: axis titles.
 
     Returns:
-        One `<svg>` element. Names are text (escaped); colors are the page's `--series-N`, `--faint` and
-        `currentColor`, so that the plot follows dark mode and print.
+        One `<svg>` element. Names are escaped text; colors are `--series-N`, `--faint` and `currentColor`
+        of the page, so that the plot follows dark mode and print styles.
     """
     import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     settings: Any = {
-        "svg.fonttype": "none",  # text stays text: to be searched, copied and read aloud
-        "svg.hashsalt": f"{x_title}/{y_title}",  # the same run gives the same bytes; two plots share no ids
+        "svg.fonttype": "none",  # keep text searchable, copyable and accessible
+        "svg.hashsalt": f"{x_title}/{y_title}",  # reproducible bytes, and different ids for two plots
         "font.family": "sans-serif",
         "font.size": 10,
         "text.color": INK,
@@ -65,7 +65,7 @@ def scatter(points: Sequence[Point], x_title: str, y_title: str) -> str:
         for number, point in enumerate(points):
             if not point.known:
                 continue
-            color, marker = _stand_in(number), MARKERS[number % len(MARKERS)]
+            color, marker = _placeholder(number), MARKERS[number % len(MARKERS)]
             axes.errorbar(
                 point.x[0],
                 point.y[0],
@@ -97,32 +97,32 @@ def _arms(value: tuple[float, float | None, float | None]) -> list[list[float]] 
 
 
 def _label(name: str) -> str:
-    """A legend leaves out labels that begin with an underscore."""
+    """Return a legend label; matplotlib would skip labels that start with an underscore."""
     return "\u200b" + name if name.startswith("_") else name
 
 
-def _stand_in(number: int) -> str:
+def _placeholder(number: int) -> str:
     return f"#0a0b{number % COLORS:02x}"
 
 
 def _for_page(svg: str, title: str) -> str:
-    """Only the element, the page's colors in place of the stand-ins, and its own width."""
+    """Return the `<svg>` element alone, with page colors and without a fixed size."""
     from markupsafe import escape
 
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<style[^>]*>.*?</style>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'<g id="[^"]*">', "<g>", svg)  # nothing refers to them, and two plots would share them
-    svg = re.sub(r"\b(fill|stroke): (#\w{6})", lambda found: f"{found[1]}: {_page_color(found[2])}", svg)
+    svg = re.sub(r'<g id="[^"]*">', "<g>", svg)  # unused, and two plots would have the same ids
+    svg = re.sub(r"\b(fill|stroke): (#\w{6})", lambda match: f"{match[1]}: {_page_color(match[2])}", svg)
     start = f'<svg role="img" aria-label="{escape(title)}"'
-    return re.sub(r'<svg((?:\s+[\w:]+="[^"]*")*)', lambda found: start + _kept(found[1]), svg, count=1)
+    return re.sub(r'<svg((?:\s+[\w:]+="[^"]*")*)', lambda match: start + _unsized(match[1]), svg, count=1)
 
 
 def _page_color(color: str) -> str:
     named = {INK: "currentColor", FAINT: "var(--faint)"}
-    series = {_stand_in(number): f"var(--series-{number})" for number in range(COLORS)}
+    series = {_placeholder(number): f"var(--series-{number})" for number in range(COLORS)}
     return {**named, **series}.get(color, color)
 
 
-def _kept(attributes: str) -> str:
+def _unsized(attributes: str) -> str:
     return re.sub(r'\s(?:width|height)="[^"]*"', "", attributes)

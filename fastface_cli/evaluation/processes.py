@@ -1,4 +1,4 @@
-"""Processes of this machine that answer: a request in, an answer out, until the other end closes."""
+"""Worker processes of this machine: request in, answer out, until the pipe is closed."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ from .maker import error_record
 
 Answer: TypeAlias = Callable[[Any], Any]
 
-# A fork would take over half-initialised CUDA and threads' locks.
+# A fork would inherit half-initialized CUDA and the locks of other threads.
 _SPAWN = get_context("spawn")
 
 
 @dataclass(frozen=True)
 class Broken:
-    """An answer: no request can be answered at all. Holds the record of a FastFaceError."""
+    """The answer of a process that cannot handle any request; contains the record of a FastFaceError."""
 
     error: dict[str, Any]
 
     def raised(self) -> FastFaceError:
-        """The error of the other process, with its exit code."""
+        """Return the error of the other process, with its exit code."""
         error = FastFaceError(self.error["message"], self.error["hint"])
         error.exit_code, error.kind = self.error["code"], self.error["kind"]
         return error
 
 
 class GoneError(Exception):
-    """The process has ended; the text says how."""
+    """The process has ended; the message says why."""
 
 
 class Answerer:
     """A process that answers requests in order.
 
     Args:
-        prepare: called there at the start; makes what answers. Picklable, and raises nothing.
-        last: the process gives way to all others where there are more of them than cores.
+        prepare: called once in the process; returns the function that answers. Picklable, must not raise.
+        last: run the process at low priority.
     """
 
     def __init__(self, prepare: Callable[[], Answer], *, last: bool = False) -> None:
@@ -56,20 +56,20 @@ class Answerer:
 
     @property
     def ends(self) -> tuple[Any, Any]:
-        """For `multiprocessing.connection.wait`: one of them is ready when `receive` need not wait."""
-        # The pipe alone is not enough: Windows does not close it for a process that dies while it starts.
+        """For `multiprocessing.connection.wait`: one of them is ready when `receive` would not block."""
+        # The pipe alone is not enough: Windows does not close it if a process crashes during start-up.
         return self._pipe, self._process.sentinel
 
     def send(self, request: Any) -> None:
-        """Put a request; nothing is said here if the process has ended."""
-        with contextlib.suppress(OSError):  # `receive` finds the pipe closed
+        """Send a request. Does not raise if the process has ended; `receive` does."""
+        with contextlib.suppress(OSError):  # `receive` reports the closed pipe
             self._pipe.send(request)
 
     def receive(self) -> Any:
         """Wait for the next answer.
 
         Raises:
-            GoneError: there will be none.
+            GoneError: the process has ended without an answer.
         """
         try:
             if self._pipe not in connection.wait(self.ends):
@@ -81,11 +81,11 @@ class Answerer:
         return answer
 
     def terminate(self) -> None:
-        """Have the process end, whatever it is at; `receive` then raises, if no answer lies in the pipe."""
+        """Terminate the process; `receive` then raises unless an answer is already in the pipe."""
         self._process.terminate()
 
     def close(self) -> None:
-        """End the process and wait until it has ended."""
+        """Terminate the process and wait for its end."""
         self._pipe.close()
         self._process.terminate()
         self._process.join(5)
@@ -97,15 +97,15 @@ class Answerer:
         code = self._process.exitcode
         if code is not None and code < 0:
             name = signal.Signals(-code).name
-            memory = ", which is how the system ends what takes too much memory" if code == -9 else ""
+            memory = " (the system kills processes that use too much memory)" if code == -9 else ""
             return f"ended by {name}{memory}"
-        if code == 1 and not self._answered:  # what a new process does first is to import the main script
-            return "ended before its work: does the script start it under if __name__ == '__main__'?"
+        if code == 1 and not self._answered:  # a new process first imports the main script
+            return "ended at start-up: does the script guard its start with if __name__ == '__main__'?"
         return f"ended with code {code}"
 
 
 def _serve(pipe: Connection, prepare: Callable[[], Answer], last: bool) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that we work for
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles Ctrl-C
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if last and sys.platform != "win32":
         os.nice(10)
@@ -116,11 +116,11 @@ def _serve(pipe: Connection, prepare: Callable[[], Answer], last: bool) -> None:
         except (EOFError, OSError):
             return
         try:
-            found = answer(request)
-        except BaseException as error:  # a library that exits, for one: whoever asked learns why
-            found = Broken(error_record(error))
+            result = answer(request)
+        except BaseException as error:  # also SystemExit of a library: report it to the caller
+            result = Broken(error_record(error))
         try:
-            pipe.send(found)
+            pipe.send(result)
         except OSError:
             return
         except Exception as error:  # it cannot be pickled
@@ -128,7 +128,7 @@ def _serve(pipe: Connection, prepare: Callable[[], Answer], last: bool) -> None:
 
 
 def _end_with_parent() -> None:
-    """Nobody reads the answer of an orphan, and the next run wants its memory."""
+    """Exit with the parent: an orphan would only block memory that the next run needs."""
     parent = parent_process()
     if parent is not None:
         parent.join()

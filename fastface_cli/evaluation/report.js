@@ -1,9 +1,9 @@
 "use strict";
-// Breakdowns, gallery and viewer of a run's page. All text comes from a data set: it only ever becomes text.
+// Breakdowns, gallery and viewer of the report page. Text comes from data sets, so it is never parsed as HTML.
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
-  const COLORS = 10; // as many as the page has --series-N
-  const CHUNK = 40; // gallery lines drawn at a time
+  const COLORS = 10; // number of --series-N colors of the page
+  const CHUNK = 40; // gallery rows drawn at a time
 
   // ---------------------------------------------------------------------------------------- helpers
 
@@ -32,7 +32,7 @@
     return signs(bare(column, number)) + (column.unit === "share" ? "%" : column.unit ? ` ${column.unit}` : "");
   }
 
-  /** A number of one picture, which knows no 100.0%: it is its person or is not. */
+  /** A number of a single image: a verdict is yes or no instead of a percentage. */
   function single(column, number) {
     if (number === null || number === undefined || column.kind === "any") return written(column, number);
     return column.kind === "verdict" ? (number ? "yes" : "no") : number.toFixed(0);
@@ -131,7 +131,7 @@
 
   const hash = (text) => [...text].reduce((sum, letter) => (sum * 31 + letter.codePointAt(0)) | 0, 7);
 
-  /** A name that shows its own images in the gallery. */
+  /** A name that filters the gallery to its images. */
   function toGallery(text, filter, picture) {
     const button = make("button", { type: "button", className: "link", title: "Show in the gallery" });
     if (picture) button.append(thumbnail(picture));
@@ -161,7 +161,7 @@
         means: part.recipes,
         differences: part.against_clean,
       }));
-      tables.push(breakdown("Degraded references, and what they change against the clean run", "Reference", [clean, ...lines], column));
+      tables.push(breakdown("Degraded references and their difference from clean ones", "Reference", [clean, ...lines], column));
     }
     for (const [name, values] of Object.entries(data.attributes)) {
       const lines = Object.entries(values).map(([value, means]) => ({
@@ -182,8 +182,8 @@
 
   const controls = new Map(); // name -> control; "" is its neutral value
   const visible = new Set(data.recipes.keys());
-  let shown = []; // groups that pass, in order
-  let drawn = 0; // how many of them stand in the page
+  let shown = []; // filtered groups, in order
+  let drawn = 0; // how many of them are on the page
 
   function control(name, title, element) {
     const id = `filter-${at("filters").childElementCount}`;
@@ -204,7 +204,7 @@
   function drawFilters() {
     choice("identity", "Identity", [["", "everyone"], ...values((group) => group.identity).sort().map(same)]);
     const prompts = [...new Map(data.groups.map((group) => [group.prompt, group.index[0]]))].sort((a, b) => a[1] - b[1]);
-    choice("prompt", "Prompt", [["", "every prompt"], ...prompts.map(([prompt, index]) => [prompt, `${index}: ${prompt}`])]);
+    choice("prompt", "Prompt", [["", "all prompts"], ...prompts.map(([prompt, index]) => [prompt, `${index}: ${prompt}`])]);
     control("words", "Words in the prompt", make("input", { type: "search", autocomplete: "off" }));
     const attributes = [...new Set(data.groups.flatMap((group) => Object.keys(group.attributes)))].sort();
     for (const name of attributes) {
@@ -215,15 +215,15 @@
     if (stresses.length) {
       choice("stress", "Reference", [["", "any"], ["clean", "clean"], ...stresses.map(same)]);
     }
-    const problems = [["", "no matter"], ["failed", "an image could not be made"], ["missing", "the measure is missing"]];
-    choice("problem", "Only where", problems);
-    choice("measure", "Measure", data.columns.map((column, index) => [index || "", column.heading]));
-    choice("order", "Order", [["", "of the data set"], ["worst", "worst first"], ["best", "best first"]]);
+    const problems = [["", "all images"], ["failed", "an image failed"], ["missing", "the metric has no value"]];
+    choice("problem", "Show", problems);
+    choice("measure", "Metric", data.columns.map((column, index) => [index || "", column.heading]));
+    choice("order", "Order", [["", "data set order"], ["worst", "worst first"], ["best", "best first"]]);
     const first = data.recipes[0];
-    choice("whose", "Whose score", [
-      ["", "the line's worst"],
+    choice("whose", "Sort by", [
+      ["", "worst of the row"],
       ...data.recipes.map((recipe, index) => [`of ${index}`, recipe]),
-      ...data.recipes.slice(1).map((recipe, index) => [`less ${index + 1}`, `${recipe} less ${first}`]),
+      ...data.recipes.slice(1).map((recipe, index) => [`less ${index + 1}`, `${recipe} minus ${first}`]),
     ]);
     const boxes = data.recipes.map((recipe, index) => {
       const box = make("input", { type: "checkbox", checked: true });
@@ -242,14 +242,14 @@
       for (const box of at("filters").querySelectorAll("input[type=checkbox]")) box.checked = true;
       apply();
     });
-    const paper = make("button", { type: "button", textContent: "Print with pictures" });
+    const paper = make("button", { type: "button", textContent: "Print with images" });
     paper.addEventListener("click", printWhole);
     at("filters").append(make("div", { className: "row" }, reset, paper));
     at("filters").addEventListener("submit", (event) => event.preventDefault());
   }
 
   const set = (name) => controls.get(name)?.value ?? "";
-  let measured = 0; // index of the gallery's measure
+  let measured = 0; // index of the metric shown in the gallery
   const score = (group, recipe) => group.pictures[recipe]?.scores[measured] ?? null;
   const seen = (group) => [...visible].filter((recipe) => group.pictures[recipe]);
 
@@ -267,7 +267,7 @@
     return seen(group).length > 0;
   }
 
-  /** What a group is ordered by, so that less is worse; nothing measured is worst of all. */
+  /** Sort key of a group: lower is worse, and a group without a score is worst. */
   function rank(group) {
     const sign = data.columns[measured]?.higher === false ? -1 : 1;
     const [kind, which] = set("whose").split(" ");
@@ -293,8 +293,8 @@
     at("lines").replaceChildren();
     const count = shown.reduce((sum, group) => sum + seen(group).filter((recipe) => group.pictures[recipe].file).length, 0);
     at("shown").textContent = shown.length
-      ? `${plural(shown.length, "line", "lines")} with ${plural(count, "image", "images")}, of ${plural(data.groups.length, "line", "lines")}`
-      : "No line is left: choose less.";
+      ? `${plural(shown.length, "row", "rows")} with ${plural(count, "image", "images")}, of ${plural(data.groups.length, "row", "rows")}`
+      : "No rows match the filters.";
     drawMore();
   }
 
@@ -306,7 +306,7 @@
     drawn += next.length;
     const left = shown.length - drawn;
     at("more").hidden = left === 0;
-    at("more").textContent = `Show ${Math.min(CHUNK, left)} more of ${plural(left, "line", "lines")}`;
+    at("more").textContent = `Show ${Math.min(CHUNK, left)} more of ${plural(left, "row", "rows")}`;
   }
 
   function line(group, index) {
@@ -328,7 +328,7 @@
     );
   }
 
-  /** The places of a line from left to right: photos by name, recipes by number. */
+  /** The columns of a row from left to right: photos by name, recipes by number. */
   function steps(group) {
     const others = ["degraded", "held_out"].filter((name) => group[name]);
     return ["reference", ...others, ...[...visible].sort((a, b) => a - b)];
@@ -349,7 +349,7 @@
       button.setAttribute("aria-label", `${name}, ${group.identity}: full size`);
       button.append(make("img", { loading: "lazy", decoding: "async", alt: "", src: picture.file }));
     } else {
-      button.append(make("span", { className: "failed", textContent: photo ? "not readable" : picture?.error ?? "not made" }));
+      button.append(make("span", { className: "failed", textContent: photo ? "cannot be read" : picture?.error ?? "not generated" }));
     }
     return make("figure", { className: photo ? "photo" : "" }, button, caption);
   }
@@ -377,7 +377,7 @@
       if (group[name]) pair.push(full(group[name], PHOTOS[name]));
     }
     if (picture?.file) pair.push(full(picture.file, data.recipes[place]));
-    else if (!photo) pair.push(make("p", { className: "failed", textContent: picture?.error ?? "not made" }));
+    else if (!photo) pair.push(make("p", { className: "failed", textContent: picture?.error ?? "not generated" }));
     const words = [make("p", { className: "prompt", textContent: group.prompt })];
     if (picture) words.push(scoresOf(group, picture));
     at("viewer").querySelector(".pair").replaceChildren(...pair);
@@ -391,7 +391,7 @@
     data.columns.forEach((column, index) => {
       if (picture.scores[index] !== null) say(column.title, single(column, picture.scores[index]));
     });
-    if (picture.seconds !== null && !columnOf("seconds")) say("time to make it", `${picture.seconds.toFixed(2)} s`);
+    if (picture.seconds !== null && !columnOf("seconds")) say("generation time", `${picture.seconds.toFixed(2)} s`);
     if (picture.samples !== null && !columnOf("unet_samples")) say("UNet samples", picture.samples);
     say("prompt and seed index", group.index.join(", "));
     say("seed", group.seed);
@@ -449,9 +449,9 @@
     for (const details of document.querySelectorAll("#failures details")) details.open = true;
   });
 
-  /** Browsers print pictures only once they are loaded, and those below the screen are not. */
+  /** Browsers print only loaded images, and images below the visible area load lazily. */
   async function printWhole() {
-    // Lines may be drawn while pictures load, so look again until none is left.
+    // Rows may be drawn while images load, so repeat until none is left.
     let waiting;
     while ((waiting = [...document.images].filter((image) => image.loading === "lazy")).length > 0) {
       for (const image of waiting) image.loading = "eager";

@@ -1,4 +1,4 @@
-"""A run as one page: `report.html` beside the run's images, opened from disk, without a network."""
+"""Write `report.html`, a single page next to the images of a run that opens from disk without a network."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ from .runs import Run
 from .table import styles
 
 ID_COLUMNS = ("adaface", "dlib", "id")
-"""How alike a picture is, independent judges first: each that the run has gets a plot."""
+"""Identity metrics, independent recognizers first; each one in the run gets a plot."""
 PROMPT_COLUMNS = ("clip_l14", "clip_b32", "clip_pocket")
-"""How close to its prompt: the first of them that the run has is the plots' other axis."""
+"""Prompt metrics; the first one in the run is the other axis of the plots."""
 FEW = 8
-"""Identities below which intervals are too narrow, as `statistics.mean_interval` explains."""
+"""Intervals for fewer identities are too narrow, as `statistics.mean_interval` explains."""
 MARKS: Mapping[Verdict, str] = {"better": "▲", "worse": "▼", "differs": "◆", "unclear": ""}
-"""A sign beside each verdict: color alone tells nothing to many readers."""
+"""A symbol for each verdict, because many readers cannot distinguish the colors."""
 
 
 def write_report(run: Path) -> Path:
-    """Write the page of a run that has been scored and summarized.
+    """Write the report page of a run that is scored and summarized.
 
     Args:
-        run: its folder, with run.json, images.jsonl and summary.json.
+        run: folder of the run, with run.json, images.jsonl and summary.json.
 
     Returns:
         RUN/report.html.
 
     Raises:
-        UsageError: there is no run in the folder, or it has no summary yet.
+        UsageError: the folder is not a run, or the run has no summary yet.
     """
     info = Run.reopen(run, writable=False)
     summary = read_summary(run)
@@ -51,7 +51,7 @@ def write_report(run: Path) -> Path:
 
 
 def _page(run: Path, info: Run, summary: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
-    """Everything that the template shows."""
+    """Return the variables of the template."""
     recipes = list(summary["recipes"])
     dataset = info.info.get("dataset") or {}
     return {
@@ -72,19 +72,19 @@ def _page(run: Path, info: Run, summary: Mapping[str, Any], rows: Sequence[Row])
 
 
 def _facts(summary: Mapping[str, Any], rows: Sequence[Row]) -> list[tuple[int, str]]:
-    """The size of the run, in words."""
-    made = [row for row in rows if row.file is not None]
-    clean = sum(row.stress is None for row in made)
+    """Return the size of the run as (count, word)."""
+    generated = [row for row in rows if row.file is not None]
+    clean = sum(row.stress is None for row in generated)
     numbers = [
         (len(summary["recipes"]), "recipe", "recipes"),
         (len({row.identity for row in rows}), "identity", "identities"),
         (len({(row.prompt_index, row.prompt) for row in rows}), "prompt", "prompts"),
         (len({row.seed_index for row in rows}), "seed", "seeds"),
         (clean, "image", "images"),
-        (len(made) - clean, "image of a degraded reference", "images of degraded references"),
-        (len(rows) - len(made), "failed", "failed"),
+        (len(generated) - clean, "image of a degraded reference", "images of degraded references"),
+        (len(rows) - len(generated), "failed", "failed"),
     ]
-    return [(count, one if count == 1 else many) for count, one, many in numbers if count]
+    return [(count, singular if count == 1 else plural) for count, singular, plural in numbers if count]
 
 
 # -------------------------------------------------------------------------------------------- results
@@ -92,7 +92,7 @@ def _facts(summary: Mapping[str, Any], rows: Sequence[Row]) -> list[tuple[int, s
 
 @dataclass(frozen=True)
 class Bar:
-    """A mean and its interval on a scale of 0 to 100 that a metric's recipes share."""
+    """A mean and its interval on a scale of 0 to 100, shared by all recipes of a metric."""
 
     mean: float
     low: float
@@ -100,13 +100,13 @@ class Bar:
 
 
 def _results(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One entry a column: its words, and a cell a recipe."""
-    found = []
+    """Return one entry per column, with one cell per recipe."""
+    results = []
     written = styles(summary)
     for name, column in summary["columns"].items():
         means = {recipe: numbers.get(name) for recipe, numbers in summary["recipes"].items()}
         if not any(means.values()):
-            continue  # measured on degraded references alone
+            continue  # only scored on degraded references
         ends = [
             end
             for mean in means.values()
@@ -125,8 +125,8 @@ def _results(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
             )
             for recipe, mean in means.items()
         ]
-        found.append({"heading": heading(column), "description": column["description"], "cells": cells})
-    return found
+        results.append({"heading": heading(column), "description": column["description"], "cells": cells})
+    return results
 
 
 def _cell(
@@ -139,7 +139,7 @@ def _cell(
 ) -> dict[str, Any] | None:
     if mean is None:
         return None
-    said = verdict(paired, higher_is_better)
+    result = verdict(paired, higher_is_better)
     return {
         "mean": typeset(style.value(mean["mean"])),
         "interval": typeset(style.interval(mean["low"], mean["high"])),
@@ -147,19 +147,19 @@ def _cell(
         "bar": _bar(mean, *scale),
         "difference": typeset(style.difference(paired["difference"])) if paired else None,
         "between": typeset(style.interval(paired["low"], paired["high"])) if paired else "",
-        "verdict": said,
-        "mark": MARKS[said],
+        "verdict": result,
+        "mark": MARKS[result],
     }
 
 
 def heading(column: Mapping[str, Any]) -> str:
-    """A column's title and which way is better."""
+    """Return the title of a column with an arrow in the better direction."""
     arrow = {True: " ↑", False: " ↓", None: ""}[column["higher_is_better"]]
     return f"{column['title']}{arrow}"
 
 
 def typeset(number: str) -> str:
-    """A number with the minus sign of print."""
+    """Return a number with a typographic minus sign."""
     return number.replace("-", "−")
 
 
@@ -200,15 +200,15 @@ def _ends(mean: Mapping[str, Any] | None) -> tuple[float, float | None, float | 
 
 
 def _failures(rows: Sequence[Row], unscored: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """What went wrong, most frequent first: why, and which images."""
+    """Return failures with their images, grouped by cause, most frequent first."""
     causes: dict[tuple[str, str, str], list[str]] = {}
     for row in rows:
         if row.error is not None:
             why = row.error.get("message") or row.error.get("kind") or "unknown"
-            causes.setdefault(("not made", str(why), str(row.error.get("hint") or "")), []).append(row.key)
+            causes.setdefault(("failed", str(why), str(row.error.get("hint") or "")), []).append(row.key)
         for metric, error in unscored.get(row.key, {}).items():
             why = error.get("message", "") if isinstance(error, Mapping) else str(error)
-            causes.setdefault((f"{metric} not measured", why, ""), []).append(row.key)
+            causes.setdefault((f"without {metric}", why, ""), []).append(row.key)
     return [
         {"what": what, "why": why, "hint": hint, "keys": keys}
         for (what, why, hint), keys in sorted(causes.items(), key=lambda item: -len(item[1]))
@@ -219,7 +219,7 @@ def _failures(rows: Sequence[Row], unscored: Mapping[str, Mapping[str, Any]]) ->
 
 
 def _about(info: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
-    """The parts of run.json that say how it was made; long lists as their length."""
+    """Return the parts of run.json about the setup of the run; long lists as their length."""
     parts = []
     for name in ("dataset", "options", "versions", "hardware"):
         value = info.get(name)
@@ -233,7 +233,7 @@ def _short(value: Any) -> str:
     if isinstance(value, str):
         return value
     if isinstance(value, list) and len(value) > 8:
-        return f"{len(value)} of them"
+        return f"{len(value)} entries"
     return json.dumps(value, ensure_ascii=False)
 
 
@@ -249,7 +249,7 @@ def _pretty(value: Any) -> str:
 
 
 def _data(run: Path, summary: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
-    """What the page's script draws: breakdowns and the gallery. Names stand once, cells hold numbers."""
+    """Return the data of the page's script: breakdowns and gallery. Names occur once; cells are numbers."""
     recipes, columns = list(summary["recipes"]), list(summary["columns"])
     recipes += sorted({row.recipe for row in rows} - set(recipes))
     written = styles(summary)
@@ -276,7 +276,7 @@ def _data(run: Path, summary: Mapping[str, Any], rows: Sequence[Row]) -> dict[st
 
 
 def _kind(unit: str, values: Sequence[float | None]) -> str:
-    """How one picture's number is written: a verdict as yes or no, a count without decimals."""
+    """Return the number format of a single image: a verdict is yes or no, a count has no decimals."""
     known = {number for value in values if (number := finite(value)) is not None}
     if unit == "share":
         return "verdict" if 1.0 in known and known <= {0.0, 1.0} else "any"
@@ -286,19 +286,19 @@ def _kind(unit: str, values: Sequence[float | None]) -> str:
 def _groups(
     run: Path, rows: Sequence[Row], recipes: Sequence[str], columns: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """The gallery's lines: one an identity, prompt, seed and stress, with a picture a recipe."""
+    """Return the gallery rows: one per identity, prompt, seed and stress, with one image per recipe."""
 
     @functools.cache
     def photo(path: str | None) -> str | None:
-        """Its address; None where it could not be read and therefore was not kept."""
+        """Return the link of a photo; None if it could not be read and therefore was not copied."""
         return link(path) if path and (run / path).is_file() else None
 
     number = {name: index for index, name in enumerate(recipes)}
-    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in rows:
         place = (row.stress or "", row.identity, row.prompt_index, row.seed_index)
-        if place not in found:
-            found[place] = {
+        if place not in groups:
+            groups[place] = {
                 "identity": row.identity,
                 "prompt": row.prompt,
                 "index": [row.prompt_index, row.seed_index],
@@ -310,27 +310,27 @@ def _groups(
                 "held_out": photo(row.held_out),
                 "pictures": [None] * len(recipes),
             }
-        found[place]["pictures"][number[row.recipe]] = {
+        groups[place]["pictures"][number[row.recipe]] = {
             "file": link(row.file),
             "error": (row.error.get("message") or "failed") if row.error else None,
             "seconds": row.seconds,
             "samples": row.unet_samples,
             "scores": [_rounded(row.scores.get(name)) for name in columns],
         }
-    return [found[place] for place in sorted(found)]
+    return [groups[place] for place in sorted(groups)]
 
 
 def _rounded(value: float | None) -> float | None:
-    """Enough digits to sort by, few enough for a small page."""
+    """Round to five digits: enough to sort by, and a small page."""
     known = finite(value)
     return None if known is None else float(f"{known:.5g}")
 
 
 def link(path: str | None) -> str | None:
-    """The address of a file of the run, relative to the page; of a file elsewhere, from the root.
+    """Return the link of a file: relative to the page within the run, absolute elsewhere.
 
-    Names are percent-encoded, and a relative address begins with `./`: whatever a data set calls its files,
-    no name is read as another scheme, a fragment or a query.
+    Names are percent-encoded, and relative links start with `./`, so that no file name of a data set is
+    parsed as a scheme, a fragment or a query.
     """
     if not path:
         return None

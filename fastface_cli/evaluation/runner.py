@@ -1,4 +1,4 @@
-"""A run from plan to numbers: rows are planned, made, scored beside that, and joined."""
+"""Run an evaluation: plan rows, generate and score them in parallel, and write the results."""
 
 from __future__ import annotations
 
@@ -28,31 +28,31 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EvaluationPlan:
-    """What is to be made."""
+    """What to generate."""
 
     recipes: Mapping[str, Recipe]
-    """By name, in the order wanted; differences are taken to the first."""
+    """By name, in display order; the first one is the baseline."""
     dataset: Dataset
     seeds: int = 1
     stresses: tuple[str, ...] = ()
-    """Besides the photos as they are."""
+    """Degradations to use besides the original photos."""
     shard: tuple[int, int] = (1, 1)
-    """Which part of how many, counted from 1."""
+    """(part, parts), counted from 1."""
 
     def rows(self) -> Iterator[Row]:
-        """Every row of this shard, in the order of making: a recipe's images stand together, because models
-        take long to load, and among them a person's."""
+        """Yield every row of this shard in generation order: by recipe, because models load slowly, then by
+        person."""
         for recipe, stress, chunk in self._chunks():
             for place in chunk:
                 yield self._row(recipe, stress, place)
 
     def count(self) -> int:
-        """How many rows this shard has."""
+        """Return the number of rows of this shard."""
         return sum(len(chunk) for _, _, chunk in self._chunks())
 
     def _chunks(self) -> Iterator[tuple[str, str | None, range]]:
-        """Recipe, stress, and places among the images of both. Shards take whole chunks in turn: what is
-        scored together stays together, so that they give the numbers of one run."""
+        """Yield recipe, stress and a range of places. Shards take complete chunks in turn: chunks are scored
+        together, so that merged shards have the scores of one run."""
         images = len(self.dataset.subjects) * len(self.dataset.prompts) * self.seeds
         part, parts = self.shard
         groups = itertools.product(self.recipes, (None, *self.stresses), range(0, images, CHUNK))
@@ -60,7 +60,7 @@ class EvaluationPlan:
             yield recipe, stress, range(start, min(start + CHUNK, images))
 
     def _row(self, recipe: str, stress: str | None, place: int) -> Row:
-        """The row at a place: people change slowest, seeds fastest."""
+        """Return the row at a place: people change slowest, seeds fastest."""
         place, seed_index = divmod(place, self.seeds)
         person, prompt_index = divmod(place, len(self.dataset.prompts))
         subject, prompt = self.dataset.subjects[person], self.dataset.prompts[prompt_index]
@@ -88,26 +88,26 @@ class RunObserver:
 
     log: Callable[[str], None] = lambda _: None
     made: Callable[[int], None] = lambda _: None
-    """Told how many more rows are made (or have failed)."""
+    """Called with the number of newly generated (or failed) rows."""
     scored: Callable[[int], None] = lambda _: None
-    """Told how many more rows are scored."""
+    """Called with the number of newly scored rows."""
 
 
 @dataclass(frozen=True)
 class Scoring:
-    """Metrics, and how they get their models."""
+    """Metrics, and how to load them."""
 
     metrics: Sequence[Metric]
-    """Not loaded: here they only say what they are, and look at the run as a whole."""
+    """Not loaded: only used for their names, columns and run-wide scores."""
     load: Load
 
     def judge(self) -> ScoringProcess:
-        """Start the process that scores. It comes last: who waits for a score is nobody, but a worker waits
-        for its next job, and that for whoever hands it out."""
+        """Start the scoring process at low priority: nothing waits for scores, but workers wait for this
+        process to assign tasks."""
         return Answerer(functools.partial(judging, self.load), last=True)
 
     def start(self, run: Run, scored: Callable[[int], None]) -> RunScorer | None:
-        """A scorer for a run; None where there is nothing to measure."""
+        """Return a scorer for a run; None without metrics."""
         names = [metric.name for metric in self.metrics]
         return RunScorer(run, names, self.judge, scored) if names else None
 
@@ -122,19 +122,19 @@ def generate(
     retry_failed: bool = False,
     observer: RunObserver | None = None,
 ) -> None:
-    """Make what is not made yet, and score what is not scored yet beside that.
+    """Generate the missing images, and score missing rows in parallel.
 
     Args:
         run: open for writing.
-        plan: what `run` is of.
-        pool: starts the workers; called if anything is left to make.
-        people: makes identities.
-        scoring: what measures.
-        retry_failed: try rows again that have failed before.
-        observer: told of progress.
+        plan: the plan of `run`.
+        pool: starts the workers; only called if images are missing.
+        people: computes identities.
+        scoring: metrics.
+        retry_failed: retry failed rows.
+        observer: receives progress.
 
     Raises:
-        FastFaceError: no image can be made or scored at all; what was done is kept.
+        FastFaceError: no image can be generated or scored at all; finished rows are kept.
     """
     observer = observer or RunObserver()
     done = {key: row for key, row in run.rows().items() if row.file is not None or not retry_failed}
@@ -145,7 +145,7 @@ def generate(
             chunks.add(row)
         observer.made(len(done))
         known = set(done)
-        del done  # a run may have more rows than should lie in memory twice
+        del done  # large runs: do not keep the rows in memory twice
         left = (row for row in plan.rows() if row.key not in known)
         if (first := next(left, None)) is not None:
             if scorer is not None:
@@ -163,7 +163,7 @@ def generate(
 
 
 class _Pending:
-    """Hands complete chunks to the scorer, unless all of their rows are scored."""
+    """Pass complete chunks to the scorer, unless all of their rows are scored."""
 
     def __init__(
         self, chunks: Chunks, scorer: RunScorer | None, scored: set[str], observer: RunObserver
@@ -179,7 +179,7 @@ class _Pending:
             self._put(rows)
 
     def close(self) -> None:
-        """Have incomplete chunks scored too: this is all there will be."""
+        """Score incomplete chunks too, because no more rows will follow."""
         for rows in self._chunks.rest():
             self._put(rows)
 
@@ -194,7 +194,7 @@ class _Pending:
 
 
 class _Tasks:
-    """Jobs for the workers, one by one; a person without a usable face fails here."""
+    """Tasks for the workers; rows of a person without a usable face fail here."""
 
     def __init__(
         self,
@@ -224,27 +224,27 @@ class _Tasks:
             try:
                 identity = self._people.identity(subject, row.stress, face)
             except (ModelUnavailableError, DeviceError):
-                raise  # nobody's face could be seen
-            except Exception as error:  # whatever a photo brings about costs its own person alone
+                raise  # face detection does not work at all
+            except Exception as error:  # an error in a photo only fails its own person
                 self.finished(replace(row, file=None, error=error_record(error)), None)
                 continue
             yield ImageTask(row, identity)
 
-    def finished(self, row: Row, picture: bytes | None) -> None:
-        """Write a row and its picture, and pass it on to be scored."""
-        self._run.add(row, picture)
+    def finished(self, row: Row, image: bytes | None) -> None:
+        """Write a row and its image, and pass the row on to scoring."""
+        self._run.add(row, image)
         self._chunks.add(row)
         self._observer.made(1)
 
 
 def score(run: Run, scoring: Scoring, observer: RunObserver | None = None, *, again: bool = False) -> None:
-    """Score what a run holds and has no scores of these metrics for.
+    """Score the rows of a run that have no scores of these metrics.
 
     Args:
         run: open for writing.
-        scoring: what measures.
-        observer: told of progress.
-        again: also what is scored already.
+        scoring: metrics.
+        observer: receives progress.
+        again: score all rows again.
     """
     observer = observer or RunObserver()
     scorer = scoring.start(run, observer.scored)
@@ -268,7 +268,7 @@ def _scored_already(run: Run, scoring: Scoring) -> set[str]:
 
 
 def joined(run: Run, metrics: Sequence[Metric]) -> list[Row]:
-    """Every row with every score, sorted by key, run-wide columns included."""
+    """Return every row with all scores, sorted by key, including run-wide columns."""
     from .metrics.base import finish_run
 
     scores = run.scores()
@@ -282,12 +282,12 @@ def joined(run: Run, metrics: Sequence[Metric]) -> list[Row]:
 
 
 def finish(run: Run, metrics: Sequence[Metric], columns: Mapping[str, Column]) -> dict[str, Any]:
-    """Write what a run ends with: images.jsonl, summary.json, both CSV files and the page.
+    """Write the results of a run: images.jsonl, summary.json, both CSV files and the report page.
 
     Args:
-        run: scored.
-        metrics: every metric that has scored it.
-        columns: of these metrics, in the order of tables.
+        run: a scored run.
+        metrics: all metrics that scored it.
+        columns: columns of these metrics, in display order.
 
     Returns:
         The summary.
@@ -310,7 +310,7 @@ def finish(run: Run, metrics: Sequence[Metric], columns: Mapping[str, Column]) -
 
 
 def metrics_of(folder: Path) -> list[str]:
-    """The metrics that have scored a run, by name: those it was begun with, then the others as they came."""
-    begun = read_info(folder).get("metrics") or []
+    """Return the names of all metrics of a run: the initial ones, then later ones in order."""
+    initial = read_info(folder).get("metrics") or []
     lines = read_lines(folder / "scores.jsonl")
-    return list(dict.fromkeys([*begun, *(name for line in lines for name in line.get("metrics") or [])]))
+    return list(dict.fromkeys([*initial, *(name for line in lines for name in line.get("metrics") or [])]))

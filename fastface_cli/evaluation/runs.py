@@ -1,22 +1,23 @@
-"""The folder of a run: what it is of, and what has been made and scored so far.
+"""The folder of a run: its inputs, images and scores.
 
-    run.json         what is run; written once, and compared with whatever comes to this folder later
-    generated.jsonl  one row an image, appended when its picture is in place
-    scores.jsonl     {"key", "scores", "errors", "metrics"}, appended a chunk at a time; later lines add to
-                     earlier ones
-    vectors/         what run-wide metrics keep of every image
-    references/      the photos as they were used
-    identities/      the people as `--identity` takes them
+    run.json         inputs; written once, and compared with the inputs of later commands
+    generated.jsonl  one row per image, appended after the image is written
+    scores.jsonl     {"key", "scores", "errors", "metrics"}, appended in chunks; later lines update earlier
+                     ones
+    vectors/         vectors of every image for run-wide metrics
+    references/      the photos that were used
+    identities/      identity files as read by `--identity`
     images/          RECIPE/IDENTITY/PROMPT-SEED.png
 
-One process writes; `Run.open` holds a lock. A line goes out in one call and to the disk at least every
-`SYNC` seconds, so that a killed process loses the image it was making, and a power cut the last moments. A
-torn line, or a row whose picture is not there, counts as never written.
+Only one process writes: `Run.open` holds a lock. Lines are written in one call and synced to disk at least
+every `SYNC` seconds: a killed process loses only the current image, a power failure only the last seconds.
+Incomplete lines, and rows without an image file, are ignored.
 """
 
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -30,38 +31,39 @@ from ..files import check_target, write_atomically
 from .rows import Row, finite
 
 VERSION = 1
-"""Of the files in a run's folder."""
+"""Version of the run folder format."""
 SYNC = 2.0
-"""Seconds between two waits for the disk."""
+"""Seconds between two disk syncs."""
 UNCOMPARED = ("hardware", "metrics", "started")
-"""What may differ when a run is taken up again: it changes no picture."""
+"""Entries that may differ when a run is resumed, because they change no image."""
 
 
 class RowLog:
-    """An append-only file of JSON lines that survives being cut off anywhere."""
+    """An append-only file of JSON lines that survives interruption at any byte."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        _drop_torn_line(path)
+        _drop_incomplete_line(path)
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115  closed by `close`
         self._synced = time.monotonic()
 
     def append(self, records: Iterable[Mapping[str, Any]]) -> None:
-        """Write lines, all in one call.
+        """Write all records in one call.
 
         Raises:
-            FastFaceError: the disk refuses.
+            FastFaceError: the disk is full, or another write error.
         """
         data = "".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
         try:
-            left = memoryview(data.encode("utf-8", "replace"))
-            while left:  # a disk that is nearly full takes a part, and says so by a number alone
-                left = left[self._file.write(left) :]
+            rest = memoryview(data.encode("utf-8", "replace"))
+            while rest:  # a nearly full disk writes only a part, without an error
+                rest = rest[self._file.write(rest) :]
             if time.monotonic() - self._synced > SYNC:
                 self._sync()
         except OSError as error:
             raise FastFaceError(
-                f"cannot write {self.path}: {error.strerror}", "make room; the same command goes on from here"
+                f"cannot write {self.path}: {error.strerror}",
+                "free some disk space, then run the same command again to resume",
             ) from error
 
     def _sync(self) -> None:
@@ -69,18 +71,18 @@ class RowLog:
         self._synced = time.monotonic()
 
     def close(self) -> None:
-        """Wait for the disk and let go."""
+        """Sync to disk and close the file."""
         self._sync()
         self._file.close()
 
 
 class Run:
-    """A run's folder. As a context manager it closes its files and its lock.
+    """The folder of a run. As a context manager it closes its files and releases its lock.
 
     Args:
         folder: RUN/.
-        info: what `run.json` says.
-        writable: whether to lock it and open its logs.
+        info: contents of `run.json`.
+        writable: lock the folder and open its logs.
     """
 
     def __init__(self, folder: Path, info: Mapping[str, Any], *, writable: bool) -> None:
@@ -92,40 +94,40 @@ class Run:
 
     @classmethod
     def open(cls, folder: Path, info: Mapping[str, Any]) -> Run:
-        """Begin a run in a new or empty folder, or go on with the one that is there.
+        """Start a run in a new or empty folder, or resume the run in the folder.
 
         Args:
             folder: RUN/.
             info: recipes, dataset, options, versions, hardware.
 
         Raises:
-            UsageError: the folder holds something else, or a run of other inputs; another process writes it.
+            UsageError: the folder is not a run, has other inputs, or is in use by another process.
         """
         path = folder / "run.json"
-        wanted = json.loads(json.dumps({"version": VERSION, **info}))
+        requested = json.loads(json.dumps({"version": VERSION, **info}))
         if path.is_file():
             known = read_info(folder)
-            differences = list(compare(_compared(known), _compared(wanted)))
+            differences = list(compare(_compared(known), _compared(requested)))
             if differences:
                 raise UsageError(
-                    f"{folder} holds a run of other inputs:\n" + "\n".join(differences[:10]),
-                    "give another folder with -o, or the inputs of that run",
+                    f"{folder} contains a run with other inputs:\n" + "\n".join(differences[:10]),
+                    "choose another folder with -o, or use the inputs of that run",
                 )
             return cls(folder, known, writable=True)
-        # Hidden files may be left of a start that was cut off: the lock, a run.json that was half written.
+        # An interrupted start may leave hidden files: the lock, an incomplete run.json.
         if folder.is_dir() and any(not child.name.startswith(".") for child in folder.iterdir()):
-            raise UsageError(f"{folder} is not empty, and not a run", "give a new folder with -o")
-        run_json = json.dumps(wanted, indent=1, ensure_ascii=False).encode()
+            raise UsageError(f"{folder} is not empty and not a run", "choose a new folder with -o")
+        run_json = json.dumps(requested, indent=1, ensure_ascii=False).encode()
         check_target(path, force=False)
         write_atomically(path, run_json, force=False)
-        return cls(folder, wanted, writable=True)
+        return cls(folder, requested, writable=True)
 
     @classmethod
     def reopen(cls, folder: Path, *, writable: bool = True) -> Run:
-        """A run that is there, whatever its inputs.
+        """Open an existing run.
 
         Raises:
-            UsageError: there is none.
+            UsageError: the folder is not a run.
         """
         return cls(folder, read_info(folder), writable=writable)
 
@@ -143,11 +145,11 @@ class Run:
 
     # ------------------------------------------------------------------------------------------ writing
 
-    def add(self, row: Row, picture: bytes | None) -> None:
-        """One image: first its picture (an encoded file), then its row."""
+    def add(self, row: Row, image: bytes | None) -> None:
+        """Write one image: first the encoded file, then its row."""
         assert self._generated is not None
-        if row.file is not None and picture is not None:
-            write_atomically(self.folder / row.file, picture, force=True)
+        if row.file is not None and image is not None:
+            write_atomically(self.folder / row.file, image, force=True)
         record = row.to_json()
         del record["scores"]
         self._generated.append([record])
@@ -157,11 +159,11 @@ class Run:
         scores: Mapping[str, tuple[Mapping[str, float | None], Mapping[str, Any]]],
         metrics: Sequence[str],
     ) -> None:
-        """Scores, and why some are missing, by key.
+        """Append scores and errors.
 
         Args:
-            scores: by key: numbers by column, errors by metric.
-            metrics: which were asked.
+            scores: by key: (scores by column, errors by metric).
+            metrics: names of the metrics that ran.
         """
         assert self._scores is not None
         self._scores.append(
@@ -175,7 +177,7 @@ class Run:
         )
 
     def take(self, generated: Iterable[Mapping[str, Any]], scores: Iterable[Mapping[str, Any]]) -> None:
-        """Lines of another run's logs, as they are; its files must be in place."""
+        """Append lines of another run unchanged; its files must already be copied."""
         assert self._generated is not None
         assert self._scores is not None
         self._generated.append(generated)
@@ -184,74 +186,74 @@ class Run:
     # ------------------------------------------------------------------------------------------ reading
 
     def rows(self) -> dict[str, Row]:
-        """Every row so far, by key, without scores; the last of several counts."""
-        found = {}
+        """Return all rows so far by key, without scores; the last row of a key is used."""
+        rows = {}
         for record in read_lines(self.folder / "generated.jsonl"):
             try:
                 row = Row.from_json(record)
             except TypeError:
-                continue  # not a row: like a torn line, it was never written
+                continue  # not a row: ignored, like an incomplete line
             if row.file is None or _has_bytes(self.folder / row.file):
-                found[row.key] = row
+                rows[row.key] = row
             else:
-                found.pop(row.key, None)
-        return found
+                rows.pop(row.key, None)
+        return rows
 
     def scores(self) -> dict[str, RowScores]:
-        """Every score so far, by key; later lines add to earlier ones."""
-        found: dict[str, RowScores] = {}
+        """Return all scores so far by key; later lines update earlier ones."""
+        results: dict[str, RowScores] = {}
         for record in read_lines(self.folder / "scores.jsonl"):
             key = record.get("key")
             if not isinstance(key, str):
                 continue
-            scored = found.setdefault(key, RowScores())
+            scored = results.setdefault(key, RowScores())
             scored.scores.update(record.get("scores") or {})
-            asked = record.get("metrics") or []
-            scored.metrics.update(asked)
-            # Asked again, a metric's earlier failure no longer counts.
-            scored.errors = {name: one for name, one in scored.errors.items() if name not in asked}
+            metrics = record.get("metrics") or []
+            scored.metrics.update(metrics)
+            # A metric that ran again replaces its earlier error.
+            scored.errors = {name: error for name, error in scored.errors.items() if name not in metrics}
             scored.errors.update(record.get("errors") or {})
-        return found
+        return results
 
     def score_errors(self) -> dict[str, dict[str, Any]]:
-        """Why scores are missing: {"kind", "message"} by key and metric."""
+        """Return why scores are missing: {"kind", "message"} by key and metric."""
         return {key: scored.errors for key, scored in self.scores().items() if scored.errors}
 
 
 @dataclass
 class RowScores:
-    """What scoring has given for one image."""
+    """All scores and errors of one image."""
 
     scores: dict[str, float | None] = field(default_factory=dict)
     """By column."""
     errors: dict[str, Any] = field(default_factory=dict)
     """By metric."""
     metrics: set[str] = field(default_factory=set)
-    """Those that were asked."""
+    """Names of the metrics that ran."""
 
 
 def read_info(folder: Path) -> dict[str, Any]:
-    """What `run.json` says.
+    """Return the contents of `run.json`.
 
     Raises:
-        UsageError: there is no run, or one of a later version.
+        UsageError: there is no run, or it has a newer format.
     """
     path = folder / "run.json"
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise UsageError(f"there is no run in {folder}", "a run's folder holds run.json") from error
+        raise UsageError(f"no run in {folder}", "the folder of a run contains run.json") from error
     except (OSError, ValueError) as error:
-        raise UsageError(f"cannot read {path}: {error}", "is it a run's folder?") from error
+        raise UsageError(f"cannot read {path}: {error}", "check that the folder is a run") from error
     if not isinstance(info, dict) or not isinstance(info.get("version"), int):
-        raise UsageError(f"{path} is not of a run", "is it a run's folder?")
+        raise UsageError(f"{path} does not describe a run", "check that the folder is a run")
     if info["version"] > VERSION:
-        raise UsageError(f"{folder} was written by a newer fastface", "upgrade fastface")
+        raise UsageError(f"{folder} was written by a newer version of fastface", "upgrade fastface")
     return info
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The JSON objects of a log; what is none (a torn line, a block of zeros) is passed over."""
+    """Yield the JSON objects of a log; incomplete or damaged lines are skipped."""
     if not path.is_file():
         return
     with path.open("rb") as file:
@@ -264,29 +266,26 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
                 yield record
 
 
-def compare(known: Any, wanted: Any, path: str = "") -> Iterator[str]:
-    """Each difference between two trees of plain data, one line."""
-    if isinstance(known, dict) and isinstance(wanted, dict):
-        for name in sorted(known.keys() | wanted.keys()):
+def compare(known: Any, requested: Any, path: str = "") -> Iterator[str]:
+    """Yield each difference between two trees of JSON data as one line."""
+    if isinstance(known, dict) and isinstance(requested, dict):
+        for name in sorted(known.keys() | requested.keys()):
             place = f"{path}.{name}" if path else name
-            if name not in wanted:
-                yield f"  {place}: {_short(known[name])} then, not there now"
+            if name not in requested:
+                yield f"  {place}: {_short(known[name])} before, absent now"
             elif name not in known:
-                yield f"  {place}: not there then, {_short(wanted[name])} now"
+                yield f"  {place}: absent before, {_short(requested[name])} now"
             else:
-                yield from compare(known[name], wanted[name], place)
-    elif isinstance(known, list) and isinstance(wanted, list) and known != wanted:
-        gone, new = [[one for one in a if one not in b] for a, b in ((known, wanted), (wanted, known))]
-        if gone or new:
-            yield f"  {path}: " + ", ".join(
-                f"{_short(one)} {when}"
-                for some, when in ((gone, "then alone"), (new, "now alone"))
-                for one in some
-            )
+                yield from compare(known[name], requested[name], place)
+    elif isinstance(known, list) and isinstance(requested, list) and known != requested:
+        removed = [f"{_short(item)} only before" for item in known if item not in requested]
+        added = [f"{_short(item)} only now" for item in requested if item not in known]
+        if removed or added:
+            yield f"  {path}: " + ", ".join(removed + added)
         else:
-            yield f"  {path}: the same in another order, or another number of times"
-    elif known != wanted:
-        yield f"  {path}: {_short(known)} then, {_short(wanted)} now"
+            yield f"  {path}: same entries in another order or number"
+    elif known != requested:
+        yield f"  {path}: {_short(known)} before, {_short(requested)} now"
 
 
 def _compared(info: Mapping[str, Any]) -> dict[str, Any]:
@@ -305,23 +304,14 @@ def _has_bytes(path: Path) -> bool:
         return False
 
 
-def _drop_torn_line(path: Path) -> None:
-    """Cut a file after its last line end."""
-    if not path.is_file():
+def _drop_incomplete_line(path: Path) -> None:
+    """Truncate a file after its last complete line."""
+    if not _has_bytes(path):
         return
     with path.open("r+b") as file:
-        size = file.seek(0, os.SEEK_END)
-        end = size
-        while end > 0:
-            start = max(0, end - 65536)
-            file.seek(start)
-            newline = file.read(end - start).rfind(b"\n")
-            if newline >= 0:
-                end = start + newline + 1
-                break
-            end = start
-        if end < size:
-            file.truncate(end)
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            end = content.rfind(b"\n") + 1
+        file.truncate(end)
 
 
 def _locked(folder: Path) -> Any:
@@ -332,6 +322,7 @@ def _locked(folder: Path) -> Any:
         lock.acquire(timeout=0)
     except Timeout as error:
         raise UsageError(
-            f"another process is writing to {folder}", "wait for it, or give another folder with -o"
+            f"another process is writing to {folder}",
+            "wait until it has finished, or choose another folder with -o",
         ) from error
     return lock

@@ -1,11 +1,11 @@
-"""Scoring beside generation: chunks of finished rows go through the metrics in a process of its own.
+"""Scoring in parallel with generation: a separate process scores chunks of finished rows.
 
-dlib, for one, keeps the interpreter to itself while it looks at a face; on a thread beside it, whoever hands
-out jobs and writes rows would stand still.
+A thread would not do: dlib, for example, holds the interpreter lock while it processes a face, which would
+block the thread that assigns tasks and writes rows.
 
-Rows are scored in fixed chunks of the run's plan, each as soon as all of it has been made. Matrix products
-round differently in batches of other sizes: with fixed chunks the numbers do not depend on who was fast, on
-where a run was cut off, or on the engine.
+Rows are scored in fixed chunks of the plan, each as soon as all of its images are generated. Matrix products
+round differently in batches of different sizes: with fixed chunks the scores do not depend on worker speed,
+on interruptions, or on the engine.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ if TYPE_CHECKING:
     from .metrics.base import Metric, SampleResult
 
 CHUNK = 16
-"""Rows that are scored together."""
+"""Number of rows that are scored together."""
 WAITING = 64
-"""Chunks that may wait to be scored before generation waits for scoring."""
+"""Number of queued chunks at which generation waits for scoring."""
 Load: TypeAlias = "Callable[[], Sequence[Metric]]"
-"""Makes metrics and loads their models; picklable, for it is called in the scoring process."""
+"""Creates metrics and loads their models; picklable, because the scoring process calls it."""
 READ = "pictures"
-"""In the place of a metric's name: the picture could not be read."""
+"""Key of the error of an image that cannot be read, instead of a metric name."""
 
 
 class Chunks:
-    """Collects rows until a chunk of the plan is complete.
+    """Collect rows until a chunk of the plan is complete.
 
     Args:
-        info: what `run.json` says: people, prompts and seeds give every row its place.
+        info: contents of `run.json`; people, prompts and seeds define the place of a row.
     """
 
     def __init__(self, info: Mapping[str, Any]) -> None:
@@ -58,7 +58,7 @@ class Chunks:
         self._open: dict[tuple[str, str, int], list[Row]] = {}
 
     def add(self, row: Row) -> list[Row] | None:
-        """Take a row, failed or not; gives the rows of its chunk, in the plan's order, once all are there."""
+        """Add a row, also a failed one; return the rows of its chunk in plan order once it is complete."""
         chunk = self._place(row) // CHUNK
         name = (row.recipe, row.stress or "", chunk)
         rows = self._open.setdefault(name, [])
@@ -69,18 +69,18 @@ class Chunks:
         return sorted(rows, key=self._place)
 
     def rest(self) -> list[list[Row]]:
-        """What is left of chunks that never became complete (an unfinished run)."""
+        """Return the incomplete chunks of an unfinished run."""
         return [sorted(rows, key=self._place) for _, rows in sorted(self._open.items())]
 
     def _place(self, row: Row) -> int:
-        """Position of a row among those of its recipe and stress."""
+        """Return the position of a row within its recipe and stress."""
         person = self._people[row.identity]
         return (person * self._prompts + row.prompt_index) * self._seeds + row.seed_index
 
 
 @dataclass(frozen=True)
 class ToScore:
-    """A request to the scoring process: rows that have a picture."""
+    """A request to the scoring process: rows with an image."""
 
     folder: Path
     """RUN/."""
@@ -88,48 +88,48 @@ class ToScore:
 
 
 Judged: TypeAlias = "dict[str, SampleResult] | Broken"
-"""Its answer, by key."""
+"""The answer of the scoring process, by key."""
 
 
 def judging(load: Load) -> Callable[[ToScore], Judged]:
-    """What the scoring process does with a chunk; models come with the first one."""
+    """Return the function that scores a chunk; its first call loads the models."""
     metrics: Sequence[Metric] | None = None
     photo = lru_cache(32)(_photo)
 
-    def one(chunk: ToScore) -> Judged:
+    def answer(chunk: ToScore) -> Judged:
         from ..identity.photos import read_photo
         from .metrics.base import Sample, SampleResult, score_batch
 
         nonlocal metrics
-        judged, samples = dict[str, SampleResult](), []
+        results, samples = dict[str, SampleResult](), []
         try:
             metrics = load() if metrics is None else metrics
             for row in chunk.rows:
                 try:
-                    picture = read_photo(chunk.folder / str(row.file))
+                    image = read_photo(chunk.folder / str(row.file))
                 except FastFaceError as error:
-                    judged[row.key] = SampleResult({}, {READ: error_record(error)}, {})
+                    results[row.key] = SampleResult({}, {READ: error_record(error)}, {})
                     continue
                 samples.append(
                     Sample(
                         key=row.key,
-                        picture=picture,
+                        picture=image,
                         reference=photo(chunk.folder, row.reference),
                         prompt=row.prompt,
                         held_out=photo(chunk.folder, row.held_out),
                         identity=row.identity,
                     )
                 )
-            found = score_batch(metrics, samples) if samples else []
+            scored = score_batch(metrics, samples) if samples else []
         except Exception as error:
             return Broken(error_record(error))
-        return judged | {sample.key: scored for sample, scored in zip(samples, found, strict=True)}
+        return results | {sample.key: result for sample, result in zip(samples, scored, strict=True)}
 
-    return one
+    return answer
 
 
 class ScoringProcess(Protocol):
-    """What answers `ToScore` with `Judged`: an `Answerer`, or a stand-in."""
+    """Answers `ToScore` with `Judged`: an `Answerer`, or a replacement in tests."""
 
     def send(self, request: Any) -> None: ...
     def receive(self) -> Any: ...
@@ -138,13 +138,13 @@ class ScoringProcess(Protocol):
 
 
 class RunScorer:
-    """Has chunks scored and keeps what comes of them; what goes wrong is raised at the next call.
+    """Send chunks to the scoring process and store the results; errors are raised at the next call.
 
     Args:
-        run: takes scores and vectors.
-        metrics: names of what measures.
-        start: starts the judge; called when there is something to score or soon will be.
-        scored: told how many rows have just been scored.
+        run: receives scores and vectors.
+        metrics: names of the metrics.
+        start: starts the scoring process; called when it is needed.
+        scored: called with the number of newly scored rows.
     """
 
     def __init__(
@@ -158,26 +158,27 @@ class RunScorer:
         self._metrics = metrics
         self._start = start
         self._scored = scored
-        self._judge: ScoringProcess | None = None
+        self._process: ScoringProcess | None = None
         self._queue: queue.Queue[list[Row] | None] = queue.Queue(WAITING)
         self._error: BaseException | None = None
         self._stopped = False
         self._thread = threading.Thread()
 
     def begin(self) -> None:
-        """Start the judge, if it has not been: models load while the first pictures are being made."""
-        if self._judge is None:
-            self._judge = self._start()
+        """Start the scoring process unless it is running: models load while the first images are
+        generated."""
+        if self._process is None:
+            self._process = self._start()
             self._thread = threading.Thread(
-                target=self._work, args=(self._judge,), name="scoring", daemon=True
+                target=self._work, args=(self._process,), name="scoring", daemon=True
             )
             self._thread.start()
 
     def put(self, rows: list[Row]) -> None:
-        """Have a chunk scored; waits while too many wait already.
+        """Queue a chunk; blocks while the queue is full.
 
         Raises:
-            FastFaceError: scoring has failed for good.
+            FastFaceError: scoring has failed.
         """
         self.begin()
         while True:
@@ -190,7 +191,7 @@ class RunScorer:
 
     def finish(self) -> None:
         """Wait until everything is scored."""
-        if self._judge is None:
+        if self._process is None:
             return
         while self._thread.is_alive():
             try:
@@ -199,62 +200,62 @@ class RunScorer:
             except queue.Full:
                 continue
         self._thread.join()
-        self._judge.close()
+        self._process.close()
         self._check()
 
     def stop(self) -> None:
-        """End at once; what is not scored yet stays unscored."""
-        if self._judge is None:
+        """Stop immediately; remaining rows stay unscored."""
+        if self._process is None:
             return
         self._stopped = True
-        self._judge.terminate()
+        self._process.terminate()
         while self._thread.is_alive():
             with contextlib.suppress(queue.Full):
                 self._queue.put_nowait(None)
             self._thread.join(0.05)
-        self._judge.close()
+        self._process.close()
 
     def _check(self) -> None:
         if self._error is not None:
             raise self._error
 
-    def _work(self, judge: ScoringProcess) -> None:
-        """The thread that talks to the judge: it mostly waits, and keeps nobody else from working."""
+    def _work(self, process: ScoringProcess) -> None:
+        """Run the thread that talks to the scoring process; it mostly waits."""
         rows: list[Row] | None = []
         try:
             while rows is not None and not self._stopped:
-                judge.send(ToScore(self._run.folder, tuple(row for row in rows if row.file is not None)))
-                judged: Judged = judge.receive()
-                if isinstance(judged, Broken):
-                    raise judged.raised()
-                if rows:  # the first chunk is empty: it has the models loaded
-                    self._keep(rows, judged)
+                process.send(ToScore(self._run.folder, tuple(row for row in rows if row.file is not None)))
+                results: Judged = process.receive()
+                if isinstance(results, Broken):
+                    raise results.raised()
+                if rows:  # the first chunk is empty: it only loads the models
+                    self._keep(rows, results)
                     self._scored(len(rows))
                 rows = self._queue.get()
         except GoneError as gone:
             if not self._stopped:
-                over = f" over the {len(rows)} pictures from {rows[0].key} on" if rows else ""
+                where = f" at the {len(rows)} images from {rows[0].key} on" if rows else ""
                 self._error = FastFaceError(
-                    f"the scoring process has {gone}{over}",
-                    "the pictures are kept, and the same command goes on; --metrics takes fewer models",
+                    f"the scoring process has {gone}{where}",
+                    "images are kept: run the same command again to resume, or use fewer --metrics",
                 )
         except BaseException as error:
             self._error = error
 
-    def _keep(self, rows: Sequence[Row], judged: Mapping[str, SampleResult]) -> None:
+    def _keep(self, rows: Sequence[Row], results: Mapping[str, SampleResult]) -> None:
         vectors: dict[str, dict[str, np.ndarray]] = {}
-        for key, one in judged.items():
-            for name, vector in one.vectors.items():
+        for key, result in results.items():
+            for name, vector in result.vectors.items():
                 vectors.setdefault(name.partition("/")[0], {})[f"{key}\t{name}"] = vector
         for metric, arrays in vectors.items():
             first = rows[0].key.replace("/", "~")
             _save_vectors(self._run.folder / "vectors" / metric / f"{first}.npz", arrays)
-        scores = {key: (one.scores, one.errors) for key, one in judged.items()}
+        scores = {key: (result.scores, result.errors) for key, result in results.items()}
         self._run.add_scores(scores, self._metrics)
 
 
 def _photo(folder: Path, path: str | None) -> Image.Image | None:
-    """A photo that was kept in the run; None where there is none that can be read."""
+    """Return a photo of the run; None if it is missing or cannot be read."""
     from ..identity.photos import read_photo
 
     if not path:
@@ -262,7 +263,7 @@ def _photo(folder: Path, path: str | None) -> Image.Image | None:
     try:
         return read_photo(folder / path)
     except FastFaceError:
-        return None  # said when it was copied; the metrics that need it give no number
+        return None  # already reported when it was copied; metrics that need it have no value
 
 
 def _save_vectors(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
@@ -276,7 +277,7 @@ def _save_vectors(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def load_vectors(folder: Path, metrics: Iterable[str]) -> dict[str, dict[str, np.ndarray]]:
-    """What run-wide metrics kept of every row: by key and "METRIC/NAME".
+    """Return the vectors of run-wide metrics by key and "METRIC/NAME".
 
     Args:
         folder: RUN/.
@@ -284,11 +285,11 @@ def load_vectors(folder: Path, metrics: Iterable[str]) -> dict[str, dict[str, np
     """
     import numpy as np
 
-    found: dict[str, dict[str, np.ndarray]] = {}
+    vectors: dict[str, dict[str, np.ndarray]] = {}
     for metric in metrics:
         for file in sorted((folder / "vectors" / metric).glob("*.npz")):
             with np.load(file, allow_pickle=False) as arrays:
                 for entry in arrays.files:
                     key, _, name = entry.partition("\t")
-                    found.setdefault(key, {})[name] = arrays[entry]
-    return found
+                    vectors.setdefault(key, {})[name] = arrays[entry]
+    return vectors

@@ -1,4 +1,4 @@
-"""What a run needs before it starts: models, metrics, workers, and what `run.json` says of it all."""
+"""Prepare a run: models, metrics, workers and the contents of `run.json`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ..recipe.schema import Recipe
 
 POCKET = ("id", "dlib", "clip-pocket", "cost")
-"""Metrics of runs in which every model is the packaged miniature: none of them needs the network."""
+"""Metrics of runs that only use the packaged pocket models: none of them needs the network."""
 FULL = ("id", "adaface", "dlib", "clip-b32", "clip-l14", "face-clip", "image-reward", "aesthetic", "cost")
 PUBLISHED = ("id", "clip-b32", "clip-l14", "image-reward", "aesthetic", "face-clip")
 PoolEngine = Literal["local", "ray"]
@@ -38,7 +38,7 @@ PoolEngine = Literal["local", "ray"]
 
 @dataclass(frozen=True)
 class WorkerSetup:
-    """Where and how a run's pictures are made."""
+    """Where and how images are generated."""
 
     engine: PoolEngine = "local"
     address: str | None = None
@@ -52,7 +52,7 @@ class WorkerSetup:
 def describe(
     plan: EvaluationPlan, worker_setup: WorkerSetup, *, rules: Rules, split: str, metrics: Sequence[str]
 ) -> dict[str, Any]:
-    """What `run.json` says; all but `hardware`, `metrics` and `started` must stay for a run to go on."""
+    """Return the contents of `run.json`. Only `hardware`, `metrics` and `started` may change later."""
     from ..models.loading import pick_device, pick_dtype
 
     device = pick_device(worker_setup.device)
@@ -78,7 +78,7 @@ def describe(
 
 
 def _marks(recipe: Recipe) -> dict[str, str | None]:
-    """A mark of the content of every model that is a file of this machine, by role."""
+    """Return a content fingerprint of every model that is a local file, by role."""
     return {
         role: content_mark(artifact.local)
         for role, artifact in artifacts_of(recipe).items()
@@ -87,7 +87,7 @@ def _marks(recipe: Recipe) -> dict[str, str | None]:
 
 
 def hardware() -> dict[str, Any]:
-    """What the machine is."""
+    """Return a description of the hardware."""
     import torch
 
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
@@ -100,7 +100,7 @@ def hardware() -> dict[str, Any]:
 
 
 def default_metrics(recipes: Mapping[str, Recipe], rules: Rules) -> list[str]:
-    """The metrics of a run that names none: what is installed of the set that fits its models."""
+    """Return the default metrics: the installed ones of the set that fits the models."""
     packaged = all(
         artifact.packaged for recipe in recipes.values() for artifact in artifacts_of(recipe).values()
     )
@@ -110,11 +110,11 @@ def default_metrics(recipes: Mapping[str, Recipe], rules: Rules) -> list[str]:
 
 
 def check_machine(recipes: Mapping[str, Recipe], worker_setup: WorkerSetup) -> None:
-    """Refuse what this machine cannot do; asked before any model is fetched. A cluster speaks for itself.
+    """Check device and dtype before any download. Devices of a Ray cluster are checked by its workers.
 
     Raises:
-        DeviceError: no such device, or a full-size stack and no GPU.
-        UsageError: no such dtype.
+        DeviceError: no such device, or a full-size stack without a GPU.
+        UsageError: unknown dtype.
     """
     from ..models.loading import pick_device, pick_dtype
 
@@ -133,7 +133,7 @@ def people(
     settings: Settings,
     log: Callable[[str], None],
 ) -> People:
-    """What makes identities, the models of all recipes fetched."""
+    """Download the models of all recipes and return what computes identities."""
     packs: dict[str, Path] = {}
     for recipe in recipes.values():
         packs[str(recipe.model.face)] = fetch(recipe, settings, offline=worker_setup.offline)["face"]
@@ -141,23 +141,23 @@ def people(
     def analyzer(pack: Path) -> FaceAnalyzer:
         from ..identity.analyzer import load_face_models
 
-        found = load_face_models(pack, device=_beside(worker_setup))
-        if found.note:
-            log(found.note)
-        return found
+        models = load_face_models(pack, device=_beside(worker_setup))
+        if models.note:
+            log(models.note)
+        return models
 
     return People(folder, {face: functools.partial(analyzer, pack) for face, pack in packs.items()}, log)
 
 
 def pool(plan: EvaluationPlan, worker_setup: WorkerSetup) -> Pool:
-    """The workers of a run."""
+    """Return the worker pool of a run."""
     factory = MakerFactory(plan.recipes, worker_setup.dtype, worker_setup.offline, worker_setup.threads)
     if worker_setup.engine == "ray":
         return RayPool(
             factory, address=worker_setup.address, workers=worker_setup.workers, device=worker_setup.device
         )
     if worker_setup.address is not None:
-        raise UsageError("--address belongs to --engine ray", "leave it out, or add --engine ray")
+        raise UsageError("--address requires --engine ray", "omit it, or add --engine ray")
     return LocalPool(factory, local_devices(worker_setup.device, worker_setup.workers))
 
 
@@ -168,26 +168,28 @@ def scoring(
     rules: Rules,
     settings: Settings,
 ) -> Scoring:
-    """Metrics by name, their files fetched now and their models loaded beside the first pictures.
+    """Return metrics by name. Their files are downloaded now; their models load while images are generated.
 
     Raises:
-        UsageError: there is no such metric.
-        ModelUnavailableError: what one needs cannot be had.
+        UsageError: unknown metric.
+        ModelUnavailableError: a metric needs a file that is unavailable.
     """
     from ..store import Store
 
     metrics = make_metrics(names)
     roles = {role for metric in metrics for role in metric.needs.roles}
     by_role = _roles(roles, recipes)
-    wanted = {name: resolve(name) for metric in metrics for name in metric.needs.artifacts} | by_role
-    found = Store(settings, offline=worker_setup.offline).ensure(list(wanted.values()))
-    context = Context({name: found[one.name] for name, one in wanted.items()}, _beside(worker_setup), rules)
+    artifacts = {name: resolve(name) for metric in metrics for name in metric.needs.artifacts} | by_role
+    paths = Store(settings, offline=worker_setup.offline).ensure(list(artifacts.values()))
+    context = Context(
+        {name: paths[artifact.name] for name, artifact in artifacts.items()}, _beside(worker_setup), rules
+    )
     return Scoring(metrics, functools.partial(_load, list(names), context, worker_setup.threads))
 
 
 def _roles(roles: set[str], recipes: Mapping[str, Recipe]) -> dict[str, Any]:
-    """The artifacts that recipes agree on, by role: a metric judges all of them with one model."""
-    found = {}
+    """Return the artifacts that all recipes share, by role: a metric scores all recipes with one model."""
+    shared = {}
     for role in sorted(roles):
         choices = {
             artifact.name: artifact
@@ -198,15 +200,15 @@ def _roles(roles: set[str], recipes: Mapping[str, Recipe]) -> dict[str, Any]:
         if len(choices) != 1:
             raise UsageError(
                 f"the recipes have {len(choices)} different models for '{role}' ({', '.join(choices)}), "
-                "and a metric judges all pictures with one",
-                "run them apart, or choose other metrics",
+                "but a metric scores all images with one model",
+                "evaluate the recipes in separate runs, or choose other metrics",
             )
-        found[role] = next(iter(choices.values()))
-    return found
+        shared[role] = next(iter(choices.values()))
+    return shared
 
 
 def _load(names: Sequence[str], context: Context, threads: int) -> list[Metric]:
-    """Metrics with their models, in the process that scores."""
+    """Create metrics and load their models, in the scoring process."""
     import torch
 
     torch.set_num_threads(threads)
@@ -217,7 +219,7 @@ def _load(names: Sequence[str], context: Context, threads: int) -> list[Metric]:
 
 
 def _beside(worker_setup: WorkerSetup) -> str:
-    """The device of what is not generation: scoring and faces."""
+    """Return the device of scoring and face detection."""
     from ..models.loading import pick_device
 
     return str(pick_device(worker_setup.device if worker_setup.engine == "local" else "auto"))

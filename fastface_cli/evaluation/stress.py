@@ -1,4 +1,4 @@
-"""Stress: reference photos made worse, the same way for the same person every time."""
+"""Stress tests: degraded reference photos, deterministic for each person."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from ..errors import UsageError, nearest
 from ..identity.analyzer import Box
 
 BLUR = 0.08
-"""Standard deviation of the blur, as a share of the face's width."""
+"""Standard deviation of the blur, relative to the width of the face."""
 LIGHT, NOISE = 0.15, 6.0
-"""Share of the light that is left, and the deviation of the noise of a dark sensor, in 8-bit steps."""
+"""Remaining share of the light, and the standard deviation of the sensor noise in 8-bit steps."""
 COVER = 0.4
-"""Height of the band that covers a part of the face, as a share of the face's height."""
+"""Height of the band that covers a part of the face, relative to the height of the face."""
 QUALITY = 8
-"""JPEG quality, of 100."""
+"""JPEG quality, 1 to 100."""
 SMALL = 32
 """Width of the face in pixels."""
 
 
 def blur(image: Image.Image, face: Box, _random: np.random.Generator) -> Image.Image:
-    """Out of focus."""
+    """Blur the photo."""
     return image.filter(ImageFilter.GaussianBlur(BLUR * (face[2] - face[0])))
 
 
 def low_light(image: Image.Image, _face: Box, random: np.random.Generator) -> Image.Image:
-    """Underexposed in linear light, with noise."""
+    """Darken the photo in linear light and add noise."""
     linear = (np.asarray(image, np.float32) / 255) ** 2.2 * LIGHT
     noisy = linear ** (1 / 2.2) * 255 + random.normal(0, NOISE, linear.shape)
     return Image.fromarray(noisy.round().clip(0, 255).astype(np.uint8))
 
 
 def occlusion(image: Image.Image, face: Box, random: np.random.Generator) -> Image.Image:
-    """A grey band over the eyes or over mouth and nose; which one, the person decides."""
+    """Cover the eyes, or mouth and nose, with a gray band; which one depends on the person."""
     left, top, right, bottom = face
     height = bottom - top
     start = top + height * (0.2 if random.random() < 0.5 else 0.55)
@@ -48,14 +48,14 @@ def occlusion(image: Image.Image, face: Box, random: np.random.Generator) -> Ima
 
 
 def jpeg(image: Image.Image, _face: Box, _random: np.random.Generator) -> Image.Image:
-    """Compressed far too much."""
+    """Compress the photo strongly."""
     data = io.BytesIO()
     image.save(data, format="JPEG", quality=QUALITY)
     return Image.open(data).convert("RGB")
 
 
 def small(image: Image.Image, face: Box, _random: np.random.Generator) -> Image.Image:
-    """Taken from far away, then cut out: the whole photo shrunk; never enlarged."""
+    """Shrink the photo, as if taken from far away; never enlarge it."""
     scale = min(1.0, SMALL / (face[2] - face[0]))
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     return image.resize(size, Image.Resampling.LANCZOS)
@@ -68,12 +68,12 @@ STRESSES: Mapping[str, Degrade] = MappingProxyType(
 
 
 def degrade(image: Image.Image, stress: str, identity: str, face: Box) -> Image.Image:
-    """A reference photo made worse.
+    """Degrade a reference photo.
 
     Args:
         image: upright RGB.
         stress: a name of `STRESSES`.
-        identity: the person's name: noise and place depend on it and on nothing else.
+        identity: name of the person; noise and position depend on it only.
         face: the person's face in pixels of `image`.
     """
     seed = int.from_bytes(hashlib.sha256(f"{stress}/{identity}".encode()).digest()[:8], "big")
@@ -81,7 +81,7 @@ def degrade(image: Image.Image, stress: str, identity: str, face: Box) -> Image.
 
 
 def parse_stresses(text: str) -> tuple[str, ...]:
-    """The names in `blur,jpeg`, each once, in the order of `STRESSES`.
+    """Parse names such as `blur,jpeg`; each once, in the order of `STRESSES`.
 
     Raises:
         UsageError: an unknown name.
@@ -90,7 +90,7 @@ def parse_stresses(text: str) -> tuple[str, ...]:
     for name in sorted(names - STRESSES.keys()):
         near = nearest(name, STRESSES)
         raise UsageError(
-            f"there is no stress '{name}'",
-            f"did you mean '{near}'?" if near else f"they are {', '.join(STRESSES)}",
+            f"unknown stress '{name}'",
+            f"did you mean '{near}'?" if near else f"use {', '.join(STRESSES)}",
         )
     return tuple(name for name in STRESSES if name in names)

@@ -1,4 +1,4 @@
-"""A run in numbers: rows with scores become means, intervals and differences for `summary.json`."""
+"""Summarize scored rows as means, intervals and differences for `summary.json`."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from .statistics import RESAMPLES, Interval, mean_interval, paired_difference
 
 VERSION = 1
 LIKENESS = ("id", "adaface", "dlib")
-"""Whose missing face counts: the first of them that the run has."""
+"""Metrics that define `no_face`: the first one in the run."""
 Numbers: TypeAlias = dict[str, dict[str, float | int | None]]
-"""By column: {mean or difference, low, high, n}; columns without any value are left out."""
+"""By column: {mean or difference, low, high, n}; columns without values are omitted."""
 
 
 def summarize(
@@ -26,23 +26,22 @@ def summarize(
     recipes: Sequence[str] | None = None,
     resamples: int = RESAMPLES,
 ) -> dict[str, Any]:
-    """What `summary.json` holds, every number finite or null.
+    """Return the contents of `summary.json`; every number is finite or None.
 
-    - `recipes`: {NAME: {COLUMN: {mean, low, high, n}}}, references as they are
-    - `paired`: {NAME: {COLUMN: {difference, low, high, n}}}: the recipe less the first one, over images of
-      the same identity, prompt and seed that both have a score for; without the first recipe
-    - `counts`: {NAME: {images, failed, no_face}}; `no_face` are images that have no likeness
-      to their photo
-    - `columns`: {COLUMN: {title, higher_is_better, unit, description}}, those that any image has
+    - `recipes`: {NAME: {COLUMN: {mean, low, high, n}}}, for clean references
+    - `paired`: {NAME: {COLUMN: {difference, low, high, n}}}: each further recipe minus the first one, over
+      images of the same identity, prompt and seed with two scores
+    - `counts`: {NAME: {images, failed, no_face}}; `no_face` counts images without an identity score
+    - `columns`: {COLUMN: {title, higher_is_better, unit, description}}, for columns with values
     - `attributes`: {ATTRIBUTE: {VALUE: {NAME: {COLUMN: {mean, low, high, n}}}}}
-    - `identities`: {IDENTITY: {NAME: {COLUMN: {mean, low, high, n}}}}; one person has no interval: null
-    - `stress`: {STRESS: {recipes, against_clean, counts}}: the images with degraded references, and what
-      that changed: {NAME: {COLUMN: {difference, low, high, n}}}, degraded less clean
+    - `identities`: {IDENTITY: {NAME: {COLUMN: {mean, low, high, n}}}}; a single person has no interval: null
+    - `stress`: {STRESS: {recipes, against_clean, counts}}: images with degraded references, and the
+      difference {NAME: {COLUMN: {difference, low, high, n}}}, degraded minus clean
 
     Args:
         rows: every image of the run.
-        columns: of every metric that scored, in the order wanted.
-        recipes: their order; None is the order of first appearance.
+        columns: columns of every metric, in display order.
+        recipes: display order; None for the order of first appearance.
         resamples: see `statistics.mean_interval`.
     """
     names = list(recipes) if recipes is not None else list(dict.fromkeys(row.recipe for row in rows))
@@ -54,7 +53,7 @@ def summarize(
     def means(some: Mapping[str, Sequence[Row]]) -> dict[str, Numbers]:
         return {name: _means(group, used, resamples) for name, group in some.items() if group}
 
-    # Sorted into groups in one pass: a run may have thousands of people.
+    # Grouped in one pass, because a run may have thousands of people.
     people: dict[str, dict[str, list[Row]]] = {}
     attributes: dict[str, dict[str, dict[str, list[Row]]]] = {}
     for recipe, group in by_recipe.items():
@@ -71,10 +70,10 @@ def summarize(
         "counts": {name: _counts(group) for name, group in by_recipe.items()},
         "columns": {name: _described(column) for name, column in used.items()},
         "attributes": {
-            name: {value: means(found) for value, found in sorted(values.items())}
+            name: {value: means(group) for value, group in sorted(values.items())}
             for name, values in sorted(attributes.items())
         },
-        "identities": {identity: means(found) for identity, found in sorted(people.items())},
+        "identities": {identity: means(group) for identity, group in sorted(people.items())},
         "stress": {
             stress: _stressed([row for row in rows if row.stress == stress], by_recipe, used, resamples)
             for stress in sorted({row.stress for row in rows if row.stress is not None})
@@ -83,7 +82,7 @@ def summarize(
 
 
 def summary_csv(summary: Mapping[str, Any]) -> str:
-    """A summary as CSV: one line a recipe, stress and column; empty where there is no number."""
+    """Return a summary as CSV: one line per recipe, stress and column; empty cells without a number."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     fields = ("mean", "low", "high", "n", "difference", "difference_low", "difference_high", "difference_n")
@@ -92,16 +91,16 @@ def summary_csv(summary: Mapping[str, Any]) -> str:
     parts += [(name, part["recipes"], part["against_clean"]) for name, part in summary["stress"].items()]
     for stress, means, differences in parts:
         for recipe, numbers in means.items():
-            for column, found in numbers.items():
+            for column, values in numbers.items():
                 other = differences.get(recipe, {}).get(column, {})
-                line = [found.get(key) for key in ("mean", "low", "high", "n")]
+                line = [values.get(key) for key in ("mean", "low", "high", "n")]
                 line += [other.get(key) for key in ("difference", "low", "high", "n")]
                 writer.writerow((recipe, stress, column, *line))
     return text.getvalue()
 
 
 def images_csv(rows: Iterable[Row], columns: Iterable[str]) -> str:
-    """Rows as CSV: one line an image, then its scores; empty where there is none."""
+    """Return rows as CSV: one line per image with its scores; empty cells without a score."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     fields = ("key", "recipe", "identity", "prompt", "prompt_index", "seed_index", "seed", "stress", "file")
@@ -119,28 +118,28 @@ def images_csv(rows: Iterable[Row], columns: Iterable[str]) -> str:
 
 def _means(rows: Sequence[Row], columns: Iterable[str], resamples: int) -> Numbers:
     identities = [row.identity for row in rows]
-    found = {}
+    numbers = {}
     for column in columns:
         values = [finite(row.scores.get(column)) for row in rows]
         interval = mean_interval(values, identities, resamples=resamples)
         if interval is not None:
-            found[column] = _numbers(interval, "mean")
-    return found
+            numbers[column] = _numbers(interval, "mean")
+    return numbers
 
 
 def _differences(rows: Sequence[Row], base: Sequence[Row], columns: Iterable[str], resamples: int) -> Numbers:
-    """Rows less the rows of the same identity, prompt and seed in `base`."""
+    """Return the difference from the rows of the same identity, prompt and seed in `base`."""
     others = {_place(row): row for row in base}
     pairs = [(row, others[_place(row)]) for row in rows if _place(row) in others]
     identities = [row.identity for row, _ in pairs]
-    found = {}
+    numbers = {}
     for column in columns:
         a = [finite(row.scores.get(column)) for row, _ in pairs]
         b = [finite(other.scores.get(column)) for _, other in pairs]
         interval = paired_difference(a, b, identities, resamples=resamples)
         if interval is not None:
-            found[column] = _numbers(interval, "difference")
-    return found
+            numbers[column] = _numbers(interval, "difference")
+    return numbers
 
 
 def _stressed(
@@ -162,13 +161,13 @@ def _place(row: Row) -> tuple[str, int, int]:
 
 
 def _counts(rows: Sequence[Row]) -> dict[str, int]:
-    made = [row for row in rows if row.file is not None]
-    scored = {name for row in made for name in row.scores}
-    judge = next((name for name in LIKENESS if name in scored), "")
+    generated = [row for row in rows if row.file is not None]
+    scored = {name for row in generated for name in row.scores}
+    likeness = next((name for name in LIKENESS if name in scored), "")
     return {
-        "images": len(made),
+        "images": len(generated),
         "failed": sum(row.file is None for row in rows if row.error is not None),
-        "no_face": sum(judge in row.scores and row.scores[judge] is None for row in made),
+        "no_face": sum(likeness in row.scores and row.scores[likeness] is None for row in generated),
     }
 
 

@@ -1,4 +1,4 @@
-"""A summary, or the difference of two runs, as tables for the terminal. Pure: `console` prints them."""
+"""Tables of a summary for the terminal; `console` prints them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .numbers import Style, verdict
 
 @dataclass(frozen=True)
 class Table:
-    """What `console.print_table` takes."""
+    """Arguments of `console.print_table`."""
 
     title: str
     columns: tuple[str, ...]
@@ -19,31 +19,31 @@ class Table:
 
 
 def tables(summary: Mapping[str, Any]) -> list[Table]:
-    """The tables of a run: recipes against each other, then degraded references against clean ones.
+    """Return the tables of a run: recipes compared, then degraded references compared with clean ones.
 
     Args:
-        summary: what `summary.json` holds.
+        summary: contents of `summary.json`.
     """
     recipes = list(summary["recipes"])
     first = recipes[0] if recipes else ""
     heads: tuple[str, ...]
-    heads = ("metric", "recipe", "mean", "95% interval", f"less {first}", "95% interval", "verdict", "n")
+    heads = ("metric", "recipe", "mean", "95% interval", f"minus {first}", "95% interval", "verdict", "n")
     lines = _lines(summary, summary["recipes"], summary["paired"])
-    if len(recipes) < 2:  # nothing to take a difference to
+    if len(recipes) < 2:  # no difference with a single recipe
         heads, lines = heads[:4] + heads[7:], [line[:4] + line[7:] for line in lines]
-    found = [
+    tables = [
         Table("", heads, lines),
-        Table("images", ("recipe", "made", "failed", "no face"), _counts(summary["counts"])),
+        Table("images", ("recipe", "generated", "failed", "no face"), _counts(summary["counts"])),
     ]
     for stress, part in summary.get("stress", {}).items():
-        heads = ("metric", "recipe", "mean", "95% interval", "less clean", "95% interval", "verdict", "n")
+        heads = ("metric", "recipe", "mean", "95% interval", "minus clean", "95% interval", "verdict", "n")
         lines = _lines(summary, part["recipes"], part["against_clean"])
-        found.append(Table(f"references degraded: {stress}", heads, lines))
-    return found
+        tables.append(Table(f"references degraded: {stress}", heads, lines))
+    return tables
 
 
 def styles(summary: Mapping[str, Any]) -> dict[str, Style]:
-    """How the numbers of each column are written, one style for the whole run."""
+    """Return the number format of each column, the same for the entire run."""
     return {
         name: Style.of(
             column["unit"],
@@ -54,8 +54,8 @@ def styles(summary: Mapping[str, Any]) -> dict[str, Style]:
 
 
 def heading(column: Mapping[str, Any]) -> str:
-    """A column's title, and that less is better where it is: any terminal can show it."""
-    return f"{column['title']} (less is better)" if column["higher_is_better"] is False else column["title"]
+    """Return the title of a column; in words if lower is better, because some terminals show no arrows."""
+    return f"{column['title']} (lower is better)" if column["higher_is_better"] is False else column["title"]
 
 
 def _lines(
@@ -70,7 +70,7 @@ def _lines(
                 continue
             mean = numbers[name]
             other = differences.get(recipe, {}).get(name)
-            said = verdict(other, column["higher_is_better"])
+            result = verdict(other, column["higher_is_better"])
             difference = style.difference(other["difference"]) if other else ""
             between = style.interval(other["low"], other["high"]) if other else ""
             lines.append(
@@ -81,11 +81,11 @@ def _lines(
                     style.interval(mean["low"], mean["high"]),
                     difference,
                     between,
-                    "" if said == "unclear" else said,
+                    "" if result == "unclear" else result,
                     str(mean["n"]),
                 )
             )
-            title = ""  # a metric names itself once
+            title = ""  # only in the first row of a metric
     return lines
 
 

@@ -1,4 +1,4 @@
-"""The report page in a real browser: Chromium, opened from disk, driven as a reader would."""
+"""The report page in Chromium, opened from disk and used like a reader would."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ NO_FACE, FAILED = "am1/bob/0002-0", "fastface/cai/0001-0"
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     if CHROMIUM is None:
-        pytest.skip("there is no Chromium here: apt-get install chromium")
+        pytest.skip("Chromium is not installed: apt-get install chromium")
     playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
     with playwright.sync_playwright() as started:
         running = started.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
@@ -43,7 +43,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("a run #1")  # signs that mean something in an address
+    folder = tmp_path_factory.mktemp("a run #1")  # characters with a meaning in URLs
     build_run(
         folder,
         identities=("ann", "bob", "cai", HOSTILE_NAME),
@@ -59,7 +59,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Reader:
-    """An open page, and everything that went wrong in it."""
+    """An open page and its errors."""
 
     def __init__(self, browser: Any, run: Path, **options: Any) -> None:
         self.problems: list[str] = []
@@ -73,7 +73,7 @@ class Reader:
         self.page.goto((run / "report.html").as_uri())
 
     def lines(self) -> list[str]:
-        """Name and prompt of each gallery line."""
+        """Name and prompt of each gallery row."""
         titles = self.page.locator(".line h3").all_text_contents()
         prompts = self.page.locator(".line .prompt").all_text_contents()
         return [f"{title}: {prompt}" for title, prompt in zip(titles, prompts, strict=True)]
@@ -82,7 +82,7 @@ class Reader:
         self.page.locator("#filters").get_by_label(label, exact=True).select_option(value)
 
     def scores(self, column: int) -> list[str]:
-        """Captions of one recipe's pictures, top to bottom."""
+        """Captions of one recipe's images, top to bottom."""
         lines = self.page.locator(".line")
         return [
             lines.nth(number).locator(".score").nth(column).text_content() for number in range(lines.count())
@@ -97,7 +97,7 @@ def reader(browser: Any, run: Path) -> Iterator[Reader]:
     assert opened.problems == []
 
 
-def test_it_opens_from_disk_and_asks_no_network(reader: Reader, run: Path) -> None:
+def test_page_opens_from_disk_without_network(reader: Reader, run: Path) -> None:
     reader.page.get_by_role("link", name="Gallery").click()
     reader.page.wait_for_function("document.querySelector('#lines img').naturalWidth > 0")
     folder = run.as_uri()
@@ -105,7 +105,7 @@ def test_it_opens_from_disk_and_asks_no_network(reader: Reader, run: Path) -> No
     assert all(address.startswith(folder) for address in reader.requests)
 
 
-def test_every_picture_is_found_whatever_its_name(reader: Reader) -> None:
+def test_images_load_whatever_their_file_names(reader: Reader) -> None:
     loaded = """async () => {
         for (const image of document.images) image.loading = "eager";
         await Promise.all([...document.images].map((image) => image.decode()));
@@ -124,7 +124,7 @@ def test_hostile_text_is_text(reader: Reader) -> None:
     assert reader.page.locator("main b b, main script, main img[onerror]").count() == 0
 
 
-def test_filters_leave_what_they_name(reader: Reader) -> None:
+def test_filters_keep_matching_rows(reader: Reader) -> None:
     whole = reader.lines()
     assert len(whole) == 24
     reader.choose("Identity", "bob")
@@ -140,11 +140,11 @@ def test_filters_leave_what_they_name(reader: Reader) -> None:
     reader.choose("Prompt", HOSTILE_PROMPT)
     assert len(reader.lines()) == 8
     reader.choose("Identity", "bob")
-    reader.page.get_by_label("Words in the prompt").fill("nobody says that")
-    assert reader.page.get_by_role("status").text_content() == "No line is left: choose less."
+    reader.page.get_by_label("Words in the prompt").fill("no such words")
+    assert reader.page.get_by_role("status").text_content() == "No rows match the filters."
 
 
-def test_recipes_are_columns_that_can_be_left_out(reader: Reader) -> None:
+def test_unchecked_recipes_leave_the_gallery(reader: Reader) -> None:
     captions = reader.page.locator(".line").first.locator("figcaption")
     assert [text.split("0.")[0] for text in captions.all_text_contents()] == [
         "reference",
@@ -155,33 +155,33 @@ def test_recipes_are_columns_that_can_be_left_out(reader: Reader) -> None:
     ]
     reader.page.get_by_role("checkbox", name="am1").uncheck()
     assert captions.count() == 4
-    reader.choose("Only where", "missing")  # the picture without a face is am1's
+    reader.choose("Show", "missing")  # the image without a face belongs to am1
     assert len(reader.lines()) == 1
 
 
-def test_failures_can_be_found(reader: Reader) -> None:
+def test_failures_are_listed_and_filterable(reader: Reader) -> None:
     failures = reader.page.locator("#failures details")
     assert failures.count() == 1
     failures.locator("summary").click()
     assert failures.get_by_text(FAILED).is_visible()
-    reader.choose("Only where", "failed")
+    reader.choose("Show", "failed")
     assert reader.lines() == ["cai: watercolor; a man reading"]
     assert reader.page.locator("#lines .failed").text_content() == "out of memory on cuda:0"
-    reader.choose("Only where", "missing")
+    reader.choose("Show", "missing")
     assert len(reader.lines()) == 2
 
 
-def test_the_worst_come_first(reader: Reader, run: Path) -> None:
+def test_order_sorts_rows_by_the_chosen_score(reader: Reader, run: Path) -> None:
     rows = [json.loads(line) for line in (run / "images.jsonl").read_text().splitlines()]
     ids = [row["scores"].get("id") for row in rows if row["recipe"] == "fastface"]
     known = sorted(value for value in ids if value is not None)
     reader.choose("Order", "worst")
-    reader.choose("Whose score", "of 2")
+    reader.choose("Sort by", "of 2")
     assert reader.scores(2) == ["–"] + [f"{value:.3f}" for value in known]
     reader.choose("Order", "best")
     assert reader.scores(2)[0] == f"{known[-1]:.3f}"
     reader.choose("Order", "worst")
-    reader.choose("Whose score", "less 2")
+    reader.choose("Sort by", "less 2")
     places = {(row["recipe"], row["identity"], row["prompt"], row["stress"]): row["scores"] for row in rows}
     losses = {
         place: scores["id"] - places["baseline", *place[1:]]["id"]
@@ -189,21 +189,21 @@ def test_the_worst_come_first(reader: Reader, run: Path) -> None:
         if place[0] == "fastface" and scores.get("id") is not None
     }
     worst = min(losses, key=lambda place: losses[place])
-    assert reader.lines()[1] == f"{worst[1]}: {worst[2]}"  # after the one that was not made
-    reader.choose("Whose score", "")
-    assert reader.lines()[0].startswith(("bob", "cai"))  # a line with a missing score
+    assert reader.lines()[1] == f"{worst[1]}: {worst[2]}"  # after the failed image
+    reader.choose("Sort by", "")
+    assert reader.lines()[0].startswith(("bob", "cai"))  # a row with a missing score
 
 
-def test_a_measure_where_less_is_better_is_ordered_the_other_way(reader: Reader) -> None:
-    reader.choose("Measure", "5")
+def test_lower_is_better_metrics_sort_in_reverse(reader: Reader) -> None:
+    reader.choose("Metric", "5")
     reader.choose("Order", "worst")
-    reader.choose("Whose score", "of 0")
+    reader.choose("Sort by", "of 0")
     seconds = [float(text.removesuffix(" s")) for text in reader.scores(0)]
     assert seconds == sorted(seconds, reverse=True)
     assert seconds[0] > seconds[-1]
 
 
-def test_pictures_open_and_close_by_keyboard(reader: Reader) -> None:
+def test_viewer_works_by_keyboard(reader: Reader) -> None:
     page = reader.page
     page.locator("#filter-0").focus()
     for _ in range(40):
@@ -223,14 +223,14 @@ def test_pictures_open_and_close_by_keyboard(reader: Reader) -> None:
     page.keyboard.press("ArrowDown")
     assert viewer.locator(".prompt").text_content() == "watercolor; a man reading"
     for _ in range(3):
-        page.keyboard.press("ArrowUp")  # the first line stays
+        page.keyboard.press("ArrowUp")  # the first row stays
     page.keyboard.press("ArrowDown")
     page.keyboard.press("Escape")
     assert not viewer.is_visible()
     assert page.evaluate("document.activeElement.dataset") == {"line": "1", "place": "0"}
 
 
-def test_a_breakdown_shows_its_measure_and_leads_to_the_gallery(reader: Reader, run: Path) -> None:
+def test_breakdown_shows_the_metric_and_links_to_the_gallery(reader: Reader, run: Path) -> None:
     summary = json.loads((run / "summary.json").read_text())
     page = reader.page
     tables = page.locator("#tables")
@@ -280,7 +280,7 @@ CONTRAST = """() => {
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_stands_out_in_light_and_dark(browser: Any, run: Path, scheme: str) -> None:
+def test_text_contrast_in_light_and_dark(browser: Any, run: Path, scheme: str) -> None:
     reader = Reader(browser, run, color_scheme=scheme)
     reader.page.locator("#lines button").first.click()
     found = reader.page.evaluate(CONTRAST)
@@ -291,7 +291,7 @@ def test_text_stands_out_in_light_and_dark(browser: Any, run: Path, scheme: str)
     reader.context.close()
 
 
-def test_a_narrow_screen_scrolls_only_downwards(browser: Any, run: Path) -> None:
+def test_narrow_screen_has_no_horizontal_scroll(browser: Any, run: Path) -> None:
     reader = Reader(browser, run, viewport={"width": 375, "height": 700})
     assert reader.page.evaluate("document.documentElement.scrollWidth") == 375
     reader.page.locator("#lines button").nth(2).click()
@@ -300,11 +300,11 @@ def test_a_narrow_screen_scrolls_only_downwards(browser: Any, run: Path) -> None
     reader.context.close()
 
 
-def test_print_leaves_the_controls_out_and_shows_pictures(browser: Any, run: Path) -> None:
-    """The button loads every picture, and each of them is in the print."""
+def test_print_hides_controls_and_includes_images(browser: Any, run: Path) -> None:
+    """The button loads every image, and the PDF contains each of them."""
     reader = Reader(browser, run, color_scheme="dark")
     reader.page.evaluate("window.print = () => { window.printed = true; }")
-    reader.page.get_by_role("button", name="Print with pictures").click()
+    reader.page.get_by_role("button", name="Print with images").click()
     reader.page.wait_for_function("window.printed")
     assert reader.page.evaluate("[...document.images].every((image) => image.naturalWidth > 0)")
     pictures = reader.page.evaluate("new Set([...document.images].map((image) => image.src)).size")
@@ -320,7 +320,7 @@ def test_print_leaves_the_controls_out_and_shows_pictures(browser: Any, run: Pat
 
 
 def test_two_thousand_images_open_within_three_seconds(browser: Any, tmp_path: Path) -> None:
-    """The best of three openings: other programs may have the processor in one of them."""
+    """Best of three: other programs may slow one of them down."""
     noise = np.random.default_rng(0).integers(0, 256, (512, 512, 3), dtype=np.uint8)
     picture = tmp_path / "picture.png"
     Image.fromarray(noise).save(picture, compress_level=1)

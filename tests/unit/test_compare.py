@@ -55,7 +55,7 @@ def test_recipes_of_other_names_are_paired_on_demand(before: Path, after: Path) 
     found = compare_runs(before, after, recipes={"baseline": "fastface"}, resamples=50)
     assert [(pairing.a, pairing.b) for pairing in found.pairings] == [("baseline", "fastface")] * 2
     assert found.pairings[0].columns["id"]["difference"] > 0.05
-    assert [line.strip() for line in found.pairings[0].changed] == ["number: 0 then, 2 now"]
+    assert [line.strip() for line in found.pairings[0].changed] == ["number: 0 before, 2 now"]
 
 
 def test_the_only_recipes_of_two_runs_go_together(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_runs_with_nothing_in_common_are_refused(tmp_path: Path, before: Path) -
         compare_runs(before, tmp_path / "names", recipes={"am1": "nope"})
     summary = json.loads((tmp_path / "others" / "summary.json").read_text())
     (tmp_path / "others" / "summary.json").write_text(json.dumps({**summary, "columns": {}}))
-    with pytest.raises(UsageError, match="no measure in common"):
+    with pytest.raises(UsageError, match="no metric in common"):
         compare_runs(before, tmp_path / "others")
 
 

@@ -87,7 +87,7 @@ def test_other_bytes_than_the_first_time_are_refused(drive, tmp_path):
     download.fetch_diversefaces(settings)  # the same bytes again
     shutil.rmtree(download.diversefaces_folder(settings))
     drive.body = archive("another prompt")
-    with pytest.raises(ModelUnavailableError, match="has changed since it was fetched first"):
+    with pytest.raises(ModelUnavailableError, match="has changed since the first download"):
         download.fetch_diversefaces(settings)
     assert not download.diversefaces_folder(settings).exists()
 
@@ -95,12 +95,15 @@ def test_other_bytes_than_the_first_time_are_refused(drive, tmp_path):
 @pytest.mark.parametrize(
     ("body", "said"),
     [
-        (b"<html><title>Google Drive - Quota exceeded</title></html>", "quota page"),
-        (b"<html>Too many users have viewed or downloaded this file recently.</html>", "quota page"),
+        (b"<html><title>Google Drive - Quota exceeded</title></html>", "quota of diversefaces is used up"),
+        (
+            b"<html>Too many users have viewed or downloaded this file recently.</html>",
+            "quota of diversefaces is used up",
+        ),
         (b"<html>Sign in</html>", "is not a zip"),
     ],
 )
-def test_a_page_in_place_of_the_zip_is_named(drive, tmp_path, body, said):
+def test_web_page_instead_of_the_zip_is_reported(drive, tmp_path, body, said):
     drive.body, drive.kind = body, "text/html"
     with pytest.raises(ModelUnavailableError, match=said) as caught:
         download.fetch_diversefaces(Settings(home=tmp_path))
@@ -108,19 +111,19 @@ def test_a_page_in_place_of_the_zip_is_named(drive, tmp_path, body, said):
     assert list((tmp_path / "datasets").iterdir()) == []
 
 
-def test_google_refusing_is_named(monkeypatch, tmp_path):
+def test_refused_download_is_reported(monkeypatch, tmp_path):
     import gdown
 
     def refuse(*arguments, **options):
         raise gdown.exceptions.FileURLRetrievalError("Too many users have viewed or downloaded this file")
 
     monkeypatch.setattr(gdown, "download", refuse)
-    with pytest.raises(ModelUnavailableError, match="too many people"):
+    with pytest.raises(ModelUnavailableError, match="quota is used up"):
         download.fetch_diversefaces(Settings(home=tmp_path))
 
 
-def test_offline_says_how_to_fetch_it_by_hand(tmp_path):
-    with pytest.raises(ModelUnavailableError, match="network is not used") as caught:
+def test_offline_error_explains_the_manual_download(tmp_path):
+    with pytest.raises(ModelUnavailableError, match="the network is disabled") as caught:
         download.fetch_diversefaces(Settings(home=tmp_path), offline=True)
     assert "drive.google.com" in str(caught.value.hint)
 
@@ -130,7 +133,7 @@ def test_a_zip_of_something_else_is_refused(drive, tmp_path):
     with zipfile.ZipFile(data, "w") as zipped:
         zipped.writestr("holiday.png", b"")
     drive.body = data.getvalue()
-    with pytest.raises(ModelUnavailableError, match="does not hold id_photos"):
+    with pytest.raises(ModelUnavailableError, match="does not contain id_photos"):
         download.fetch_diversefaces(Settings(home=tmp_path))
     drive.body = archive()  # what was refused is not remembered
     assert download.fetch_diversefaces(Settings(home=tmp_path)).is_dir()

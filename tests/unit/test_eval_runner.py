@@ -47,7 +47,7 @@ def run_all(folder: Path, plan, *, pool=None, people=None, metric=None, **option
 # ------------------------------------------------------------------------------------------------- rows
 
 
-def test_a_row_survives_json():
+def test_row_survives_a_json_round_trip():
     row = Row(
         "r/a/0000-0", "r", "a", "p", 0, 0, 7, attributes={"x": "1"}, scores={"id": 0.5, "bad": float("nan")}
     )
@@ -55,14 +55,14 @@ def test_a_row_survives_json():
     assert again == replace(row, scores={"id": 0.5, "bad": None})
 
 
-def test_seeds_are_the_same_on_every_machine_and_differ_between_images():
+def test_image_seeds_are_fixed_and_differ_between_images():
     assert image_seed("anna", "a café", 0) == 1106974609
     seeds = {image_seed(name, prompt, index) for name in "ab" for prompt in "cd" for index in range(3)}
     assert len(seeds) == 12
     assert image_seed("ab", "c", 0) != image_seed("a", "bc", 0)
 
 
-def test_a_plan_is_every_person_prompt_seed_recipe_and_stress():
+def test_plan_combines_people_prompts_seeds_recipes_and_stresses():
     plan = stand_in.plan(2, 3, recipes=("one", "two"), seeds=2, stresses=("blur",))
     rows = list(plan.rows())
     assert len(rows) == plan.count() == 2 * 2 * 2 * 3 * 2
@@ -87,14 +87,14 @@ def test_shards_are_whole_chunks_and_together_the_run():
     assert sum(map(len, complete)) == len(keys[0])
 
 
-def test_a_small_run_is_shared_out_too():
+def test_small_runs_are_sharded_too():
     """One chunk a recipe: the second shard makes the second recipe, and there is nothing for a third."""
     whole = stand_in.plan(2, 2, recipes=("one", "two"))
     shards = [list(replace(whole, shard=(part, 3)).rows()) for part in (1, 2, 3)]
     assert [{row.recipe for row in rows} for rows in shards] == [{"one"}, {"two"}, set()]
 
 
-def test_shards_made_apart_are_merged_into_the_run(tmp_path):
+def test_merged_shards_equal_the_complete_run(tmp_path):
     whole = stand_in.plan(7, 9)
     wanted = run_all(tmp_path / "whole", whole)
     folders = []
@@ -120,7 +120,7 @@ def test_shards_made_apart_are_merged_into_the_run(tmp_path):
 # ------------------------------------------------------------------------------------------ the folder
 
 
-def test_a_torn_line_counts_as_never_written(tmp_path):
+def test_incomplete_lines_are_ignored_and_overwritten(tmp_path):
     path = tmp_path / "log.jsonl"
     path.write_bytes(b'{"a": 1}\n' + b"\0" * 9 + b'\n{"a": 2}\n{"a": 3')
     assert [record["a"] for record in read_lines(path)] == [1, 2]
@@ -133,7 +133,7 @@ def test_a_torn_line_counts_as_never_written(tmp_path):
     assert path.read_bytes() == b""
 
 
-def test_a_disk_that_takes_a_part_of_a_line_gets_the_rest(tmp_path, monkeypatch):
+def test_partial_writes_are_completed(tmp_path, monkeypatch):
     log = RowLog(tmp_path / "log.jsonl")
     whole = log._file.write
 
@@ -151,13 +151,13 @@ def test_a_disk_that_takes_a_part_of_a_line_gets_the_rest(tmp_path, monkeypatch)
     assert [record["a"] for record in read_lines(tmp_path / "log.jsonl")] == [1, 2]
 
 
-def test_a_start_that_was_cut_off_is_no_run_of_something_else(tmp_path):
+def test_interrupted_start_can_be_repeated(tmp_path):
     (tmp_path / ".fastface-1.tmp").write_text("{")
     with Run.open(tmp_path, stand_in.info(stand_in.plan())) as run:
         assert run.rows() == {}
 
 
-def test_a_row_without_its_picture_is_made_again(tmp_path):
+def test_rows_without_an_image_are_generated_again(tmp_path):
     plan = stand_in.plan()
     whole = run_all(tmp_path / "run", plan)
     (tmp_path / "run" / str(whole[3].file)).unlink()
@@ -167,7 +167,7 @@ def test_a_row_without_its_picture_is_made_again(tmp_path):
     assert pool.sent == 2
 
 
-def test_other_inputs_are_refused_and_named(tmp_path):
+def test_resuming_with_other_inputs_names_the_differences(tmp_path):
     plan = stand_in.plan()
     run_all(tmp_path / "run", plan)
     before = (tmp_path / "run" / "generated.jsonl").read_bytes()
@@ -176,31 +176,31 @@ def test_other_inputs_are_refused_and_named(tmp_path):
     with pytest.raises(UsageError) as caught:
         Run.open(tmp_path / "run", other)
     assert caught.value.message.splitlines()[1:] == [
-        "  options.seeds: 1 then, 2 now",
-        "  recipes.pocket.guidance.text: [1.0, 3.0, 3.0, 1.0] then, 3.0 now",
-        '  versions.fastface: "0" then, "1" now',
+        "  options.seeds: 1 before, 2 now",
+        "  recipes.pocket.guidance.text: [1.0, 3.0, 3.0, 1.0] before, 3.0 now",
+        '  versions.fastface: "0" before, "1" now',
     ]
     assert (tmp_path / "run" / "generated.jsonl").read_bytes() == before
 
 
-def test_compare_names_what_came_and_went():
+def test_compare_reports_added_and_removed_entries():
     assert list(compare({"a": 1, "b": {"c": 2}}, {"b": {}, "d": 3})) == [
-        "  a: 1 then, not there now",
-        "  b.c: 2 then, not there now",
-        "  d: not there then, 3 now",
+        "  a: 1 before, absent now",
+        "  b.c: 2 before, absent now",
+        "  d: absent before, 3 now",
     ]
 
 
-def test_what_a_list_lost_and_got_is_named():
+def test_compare_reports_changed_list_entries():
     known = {"prompts": [f"prompt {number}" for number in range(50)], "names": ["a", "b"]}
     wanted = {"prompts": [*known["prompts"][:49], "another"], "names": ["b", "a"]}
     assert list(compare(known, wanted)) == [
-        "  names: the same in another order, or another number of times",
-        '  prompts: "prompt 49" then alone, "another" now alone',
+        "  names: same entries in another order or number",
+        '  prompts: "prompt 49" only before, "another" only now',
     ]
 
 
-def test_one_process_writes(tmp_path):
+def test_only_one_process_can_write(tmp_path):
     with (
         Run.open(tmp_path / "run", stand_in.info(stand_in.plan())),
         pytest.raises(UsageError, match="another process"),
@@ -212,13 +212,13 @@ def test_one_process_writes(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("notes.txt", "mine", "is not empty, and not a run"),
+        ("notes.txt", "mine", "is not empty and not a run"),
         ("run.json", "{", "cannot read"),
-        ("run.json", "[]", "is not of a run"),
-        ("run.json", '{"version": 99}', "newer fastface"),
+        ("run.json", "[]", "does not describe a run"),
+        ("run.json", '{"version": 99}', "newer version of fastface"),
     ],
 )
-def test_a_folder_of_something_else_is_left_alone(tmp_path, name, content, said):
+def test_folder_that_is_not_a_run_is_unchanged(tmp_path, name, content, said):
     (tmp_path / name).write_text(content)
     with pytest.raises(UsageError, match=said):
         Run.open(tmp_path, stand_in.info(stand_in.plan()))
@@ -229,7 +229,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path, name, content, said)
 # -------------------------------------------------------------------------------------------- running
 
 
-def test_every_image_is_made_and_scored_in_fixed_chunks(tmp_path):
+def test_images_are_scored_in_fixed_chunks(tmp_path):
     plan, metric = stand_in.plan(5, 7, recipes=("one", "two")), stand_in.Brightness()
     made, scored = [], []
     rows = run_all(
@@ -244,7 +244,7 @@ def test_every_image_is_made_and_scored_in_fixed_chunks(tmp_path):
     assert sorted(metric.batches) == sorted(expected)
 
 
-def test_failures_are_recorded_and_the_run_goes_on(tmp_path):
+def test_failures_are_recorded_and_the_run_continues(tmp_path):
     plan = stand_in.plan(3, 3)
     plan = replace(plan, dataset=replace(plan.dataset, prompts=("a", "too large", "c")))
     rows = {row.key: row for row in run_all(tmp_path / "run", plan, people=stand_in.People(("p001",)))}
@@ -266,7 +266,7 @@ def test_failures_are_recorded_and_the_run_goes_on(tmp_path):
     assert sum(row.error is not None for row in again) == 3  # she has a face now, and is too large once
 
 
-def test_a_photo_that_breaks_the_detector_costs_its_own_person_alone(tmp_path):
+def test_detector_error_only_fails_its_own_person(tmp_path):
     class Breaking(stand_in.People):
         def identity(self, subject, stress, face):
             if subject.name == "p001":
@@ -278,7 +278,7 @@ def test_a_photo_that_breaks_the_detector_costs_its_own_person_alone(tmp_path):
     assert said == {"p001": "unexpected ZeroDivisionError: a photo of no width"}
 
 
-def test_face_models_that_do_not_load_end_the_run(tmp_path):
+def test_unloadable_face_models_stop_the_run(tmp_path):
     class Nobody(stand_in.People):
         def identity(self, subject, stress, face):
             raise ModelUnavailableError("the face pack does not load")
@@ -288,7 +288,7 @@ def test_face_models_that_do_not_load_end_the_run(tmp_path):
     assert Run.reopen(tmp_path / "run", writable=False).rows() == {}
 
 
-def test_cut_off_anywhere_and_taken_up_the_numbers_are_the_same(tmp_path):
+def test_scores_are_unchanged_after_interruption_and_resume(tmp_path):
     """An exception in the place of a kill: what a killed process leaves is what is on the disk then."""
     plan = stand_in.plan(4, 10, recipes=("one", "two"), stresses=("blur",))
     whole = run_all(tmp_path / "whole", plan)
@@ -323,7 +323,7 @@ def test_cut_off_anywhere_and_taken_up_the_numbers_are_the_same(tmp_path):
     assert cut == whole
 
 
-def test_more_metrics_later(tmp_path):
+def test_later_metrics_are_added(tmp_path):
     plan = stand_in.plan()
     with Run.open(tmp_path / "run", stand_in.info(plan)) as run:
         nothing = stand_in.no_scoring()
@@ -339,7 +339,7 @@ def test_more_metrics_later(tmp_path):
     assert all(row.scores["brightness"] == row.seed % 256 for row in rows)
 
 
-def test_a_picture_that_cannot_be_read_costs_only_its_own_scores(tmp_path):
+def test_unreadable_image_only_loses_its_own_scores(tmp_path):
     plan = stand_in.plan()
     with Run.open(tmp_path / "run", stand_in.info(plan)) as run:
         generate(run, plan, stand_in.Here, stand_in.People(), stand_in.no_scoring())
@@ -353,7 +353,7 @@ def test_a_picture_that_cannot_be_read_costs_only_its_own_scores(tmp_path):
     assert [row.key for row in rows if "brightness" not in row.scores] == ["pocket/p001/0002-0"]
 
 
-def test_scoring_that_cannot_start_ends_the_run(tmp_path):
+def test_scoring_start_failure_stops_the_run(tmp_path):
     def load():
         raise DeviceError("out of memory on cuda")
 
@@ -367,7 +367,7 @@ def test_scoring_that_cannot_start_ends_the_run(tmp_path):
         assert len(run.rows()) >= CHUNK  # what was made is kept
 
 
-def test_a_scoring_process_gives_what_this_process_gives(tmp_path):
+def test_scoring_process_gives_the_scores_of_this_process(tmp_path):
     plan = stand_in.plan(5, 7)  # the last chunk is not a full one
     metric = stand_in.Brightness()
     with Run.open(tmp_path / "run", stand_in.info(plan)) as run:
@@ -376,13 +376,13 @@ def test_a_scoring_process_gives_what_this_process_gives(tmp_path):
     assert metric.batches == []
 
 
-def test_a_scoring_process_that_dies_ends_the_run_and_the_pictures_stay(tmp_path):
+def test_crashed_scoring_process_stops_the_run_and_keeps_images(tmp_path):
     plan, pool = stand_in.plan(3, 6), stand_in.Here()
     with Run.open(tmp_path / "run", stand_in.info(plan)) as run:
         scoring = stand_in.scoring(stand_in.Deadly(), process=True)
         with pytest.raises(FastFaceError, match="the scoring process has ended by SIGKILL") as caught:
             generate(run, plan, lambda: pool, stand_in.People(), scoring)
-        assert "the same command goes on" in str(caught.value.hint)
+        assert "run the same command again to resume" in str(caught.value.hint)
         assert pool.closed
         assert len(run.rows()) >= CHUNK
         score(run, stand_in.scoring())
@@ -390,7 +390,7 @@ def test_a_scoring_process_that_dies_ends_the_run_and_the_pictures_stay(tmp_path
 
 
 @pytest.mark.parametrize("kind", ["Exiting", "Unpicklable"])
-def test_a_metric_that_misbehaves_in_its_process_is_told_as_it_is(tmp_path, kind):
+def test_metric_errors_in_the_scoring_process_are_reported(tmp_path, kind):
     plan = stand_in.plan(3, 6)
     said = {"Exiting": "SystemExit", "Unpicklable": "pickle"}[kind]
     with Run.open(tmp_path / "run", stand_in.info(plan)) as run:
@@ -399,7 +399,7 @@ def test_a_metric_that_misbehaves_in_its_process_is_told_as_it_is(tmp_path, kind
             generate(run, plan, stand_in.Here, stand_in.People(), scoring)
 
 
-def test_a_run_that_is_stopped_ends_its_scoring_process_at_once(tmp_path):
+def test_stopping_a_run_terminates_the_scoring_process(tmp_path):
     plan = stand_in.plan(3, 6)
 
     def made(count: int, seen: list[int] = [0]) -> None:  # noqa: B006
@@ -418,7 +418,7 @@ def test_a_run_that_is_stopped_ends_its_scoring_process_at_once(tmp_path):
     assert multiprocessing.active_children() == []
 
 
-def test_memory_stays_flat_over_2000_rows(tmp_path):
+def test_memory_is_constant_over_2000_rows(tmp_path):
     plan, sizes = stand_in.plan(50, 40), {}
 
     def scored(count: int, seen: list[int] = [0]) -> None:  # noqa: B006
@@ -444,7 +444,7 @@ def tasks(plan) -> list[ImageTask]:
     return [ImageTask(row, stand_in.somebody()) for row in plan.rows()]
 
 
-def test_processes_make_what_this_process_makes(tmp_path):
+def test_worker_processes_generate_the_same_images(tmp_path):
     plan = stand_in.plan(2, 3)
     made = list(make_all(LocalPool(stand_in.plain, ["cpu", "cpu"]), tasks(plan)))
     assert {outcome.row.key: outcome.image for outcome in made} == {
@@ -452,7 +452,7 @@ def test_processes_make_what_this_process_makes(tmp_path):
     }
 
 
-def test_a_killed_workers_image_is_made_by_another(tmp_path):
+def test_image_of_a_killed_worker_is_requeued(tmp_path):
     plan, said = stand_in.plan(2, 3), []
     pool = LocalPool(stand_in.Dying(tmp_path, "prompt 1", 1), ["cpu", "cpu"])
     made = list(make_all(pool, tasks(plan), said.append))
@@ -462,7 +462,7 @@ def test_a_killed_workers_image_is_made_by_another(tmp_path):
     assert {one.row.key for one in made} == {row.key for row in plan.rows()}
 
 
-def test_an_image_that_costs_every_worker_fails_alone(tmp_path):
+def test_image_that_crashes_every_worker_fails_alone(tmp_path):
     plan, said = stand_in.plan(1, 3), []
     made = list(
         make_all(LocalPool(stand_in.Dying(tmp_path, "prompt 1", 9), ["cpu"]), tasks(plan), said.append)
@@ -470,29 +470,29 @@ def test_an_image_that_costs_every_worker_fails_alone(tmp_path):
     assert len(said) == 3
     errors = {one.row.prompt: one.row.error for one in made}
     assert errors["prompt 0"] is errors["prompt 2"] is None
-    assert errors["prompt 1"]["message"].startswith("3 workers were lost over it: ended by SIGKILL")
+    assert errors["prompt 1"]["message"].startswith("3 workers crashed while generating it: ended by SIGKILL")
 
 
-def test_workers_that_cannot_start_end_the_run():
+def test_worker_start_failure_stops_the_run():
     pool = stand_in.Here(stand_in.broken)
     with pytest.raises(FastFaceError, match="no such device") as caught:
         list(make_all(pool, tasks(stand_in.plan())))
     assert (caught.value.exit_code, caught.value.hint, pool.closed) == (4, "another one", True)
 
 
-def test_losing_every_worker_ends_the_run():
+def test_repeated_worker_crashes_stop_the_run():
     pool = stand_in.Losing()
-    with pytest.raises(FastFaceError, match="6 workers in a row were lost"):
+    with pytest.raises(FastFaceError, match="6 workers in a row crashed"):
         list(make_all(pool, tasks(stand_in.plan(5, 5))))
     assert pool.closed
 
 
-def test_a_ray_cluster_with_fewer_cpus_than_workers_is_refused(monkeypatch):
+def test_ray_cluster_with_fewer_cpus_than_workers_is_refused(monkeypatch):
     cluster = SimpleNamespace(is_initialized=lambda: True, cluster_resources=lambda: {"CPU": 2.0})
     monkeypatch.setitem(sys.modules, "ray", cluster)
     with pytest.raises(UsageError, match="has 2 CPUs for 3 workers") as caught:
         RayPool(stand_in.plain, workers=3)
-    assert caught.value.hint == "give at most --workers 2"
+    assert caught.value.hint == "use at most --workers 2"
 
 
 KILLED = """
@@ -511,17 +511,17 @@ if __name__ == "__main__":
 """
 
 
-def test_a_script_that_its_workers_would_run_again_is_told_so(tmp_path):
+def test_unguarded_script_is_reported(tmp_path):
     script = tmp_path / "unguarded.py"
     guarded = KILLED.format(tests=str(Path(__file__).parents[1]), folder=str(tmp_path / "run"))
     script.write_text(guarded.replace('if __name__ == "__main__":', "if True:"))
     ended = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
     assert ended.returncode != 0
-    assert "does the script start it under if __name__ == '__main__'?" in ended.stderr
+    assert "does the script guard its start with if __name__ == '__main__'?" in ended.stderr
 
 
 @pytest.mark.slow
-def test_killed_at_ten_random_moments_the_numbers_are_the_same(tmp_path):
+def test_scores_are_unchanged_after_ten_kills(tmp_path):
     plan, chance, metric = (
         stand_in.plan(8, 10, recipes=("one", "two")),
         random.Random(8),

@@ -273,7 +273,7 @@ def test_every_metric_is_registered_under_its_name_with_columns_of_its_own() -> 
 
 
 def test_an_unknown_metric_names_the_nearest() -> None:
-    with pytest.raises(UsageError, match="no metric called 'clip-b23'") as caught:
+    with pytest.raises(UsageError, match="unknown metric 'clip-b23'") as caught:
         make_metrics(["clip-b23"])
     assert caught.value.hint == "did you mean 'clip-b32'?"
 
@@ -299,7 +299,7 @@ def test_a_metric_that_loses_count_is_refused() -> None:
             return []
 
     found = score_batch([Short()], [Sample("a", BLANK, None, "a")])[0]
-    assert "gave 0 results for 1 pictures" in found.errors["length"]["message"]
+    assert "returned 0 results for 1 images" in found.errors["length"]["message"]
     assert issubclass(UsageError, FastFaceError)
 
 

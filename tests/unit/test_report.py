@@ -1,4 +1,4 @@
-"""The page and the terminal's tables as text: numbers, verdicts, escaping, addresses."""
+"""Report page and terminal tables as text: numbers, verdicts, escaping, links."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def data_of(page: str) -> dict[str, Any]:
 
 
 def words(page: str) -> str:
-    """What a reader of the page's table sees, tags and repeated blanks aside."""
+    """The visible text of a page, with single spaces."""
     return " ".join(html.unescape(re.sub(r"<[^>]*>", " ", page)).split())
 
 
@@ -50,7 +50,7 @@ def words(page: str) -> str:
         ("", [0.0], None, "-", "-"),
     ],
 )
-def test_numbers_are_written_in_their_unit(
+def test_numbers_have_their_unit(
     unit: str, values: list[float | None], number: float | None, value: str, difference: str
 ) -> None:
     style = Style.of(unit, values)
@@ -71,28 +71,28 @@ def test_numbers_are_written_in_their_unit(
         (None, None, True, "unclear"),
     ],
 )
-def test_a_verdict_needs_an_interval_without_zero(
+def test_verdict_requires_an_interval_without_zero(
     low: float | None, high: float | None, higher: bool | None, said: str
 ) -> None:
     assert verdict({"difference": 0.0, "low": low, "high": high}, higher) == said
 
 
-def test_no_difference_has_no_verdict() -> None:
+def test_verdict_without_a_difference_is_unclear() -> None:
     assert verdict(None, True) == "unclear"
 
 
 # ------------------------------------------------------------------------------------------- terminal
 
 
-def test_the_table_says_what_the_summary_says(tmp_path: Path) -> None:
+def test_table_matches_the_summary(tmp_path: Path) -> None:
     rows = build_run(tmp_path, stresses=(None, "blur"), no_face=["am1/ann/0000-0"])
     summary = summarize(rows, COLUMNS, recipes=RECIPES, resamples=500)
     results, counts, blur = tables(summary)
-    assert results.columns[4] == "less baseline"
+    assert results.columns[4] == "minus baseline"
     lines = {(line[0], line[1]): line for line in results.rows}
     mean = summary["recipes"]["am1"]["id"]
     assert lines["ID", "baseline"][4:7] == ("", "", "")
-    assert lines["", "am1"][2:]  # a measure names itself once
+    assert lines["", "am1"][2:]  # the metric is named only in its first row
     am1 = next(line for line in results.rows if line[1] == "am1")
     assert am1[2] == f"{mean['mean']:.3f}"
     assert am1[3] == f"[{mean['low']:.3f}, {mean['high']:.3f}]"
@@ -101,19 +101,19 @@ def test_the_table_says_what_the_summary_says(tmp_path: Path) -> None:
     assert am1[7] == "23"
     assert ("am1", "24", "0", "1") in counts.rows
     assert blur.title == "references degraded: blur"
-    assert [line[6] for line in blur.rows[:3]] == ["worse"] * 3  # the fixture takes 0.1 away
+    assert [line[6] for line in blur.rows[:3]] == ["worse"] * 3  # the fixture subtracts 0.1
 
 
-def test_brackets_in_a_name_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+def test_brackets_in_names_are_printed_verbatim(capsys: pytest.CaptureFixture[str]) -> None:
     console.print_table("[bold]title", ["[red]head"], [["[link=x]cell[/link]"], ["[/]"]])
     said = capsys.readouterr().out
     assert all(text in said for text in ("[bold]title", "[red]head", "[link=x]cell[/link]", "[/]"))
 
 
-def test_less_is_better_is_said_and_counts(tmp_path: Path) -> None:
+def test_lower_is_better_is_labeled_and_changes_the_verdict(tmp_path: Path) -> None:
     summary = summarize(build_run(tmp_path), COLUMNS, recipes=RECIPES, resamples=500)
     line = next(line for line in tables(summary)[0].rows if line[0].startswith("Latency"))
-    assert line[0] == "Latency (less is better)"
+    assert line[0] == "Latency (lower is better)"
     slower = [line for line in tables(summary)[0].rows if line[4] == "+0.50 s"]
     assert [line[6] for line in slower] == ["worse"]
 
@@ -126,18 +126,18 @@ def test_less_is_better_is_said_and_counts(tmp_path: Path) -> None:
     [
         ("share", [1.0, 0.0, None], "verdict"),
         ("share", [0.0, 0.4, 1.0], "any"),
-        ("share", [0.0, 0.0], "any"),  # as a face ratio where there is no face
+        ("share", [0.0, 0.0], "any"),  # such as a face ratio without faces
         ("", [10, 12, None], "count"),
         ("", [0.5, 1.0], "any"),
         ("s", [1.0], "any"),
         ("", [None], "any"),
     ],
 )
-def test_one_pictures_number_is_a_verdict_a_count_or_a_number(unit, values, kind) -> None:
+def test_kind_of_a_single_image_value(unit, values, kind) -> None:
     assert _kind(unit, values) == kind
 
 
-def test_the_page_says_what_the_summary_says(tmp_path: Path) -> None:
+def test_page_matches_the_summary(tmp_path: Path) -> None:
     build_run(tmp_path, fail=["am1/bob/0001-0"])
     page = write_report(tmp_path).read_text(encoding="utf-8")
     summary = json.loads((tmp_path / "summary.json").read_text())
@@ -149,12 +149,12 @@ def test_the_page_says_what_the_summary_says(tmp_path: Path) -> None:
     assert f"+{paired['difference']:.3f} ▲ [{paired['low']:.3f}, {paired['high']:.3f}]" in text
     clip = summary["paired"]["fastface"]["clip_l14"]
     assert f"−{-clip['difference']:.3f} ▼ [−{-clip['low']:.3f}, −{-clip['high']:.3f}]" in text
-    assert "1 not made: out of memory on cuda:0 close programs am1/bob/0001-0" in text
+    assert "1 failed: out of memory on cuda:0 close programs am1/bob/0001-0" in text
     assert "6 identities" in text
     assert "71 images" in text
 
 
-def test_the_page_asks_for_nothing_from_elsewhere(tmp_path: Path) -> None:
+def test_page_loads_no_external_resources(tmp_path: Path) -> None:
     build_run(tmp_path)
     page = write_report(tmp_path).read_text(encoding="utf-8")
     assert set(re.findall(r'(?:src|href)="([^"#]+)', page)) == set()
@@ -172,8 +172,8 @@ HOSTILE = (
 
 
 @pytest.mark.parametrize("hostile", HOSTILE)
-def test_no_text_of_a_data_set_becomes_markup(tmp_path: Path, hostile: str) -> None:
-    """As a prompt, a person, an attribute, a recipe, an error and the data set's name."""
+def test_data_set_text_is_never_parsed_as_html(tmp_path: Path, hostile: str) -> None:
+    """In prompts, identities, attributes, recipes, errors and the data set name."""
     rows = build_run(tmp_path, recipes=("first", "second"), prompts=("plain", hostile), identities=("a", "b"))
     clean = write_report(tmp_path).read_text(encoding="utf-8")
     for name in ("images.jsonl", "summary.json", "run.json"):
@@ -207,7 +207,7 @@ def tags(page: str) -> list[str]:
     return parser.found
 
 
-def test_a_run_without_scores_has_a_page(tmp_path: Path) -> None:
+def test_page_of_a_run_without_scores(tmp_path: Path) -> None:
     rows = build_run(tmp_path)
     (tmp_path / "summary.json").write_text(json.dumps(summarize(rows, {})))
     page = write_report(tmp_path).read_text(encoding="utf-8")
@@ -215,9 +215,9 @@ def test_a_run_without_scores_has_a_page(tmp_path: Path) -> None:
     assert "72 images" in words(page)
 
 
-def test_the_gallery_shows_the_photos_that_there_are(tmp_path: Path) -> None:
+def test_gallery_shows_only_existing_photos(tmp_path: Path) -> None:
     build_run(tmp_path, identities=("ann", "bob"), stresses=(None, "blur"))
-    (tmp_path / "references" / "001.png").unlink()  # bob's could not be read
+    (tmp_path / "references" / "001.png").unlink()  # bob's photo could not be read
     groups = data_of(write_report(tmp_path).read_text(encoding="utf-8"))["groups"]
     photos = {(one["identity"], one["stress"]): (one["reference"], one["degraded"]) for one in groups}
     assert photos == {
@@ -228,37 +228,40 @@ def test_the_gallery_shows_the_photos_that_there_are(tmp_path: Path) -> None:
     }
 
 
-def test_a_run_of_one_recipe_and_one_person_has_a_page(tmp_path: Path) -> None:
+def test_page_of_one_recipe_and_one_person(tmp_path: Path) -> None:
     build_run(tmp_path, recipes=("alone",), identities=("ann",))
     page = write_report(tmp_path).read_text(encoding="utf-8")
-    assert "difference to" not in page
+    assert "The second line is the difference" not in page
     table = tables(json.loads((tmp_path / "summary.json").read_text()))[0]
     assert table.columns == ("metric", "recipe", "mean", "95% interval", "n")
     assert {len(line) for line in table.rows} == {5}
-    assert "One identity says little about people in general: there is no interval." in words(page)
+    assert "Results for one identity do not generalize to other people: there is no interval." in words(page)
     assert "1 recipe 1 identity 4 prompts" in words(page)
 
 
-def test_few_people_are_said_to_be_few(tmp_path: Path) -> None:
+def test_page_warns_about_few_identities(tmp_path: Path) -> None:
     people = [f"person {number}" for number in range(8)]
     build_run(tmp_path / "seven", identities=people[:7], prompts=("one",), resamples=50)
     build_run(tmp_path / "eight", identities=people, prompts=("one",), resamples=50)
     said = [words(write_report(tmp_path / name).read_text(encoding="utf-8")) for name in ("seven", "eight")]
-    assert "7 identities say little about people in general: these intervals are too narrow." in said[0]
+    assert (
+        "Results for 7 identities do not generalize to other people: these intervals are too narrow."
+        in said[0]
+    )
     assert "too narrow" not in said[1]
 
 
-def test_failures_stand_together_by_cause_the_most_frequent_first(tmp_path: Path) -> None:
+def test_failures_are_grouped_by_cause_most_frequent_first(tmp_path: Path) -> None:
     build_run(tmp_path, fail=["am1/bob/0001-0", "am1/ann/0001-0"])
     errors = {"dlib": {"kind": "run_failed", "message": "picture too small"}}
     line = {"key": "baseline/ann/0000-0", "scores": {"dlib": None}, "errors": errors, "metrics": ["dlib"]}
     (tmp_path / "scores.jsonl").write_text(json.dumps(line) + "\n")
     text = words(write_report(tmp_path).read_text(encoding="utf-8"))
-    assert text.index("2 not made: out of memory") < text.index("1 dlib not measured: picture too small")
+    assert text.index("2 failed: out of memory") < text.index("1 without dlib: picture too small")
 
 
-def test_a_folder_without_a_finished_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="there is no run"):
+def test_unfinished_runs_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no run in"):
         write_report(tmp_path)
     build_run(tmp_path)
     (tmp_path / "summary.json").unlink()
@@ -267,14 +270,14 @@ def test_a_folder_without_a_finished_run_is_refused(tmp_path: Path) -> None:
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1))
-def test_a_file_name_is_never_another_scheme_query_or_fragment(name: str) -> None:
+def test_file_names_never_become_a_scheme_query_or_fragment(name: str) -> None:
     address = link(name)
     assert address is not None
     assert address.startswith(("./", "file:///", "file://"))
     assert not set(address) & set('<>"?# \n')
 
 
-def test_a_file_name_with_every_odd_sign_is_found(tmp_path: Path) -> None:
+def test_links_to_file_names_with_special_characters(tmp_path: Path) -> None:
     from urllib.parse import unquote
 
     name = "images/a b/50%/was #1?/é<&>.png"
@@ -288,7 +291,7 @@ def test_a_file_name_with_every_odd_sign_is_found(tmp_path: Path) -> None:
 # ----------------------------------------------------------------------------------------------- plot
 
 
-def test_a_plot_follows_the_page_and_keeps_names_as_text() -> None:
+def test_plot_uses_page_colors_and_keeps_names_as_text() -> None:
     points = [
         Point("_first</text><script>", (0.2, 0.1, 0.3), (1.0, 0.9, 1.2)),
         Point("$no$ math", (0.3, None, None), (1.1, None, None)),

@@ -1,4 +1,4 @@
-"""What a metric is, and how metrics are found. Nothing heavy is imported here."""
+"""The metric interface and registry. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -20,162 +20,161 @@ if TYPE_CHECKING:
 GROUP = "fastface.metrics"
 """Entry point group: NAME = "package.module:Class"."""
 Rules: TypeAlias = Literal["fastface", "published"]
-"""`published` is METHOD's evaluation protocol to the letter; `fastface` is it without its faults."""
+"""`published` is the exact evaluation protocol of the paper; `fastface` is the same without its known
+bugs."""
 Scores: TypeAlias = dict[str, float | None]
-"""By column; None: it could not be measured (no face, no held-out photo)."""
+"""By column; None if there is no value (no face, no held-out photo)."""
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Column:
-    """One number that a metric gives for each picture."""
+    """One number that a metric computes for each image."""
 
     name: str
     """Key in scores and summaries: a-z, 0-9 and _; starts with its metric's name in one word."""
     title: str
     """Heading of tables and plots."""
     higher_is_better: bool | None
-    """None: neither end is better."""
+    """None if neither direction is better."""
     unit: str
-    """What follows the number: "s", or empty. "share" is a number from 0 to 1 shown as a percentage."""
+    """Unit after the number: "s", or empty. "share" is a number from 0 to 1 shown as a percentage."""
     description: str
-    """One or two sentences for the page's legend."""
+    """One or two sentences for the legend of the report page."""
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What must be there before a metric is loaded."""
+    """Requirements of a metric."""
 
     artifacts: tuple[str, ...] = ()
-    """Names of the manifest, or `hub:` references; `Context.paths` has them under these names."""
+    """Manifest names or `hub:` references; keys of `Context.paths`."""
     roles: tuple[str, ...] = ()
-    """Parts of the run's recipes, as `face`; `Context.paths` has them under these names."""
+    """Model roles of the recipes, such as `face`; keys of `Context.paths`."""
     extras: tuple[str, ...] = ()
-    """Extras of fastface-cli, as `dlib`."""
+    """Extras of fastface-cli, such as `dlib`."""
     modules: tuple[str, ...] = ()
-    """Modules that those extras bring; where one is missing the metric cannot run."""
+    """Python modules of these extras; the metric is unavailable if one is missing."""
 
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """A picture to score. Pictures are upright RGB."""
+    """An image to score. All images are upright RGB."""
 
     key: str
-    """The row's."""
+    """Key of the row."""
     picture: Image.Image
     reference: Image.Image | None
-    """The photo that conditioned."""
+    """The photo that conditioned generation."""
     prompt: str
     held_out: Image.Image | None = None
-    """A photo of the same person that did not condition."""
+    """A photo of the same person that did not condition generation."""
     identity: str = ""
 
 
 @dataclass
 class Context:
-    """What metrics are loaded with; one for all metrics of a process."""
+    """What metrics are loaded with; shared by all metrics of a process."""
 
     paths: Mapping[str, Path] = field(default_factory=dict)
-    """Where each artifact and role lies that some metric needs."""
+    """Path of each required artifact and role."""
     device: str = "cpu"
-    """As torch names it."""
+    """Torch device name."""
     rules: Rules = "fastface"
     shared: dict[str, Any] = field(default_factory=dict)
-    """Models that several metrics use."""
+    """Models that several metrics share."""
 
     def once(self, name: str, make: Callable[[], T]) -> T:
-        """The model of that name, made by the first metric that asks for it."""
+        """Return the shared model of that name; the first call creates it."""
         if name not in self.shared:
             self.shared[name] = make()
-        found: T = self.shared[name]
-        return found
+        model: T = self.shared[name]
+        return model
 
 
 @runtime_checkable
 class Metric(Protocol):
-    """Made without arguments; then, in the process that scores, `load`, then `score` as often as there are
-    batches."""
+    """A metric. The scoring process creates it without arguments, calls `load` once and `score` per batch."""
 
     name: str
-    """As `--metrics` takes it: a-z, 0-9 and -."""
+    """Name for `--metrics`: a-z, 0-9 and -."""
     summary: str
     """One line for lists."""
     columns: tuple[Column, ...]
-    """Everything that `score` and, in a `RunMetric`, `finish` can give."""
+    """All columns that `score` and, in a `RunMetric`, `finish` can return."""
     needs: Needs
 
     def load(self, context: Context) -> None:
-        """Make the models. May raise any FastFaceError."""
+        """Load the models. May raise any FastFaceError."""
         ...
 
     def score(self, samples: Sequence[Sample]) -> list[Scores]:
-        """One mapping a sample, in order; a column left out is one of `finish`."""
+        """Return one mapping per sample, in order; columns of `finish` are omitted."""
         ...
 
 
 @runtime_checkable
 class RunMetric(Metric, Protocol):
-    """A metric with columns that only the whole run decides, as a rank among all identities."""
+    """A metric with columns that depend on the entire run, such as a rank among all identities."""
 
     def vectors(self, samples: Sequence[Sample]) -> list[dict[str, np.ndarray]]:
-        """What `finish` will need of each sample, by name; asked after `score` of the same samples, and
-        kept in the run (`vectors/`). What does not exist is left out."""
+        """Return what `finish` needs of each sample, by name. Called after `score` with the same samples, and
+        stored in the run (`vectors/`). Missing vectors are omitted."""
         ...
 
     def finish(
         self, rows: Sequence[Row], vectors: Mapping[str, Mapping[str, np.ndarray]]
     ) -> dict[str, Scores]:
-        """Scores to add, by key. Called once all rows are scored, in a process that may not have loaded the
-        metric.
+        """Return additional scores by key. Called after all rows are scored, possibly without `load`.
 
         Args:
-            rows: every row of the run, with what `score` gave.
-            vectors: by key; a row without any is left out.
+            rows: every row of the run, with the results of `score`.
+            vectors: by key; rows without vectors are omitted.
         """
         ...
 
 
 @dataclass(frozen=True)
 class SampleResult:
-    """What came of one sample."""
+    """Scores, errors and vectors of one sample."""
 
     scores: Scores
     errors: dict[str, dict[str, Any]]
-    """By metric: {"kind", "message"}, where it failed on this sample."""
+    """By metric: {"kind", "message"} if it failed on this sample."""
     vectors: dict[str, np.ndarray]
     """By "METRIC/NAME"."""
 
 
 def score_batch(metrics: Sequence[Metric], samples: Sequence[Sample]) -> list[SampleResult]:
-    """Every metric on a batch. Where a metric fails on the batch, each sample is tried alone, and the one
-    that cannot be scored records why: it never costs the others theirs."""
-    found = [SampleResult({}, {}, {}) for _ in samples]
+    """Run all metrics on a batch. If a metric fails, its samples are scored one by one, so that an error only
+    affects its own sample."""
+    results = [SampleResult({}, {}, {}) for _ in samples]
     for metric in metrics:
         try:
-            _score(metric, samples, found)
+            _score(metric, samples, results)
         except Exception as error:
             if len(samples) == 1:
-                _record(metric, error, found[0])
+                _record(metric, error, results[0])
                 continue
-            for sample, scored in zip(samples, found, strict=True):
+            for sample, scored in zip(samples, results, strict=True):
                 try:
                     _score(metric, [sample], [scored])
                 except Exception as alone:
                     _record(metric, alone, scored)
-    return found
+    return results
 
 
-def _score(metric: Metric, samples: Sequence[Sample], found: Sequence[SampleResult]) -> None:
+def _score(metric: Metric, samples: Sequence[Sample], results: Sequence[SampleResult]) -> None:
     given = metric.score(samples)
     vectors: Sequence[Mapping[str, np.ndarray]] = [{} for _ in samples]
     if isinstance(metric, RunMetric):
         vectors = metric.vectors(samples)
     if not len(given) == len(vectors) == len(samples):
         raise FastFaceError(
-            f"the metric {metric.name} gave {len(given)} results for {len(samples)} pictures",
-            "it must give one for each picture, in order",
+            f"the metric {metric.name} returned {len(given)} results for {len(samples)} images",
+            "a metric must return one result per image, in order",
         )
-    for scored, scores, named in zip(found, given, vectors, strict=True):
+    for scored, scores, named in zip(results, given, vectors, strict=True):
         scored.scores.update(scores)
         scored.vectors.update({f"{metric.name}/{name}": vector for name, vector in named.items()})
 
@@ -188,7 +187,7 @@ def _record(metric: Metric, error: Exception, scored: SampleResult) -> None:
 def finish_run(
     metrics: Sequence[Metric], rows: Sequence[Row], vectors: Mapping[str, Mapping[str, np.ndarray]]
 ) -> dict[str, Scores]:
-    """What the whole run decides, by key.
+    """Return the run-wide scores by key.
 
     Args:
         rows: every row of the run, scored.
@@ -210,10 +209,10 @@ def finish_run(
 
 @functools.cache
 def registry() -> dict[str, type[Metric]]:
-    """Every metric that is installed, by name.
+    """Return all installed metrics by name.
 
     Raises:
-        UsageError: a package's metric does not import, or two share a name.
+        UsageError: a metric of a package cannot be imported, or two metrics have the same name.
     """
     found: dict[str, type[Metric]] = {}
     for point in sorted(entry_points(group=GROUP), key=lambda point: point.name):
@@ -222,29 +221,29 @@ def registry() -> dict[str, type[Metric]]:
         except Exception as error:
             package = point.dist.name if point.dist else point.value
             raise UsageError(
-                f"the metric {point.name} of {package} does not import: {error}",
+                f"the metric {point.name} of {package} cannot be imported: {error}",
                 f"update or remove {package}",
             ) from error
         if found.setdefault(point.name, kind) is not kind:
-            raise UsageError(f"two packages bring a metric called {point.name}", "remove one of them")
+            raise UsageError(f"two packages provide a metric called {point.name}", "remove one of them")
     return found
 
 
 def make_metrics(names: Iterable[str]) -> list[Metric]:
-    """Metrics by name, not loaded yet; each once.
+    """Create metrics by name without loading them; each once.
 
     Raises:
-        UsageError: there is no such metric, or two give a column of the same name.
+        UsageError: unknown metric, or two metrics with a column of the same name.
         ModelUnavailableError: one needs an extra that is not installed.
     """
     known = registry()
-    made: list[Metric] = []
+    metrics: list[Metric] = []
     owners: dict[str, str] = {}
     for name in dict.fromkeys(names):
         if name not in known:
             near = nearest(name, known)
             raise UsageError(
-                f"there is no metric called '{name}'",
+                f"unknown metric '{name}'",
                 f"did you mean '{near}'?" if near else f"metrics are {', '.join(known)}",
             )
         metric = known[name]()
@@ -256,16 +255,16 @@ def make_metrics(names: Iterable[str]) -> list[Metric]:
             )
         for column in metric.columns:
             if owners.setdefault(column.name, name) != name:
-                raise UsageError(f"the metrics {owners[column.name]} and {name} both give '{column.name}'")
-        made.append(metric)
-    return made
+                raise UsageError(f"the metrics {owners[column.name]} and {name} share column '{column.name}'")
+        metrics.append(metric)
+    return metrics
 
 
 def missing_modules(metric: Metric | type[Metric]) -> list[str]:
-    """Modules that a metric needs and that are not installed."""
+    """Return the required modules of a metric that are not installed."""
     return [name for name in metric.needs.modules if importlib.util.find_spec(name) is None]
 
 
 def columns_of(metrics: Iterable[Metric]) -> dict[str, Column]:
-    """Every column of some metrics, by name, in order."""
+    """Return the columns of metrics by name, in order."""
     return {column.name: column for metric in metrics for column in metric.columns}
