@@ -1,15 +1,14 @@
-"""How long a stack takes to load, with the fused models kept from the run before and without.
+"""Compare the loading time with and without cached fused models.
 
     python benchmarks/coldstart.py [--full] [--runs 3] [--cold] [--touch] [--folder DIR] [--json FILE]
 
-Writes a stack of random weights in the published files' form (float16 where published so), then loads it
-in processes of their own, in turn with and without the kept file. Timed is what `generate` does between its
-start and its first step, imports apart: all models on the CPU in float16, nothing sampled. `--full` is the
-published size (10 GB of disk, 16 GB with the kept file, 9 GiB of memory); without it, the miniature.
+Writes models with random weights in the published file layout, then loads them in new processes, alternately
+with and without the cached file. It measures what `generate` does before its first step, without imports:
+all models on the CPU in float16, nothing sampled. `--full` uses the published size (10 GB of disk, 16 GB
+with the cached file, 9 GiB of memory) instead of the miniature.
 
-Kept models are mapped from their file and read when they are used. `--touch` reads every page of every model
-within the time, which is what a first picture would make it do. `--cold` asks the kernel to forget all files
-before each run, so that they come from the disk; else from the page cache as far as it reaches.
+Cached models are memory-mapped and read on first use. `--touch` also reads every page of every model, as the
+first image would. `--cold` drops all files from the page cache before each run.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ PARTS = ("base", "hyper", "vae", "adapter", "image_encoder")
 
 
 def recipe() -> Any:
-    """The stack of `hyper-fastface`, under the names that `write_stack` gives."""
+    """Return the recipe `hyper-fastface` with the file names of `write_stack`."""
     from fastface_cli.recipe.schema import Recipe
 
     roles = ("base", "distillation", "vae", "adapter", "image_encoder", "face")
@@ -47,7 +46,7 @@ def recipe() -> Any:
 
 
 def write(folder: Path, *, full: bool) -> None:
-    """The stack on the disk."""
+    """Write the models to the disk."""
     from fastface_cli.benchmark.sdxl import MINIATURE, PUBLISHED
     from fastface_cli.benchmark.structure import write_stack
 
@@ -55,7 +54,7 @@ def write(folder: Path, *, full: bool) -> None:
 
 
 def load(folder: Path, *, keep: bool, touch: bool) -> dict[str, float]:
-    """Load the stack in this process: seconds, and peak memory in GiB."""
+    """Load the models in this process, and return seconds and peak memory in GiB."""
     from fastface_cli.app.pipeline import Pipeline
     from fastface_cli.benchmark.structure import PARTS as PLACES
     from fastface_cli.store.fused_cache import FusedCache
@@ -70,13 +69,13 @@ def load(folder: Path, *, keep: bool, touch: bool) -> dict[str, float]:
         models = (loaded.unet, loaded.vae, loaded.projection, parts.image_encoder)
         for model in (*models, parts.text_encoder, parts.text_encoder_2):
             for parameter in model.parameters():
-                parameter.view(-1)[:: 4096 // parameter.itemsize].sum()  # one number of each page
+                parameter.view(-1)[:: 4096 // parameter.itemsize].sum()  # one value of each page
     seconds = time.perf_counter() - began
     return {"seconds": seconds, "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
 
 
-def forget(folder: Path) -> None:
-    """Ask the kernel to drop the pages of every file below a folder."""
+def drop_page_cache(folder: Path) -> None:
+    """Ask the kernel to drop every file under a folder from the page cache."""
     os.sync()
     for path in folder.rglob("*"):
         if path.is_file():
@@ -85,18 +84,18 @@ def forget(folder: Path) -> None:
 
 
 def measured(folder: Path, options: argparse.Namespace, *, keep: bool) -> dict[str, float]:
-    """`load` in a process of its own."""
+    """Run `load` in a new process."""
     if options.cold:
-        forget(folder)
+        drop_page_cache(folder)
     command = [sys.executable, __file__, "--load", "kept" if keep else "plain", "--folder", str(folder)]
     command += ["--touch"] * options.touch
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    measurement: dict[str, float] = json.loads(result.stdout.splitlines()[-1])
+    return measurement
 
 
 def run(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Everything that is measured."""
+    """Run all measurements."""
     write(folder, full=options.full)
     first = measured(folder, options, keep=True)
     kept: list[dict[str, float]] = []
@@ -104,11 +103,11 @@ def run(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     for _ in range(options.runs):
         plain.append(measured(folder, options, keep=False))
         kept.append(measured(folder, options, keep=True))
-    medians = [statistics.median(one["seconds"] for one in runs) for runs in (kept, plain)]
+    medians = [statistics.median(result["seconds"] for result in runs) for runs in (kept, plain)]
     return {
         "stack": "published size" if options.full else "miniature",
         "weights": "random",
-        "files": "from the disk" if options.cold else "in the page cache as far as it reaches",
+        "files": "read from the disk" if options.cold else "read through the page cache",
         "every page read": options.touch,
         "kept_bytes": sum(path.stat().st_size for path in (folder / "fused").glob("*.safetensors")),
         "first_build_and_keep": first,
@@ -119,36 +118,36 @@ def run(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def show(found: dict[str, Any]) -> None:
-    print(f"{found['stack']}, random weights, CPU, float16, loaded only; files {found['files']}")
-    print(f"{found['first_build_and_keep']['seconds']:8.2f} s  first build, and keeping it")
+def show(report: dict[str, Any]) -> None:
+    print(f"{report['stack']}, random weights, CPU, float16, loaded only; files {report['files']}")
+    print(f"{report['first_build_and_keep']['seconds']:8.2f} s  first load, which writes the cache")
     for label in ("without", "with"):
-        seconds = sorted(one["seconds"] for one in found[label])
-        peak = max(one["peak_gib"] for one in found[label])
-        times = " ".join(f"{one:.2f}" for one in seconds)
+        seconds = sorted(result["seconds"] for result in report[label])
+        peak = max(result["peak_gib"] for result in report[label])
+        times = " ".join(f"{second:.2f}" for second in seconds)
         median = statistics.median(seconds)
-        print(f"{median:8.2f} s  {label} the kept models (runs: {times}; peak {peak:.1f} GiB)")
-    print(f"{found['ratio']:8.3f}    ratio (wanted: at most {found['target']} in the published size)")
+        print(f"{median:8.2f} s  {label} cached models (runs: {times}; peak {peak:.1f} GiB)")
+    print(f"{report['ratio']:8.3f}    ratio (target: at most {report['target']} at the published size)")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--full", action="store_true", help="the published size")
-    parser.add_argument("--runs", type=int, default=3, help="of each kind")
-    parser.add_argument("--cold", action="store_true", help="from the disk")
+    parser.add_argument("--full", action="store_true", help="use the published size")
+    parser.add_argument("--runs", type=int, default=3, help="runs with and without the cache")
+    parser.add_argument("--cold", action="store_true", help="read all files from the disk")
     parser.add_argument("--touch", action="store_true", help="read every page")
-    parser.add_argument("--folder", type=Path, help="where the stack is written; a new temporary folder")
-    parser.add_argument("--json", type=Path, help="write the numbers there")
+    parser.add_argument("--folder", type=Path, help="parent of the temporary folder for the models")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
     parser.add_argument("--load", choices=["kept", "plain"], help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.load:
         print(json.dumps(load(options.folder, keep=options.load == "kept", touch=options.touch)))
         return
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        found = run(Path(folder), options)
-    show(found)
+        report = run(Path(folder), options)
+    show(report)
     if options.json:
-        options.json.write_text(json.dumps(found, indent=2) + "\n")
+        options.json.write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""How long a run takes, beside generating alone and scoring alone: they overlap, so it should be the longer.
+"""Compare the time of an evaluation with that of generating alone and of scoring alone.
+
+Both run in parallel, so the evaluation should take as long as the slower one.
 
     python benchmarks/eval_overlap.py [--dataset examples/mini] [--recipe pocket-fastface] [--seeds 8]
 
-Each side has a core of its own: the worker process is pinned to one; this process, which hands out and
-writes, and the one that scores share another.
-Models are loaded and people measured before the clocks start: a run of hours does not feel them, and a short
-one would measure nothing else.
+The worker process is pinned to one core; this process and the scoring process share another. Models are
+loaded and identities computed before the measurement: they do not matter in a run of hours, but would
+dominate a short run.
 """
 
 from __future__ import annotations
@@ -35,13 +36,13 @@ CORES = sorted(os.sched_getaffinity(0))
 
 
 def pinned(factory: MakerFactory, core: int, device: str) -> Make:
-    """The maker of a worker on a core; asked itself, a worker knows only the core that it inherits."""
+    """Create the maker of a worker and pin the worker to a core."""
     os.sched_setaffinity(0, {core})
     return factory(device)
 
 
 class Warm(LocalPool):
-    """A pool that is already running and outlives a run."""
+    """A pool that is started once and used by several runs."""
 
     started = False
 
@@ -63,7 +64,7 @@ class Warm(LocalPool):
 
 
 class Loaded(Scoring):
-    """Scoring whose process is there and has its models."""
+    """Scoring with a process that has already loaded its models."""
 
     def __init__(self, metrics: Sequence[Metric], load: Load) -> None:
         super().__init__(metrics, load)
@@ -77,7 +78,7 @@ class Loaded(Scoring):
 
 @contextmanager
 def fresh(folder: Path, info: dict[str, object], people: Path) -> Iterator[Run]:
-    """A new run that knows its people already."""
+    """Open a new run with computed identities."""
     with Run.open(folder, info) as run:
         shutil.copytree(people, folder / "identities")
         yield run
@@ -93,7 +94,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--dataset", type=Path, default=Path("examples/mini"))
     parser.add_argument("--recipe", default="pocket-fastface")
-    # The last chunk is scored when all is made: two seconds, which are 6% of the time of 192 images.
+    # The last chunk is scored after all images: two seconds, which is 6% of the time of 192 images.
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--metrics", default=None)
     parser.add_argument("--repeat", type=int, default=3)
@@ -105,9 +106,9 @@ def main() -> None:
     names = options.metrics.split(",") if options.metrics else setup.default_metrics(recipes, "fastface")
 
     def loaded() -> Loaded:
-        """Metrics with their models, and without a memory of pictures that they have seen."""
-        found = setup.scoring(names, recipes, machine, "fastface", settings)
-        return Loaded(found.metrics, found.load)
+        """Load the metrics from scratch, so that no scores are cached."""
+        scoring_setup = setup.scoring(names, recipes, machine, "fastface", settings)
+        return Loaded(scoring_setup.metrics, scoring_setup.load)
 
     nothing = Scoring([], list)
     info = setup.describe(plan, machine, rules="fastface", split="full", metrics=names)

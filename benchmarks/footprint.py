@@ -1,8 +1,8 @@
-"""What each level of `--low-memory` leaves on a card: tensors counted at the published size, no GPU needed.
+"""Count the GPU memory of each `--low-memory` level at the published size; no GPU is needed.
 
     python benchmarks/footprint.py [--recipe hyper-fastface] [--size 1024]
 
-GiB in half precision, one picture, by stage; the context, workspaces and gaps between tensors come on top.
+GiB in half precision, one image, by stage. CUDA context, workspaces and fragmentation are not included.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ def main() -> None:
     options = parser.parse_args()
     size = [f"sampling.width={options.size}", f"sampling.height={options.size}"]
     recipe = load_recipe(options.recipe, overrides=size).recipe
-    print(f"| --low-memory | between pictures | {' | '.join(STAGES)} | most |")
+    print(f"| --low-memory | between images | {' | '.join(STAGES)} | peak |")
     print("|---|---|" + "---|" * len(STAGES) + "---|")
     for name, level in LEVELS.items():
-        found = count(recipe, level)
-        cells = [found.resident, *(found.stages.get(stage, 0) for stage in STAGES), found.peak]
+        footprint = count(recipe, level)
+        cells = [footprint.resident, *(footprint.stages.get(stage, 0) for stage in STAGES), footprint.peak]
         print(
             f"| {name} | {' | '.join(f'{cell / GIB:.2f}' if cell else '-' for cell in cells)} |", flush=True
         )

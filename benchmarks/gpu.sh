@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Measures on a GPU and tests what only a GPU can: one command, under nine minutes, no network, no models.
+# Run the GPU benchmarks and GPU tests: under nine minutes, without network and model files.
 #
 #     benchmarks/gpu.sh               results in ${OUT:-benchmarks/results}
-#     benchmarks/gpu.sh --dry         the same steps on the CPU with a miniature: proves the script, no numbers
+#     benchmarks/gpu.sh --dry         the same steps on the CPU with a miniature, to test this script
 #
-# Needs torch, transformers, peft, accelerate and pytest; takes the rest from benchmarks/wheels/ if it is there
-# (benchmarks/wheels.sh). A step that fails is recorded and the others go on; without a GPU nothing is measured.
+# Requires torch, transformers, peft, accelerate and pytest; installs the rest from benchmarks/wheels/ if it exists
+# (see benchmarks/wheels.sh). A failed step is recorded and the next one runs. Without a GPU nothing is measured.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -23,22 +23,22 @@ mkdir -p "$out"
 out=$(cd "$out" && pwd)
 : >"$out/steps.txt"
 
-say() { echo "$*" | tee -a "$out/steps.txt"; }
+record() { echo "$*" | tee -a "$out/steps.txt"; }
 
-# step NAME SECONDS COMMAND...: runs it with its own limit, and never past the deadline of all.
+# step NAME SECONDS COMMAND...: run a command with its own time limit, but never past the overall deadline.
 step() {
     local name=$1 limit=$2 left began code
     shift 2
     left=$((deadline - $(date +%s)))
     if [ "$left" -lt 15 ]; then
-        say "$name: left out, no time"
+        record "$name: skipped, no time left"
         return
     fi
     [ "$limit" -gt "$left" ] && limit=$left
     began=$(date +%s)
     timeout --kill-after=5 "$limit" "$@" >"$out/$name.log" 2>&1
     code=$?
-    say "$name: exit $code after $(($(date +%s) - began)) s"
+    record "$name: exit $code after $(($(date +%s) - began)) s"
     [ "$code" -ne 0 ] && tail -n 15 "$out/$name.log"
 }
 
@@ -58,11 +58,11 @@ speed=(--compile --accelerate channels_last=on)
 repeats=50
 if [ -n "$dry" ]; then
     weights=(--weights random-small --set sampling.width=128 --set sampling.height=128 --device cpu --dtype bfloat16)
-    speed=(--accelerate channels_last=on) # nobody need wait for a compiler to see whether the script runs
+    speed=(--accelerate channels_last=on) # testing the script needs no compilation
     repeats=3
 fi
 
-# The method itself first, and with it the cold compile: if time runs out, the most telling numbers are there.
+# FastFace first, with the cold compilation: if time runs out, the most important results exist.
 bench() { # NAME SECONDS RECIPE ARGUMENTS...
     step "$1" "$2" "${fastface[@]}" bench --recipe "$3" "${weights[@]}" -o "$out/$1" "${@:4}"
 }
@@ -70,16 +70,16 @@ bench fastface 270 hyper-fastface --against reference "${speed[@]}" --repeats "$
 step tests 90 "$python" -m pytest -q -p no:cacheprovider -m gpu tests/gpu --junitxml "$out/tests.xml"
 bench am1 120 hyper-am1 --against reference "${speed[@]}" --repeats "$repeats" --no-cold
 bench baseline 120 hyper-baseline --against reference "${speed[@]}" --repeats "$repeats" --no-cold
-# Every item of speed turned off alone, without the compiler: each of its rows would be compiled anew.
+# Disable each optimization in turn; without --compile, which would compile every row again.
 bench ablation 90 hyper-fastface --ablation --accelerate channels_last=on --no-cold \
     --repeats $((repeats > 10 ? 10 : repeats))
-# The memory that each level of saving takes, in a process of its own: what footprint.py can only count.
+# Measure the memory of each --low-memory level in a new process; footprint.py only counts it.
 levels=(12 8 6)
 for level in "${levels[@]}"; do
     bench "memory-$level" 60 hyper-fastface --low-memory "$level" --repeats 3
 done
 
-# Few files: one JSON for each step, and one page, one log and one list of tests for all.
+# Keep few files: one JSON per step, one page of results, one log and one list of tests.
 : >"$out/results.md"
 : >"$out/log.txt"
 for name in install fastface tests am1 baseline ablation "${levels[@]/#/memory-}"; do

@@ -1,9 +1,9 @@
-"""What the sampling loop costs beyond the model calls it makes, on the pocket stack.
+"""Measure the overhead of the sampling loop over its model calls, with the pocket recipes.
 
     python benchmarks/loop.py [--recipe pocket-fastface] [--repeat 15]
 
-For every picture the wall time of the whole generation is set against the time spent inside the calls of the
-text encoders, the image encoder, the identity projection, the UNet and the VAE of that very run.
+For every image, the time of the complete generation is divided by the time inside the calls of the text
+encoders, the image encoder, the identity projection, the UNet and the VAE of the same run.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from fastface_cli.app.pipeline import Pipeline, Request
 from fastface_cli.identity.identity import Identity
 
 
-class Watch:
-    """Time spent inside a module's calls."""
+class ModelCallTimer:
+    """Measure the time inside the calls of all models."""
 
     def __init__(self, pipeline: Pipeline) -> None:
         parts = pipeline.parts
@@ -60,21 +60,21 @@ def main() -> None:
         rng.integers(0, 256, (1, 224, 224, 3), dtype=np.uint8),
         np.ones(1, np.float32),
     )
-    watch = Watch(pipeline)
-    inside, whole = [], []
+    timer = ModelCallTimer(pipeline)
+    inside, total = [], []
     for run in range(options.repeat + 2):
-        watch.seconds = 0.0
+        timer.seconds = 0.0
         began = time.perf_counter()
         next(pipeline.generate([Request("a woman smiling", run, person)]))
         seconds = time.perf_counter() - began
         if run >= 2:  # the first runs warm the caches
-            inside.append(watch.seconds)
-            whole.append(seconds)
-    ratio = statistics.median(w / i for w, i in zip(whole, inside, strict=True))
-    print(f"recipe {options.recipe}, {options.repeat} pictures, {torch.get_num_threads()} threads")
-    print(f"whole generation          {statistics.median(whole) * 1000:8.1f} ms (median)")
+            inside.append(timer.seconds)
+            total.append(seconds)
+    ratio = statistics.median(t / i for t, i in zip(total, inside, strict=True))
+    print(f"recipe {options.recipe}, {options.repeat} images, {torch.get_num_threads()} threads")
+    print(f"complete generation       {statistics.median(total) * 1000:8.1f} ms (median)")
     print(f"inside model calls        {statistics.median(inside) * 1000:8.1f} ms")
-    print(f"whole / model calls       {ratio:8.3f}")
+    print(f"generation / model calls  {ratio:8.3f}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""How long `fastface --help` takes, beside the imports that it cannot do without.
+"""Compare the time of `fastface --help` with that of the imports that it requires.
 
-Runs `fastface --help` and `python -c "import typer, rich, pydantic, yaml"` in turn, so that both see the same
-machine, and prints the median of each and their ratio (wanted: at most 1.5).
+Runs `fastface --help` and `python -c "import typer, rich, pydantic, yaml"` alternately, so that machine noise
+affects both, and prints the median of each and their ratio (target: at most 1.5).
 
     python benchmarks/startup.py [RUNS]
 """
@@ -20,7 +20,7 @@ IMPORTS = "import typer, rich, pydantic, yaml"
 
 
 def commands() -> dict[str, list[str]]:
-    """What is measured, by label: the installed command, else the same entry point."""
+    """Return the measured commands: the installed `fastface`, otherwise its entry point."""
     script = Path(sys.executable).with_name("fastface")
     entry = "from fastface_cli.cli import main; main()"
     fastface = [str(script)] if script.is_file() else [sys.executable, "-c", entry]
@@ -28,7 +28,7 @@ def commands() -> dict[str, list[str]]:
 
 
 def wall(command: list[str]) -> float:
-    """Seconds of one process from start to end."""
+    """Return the seconds of one process from start to end."""
     began = time.perf_counter()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - began
@@ -38,7 +38,7 @@ def main() -> None:
     runs = int(sys.argv[1]) if len(sys.argv) > 1 else RUNS
     measured = commands()
     for command in measured.values():
-        wall(command)  # bytecode and file caches
+        wall(command)  # fills bytecode and file caches
     seconds: dict[str, list[float]] = {label: [] for label in measured}
     for _ in range(runs):
         for label, command in measured.items():
@@ -47,7 +47,7 @@ def main() -> None:
     for label, median in medians.items():
         print(f"{1000 * median:7.1f} ms  {label}")
     ratio = medians["fastface --help"] / medians[IMPORTS]
-    print(f"{ratio:7.2f}     ratio ({runs} runs, wanted: at most {TARGET})")
+    print(f"{ratio:7.2f}     ratio ({runs} runs, target: at most {TARGET})")
 
 
 if __name__ == "__main__":

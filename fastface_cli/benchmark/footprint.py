@@ -1,9 +1,9 @@
-"""How much memory tensors take on the device, counted without numbers: the published size on any machine.
+"""Count the GPU memory of tensors without allocating it, at the published size and on any machine.
 
-The models are built on torch's meta device, which stands for the card; what a level keeps elsewhere lies on
-the CPU, in memory that is never touched. The pipeline then runs as it always does, and every storage that is
-alive on the card counts. Not counted: the context, workspaces of convolutions, the allocator's gaps.
-Attention counts as the fused kernels have it, by its output alone.
+The models are created on torch's meta device, which represents the GPU. Offloaded models are on the CPU, in
+memory that is never touched. The pipeline then runs as usual, and every live storage on the meta device is
+counted. Not counted: the CUDA context, convolution workspaces and fragmentation. Attention counts only its
+output, as in the fused kernels.
 """
 
 from __future__ import annotations
@@ -30,90 +30,90 @@ from ..recipe.schema import Recipe
 from .random_stack import make_models, scheduler, tokenizers
 from .sdxl import PUBLISHED, Stack
 
-CARD = torch.device("meta")
+GPU = torch.device("meta")
 
 
 @dataclass
 class Footprint:
-    """Bytes of tensors on the card."""
+    """Bytes of tensors on the GPU."""
 
     resident: int
-    """Before the first picture."""
+    """Before the first image."""
     stages: Mapping[str, int] = field(default_factory=dict)
-    """The most within each stage."""
+    """Peak of each stage."""
 
     @property
     def peak(self) -> int:
-        """The most of all."""
+        """Return the overall peak."""
         return max(self.resident, *self.stages.values())
 
 
-class Living(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of all storages on the card that are alive."""
+class LiveMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Count the bytes of all live storages on the GPU."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.now = self.most = 0
+        self.current = self.peak = 0
         self._known: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
-    def see(self, tensor: torch.Tensor) -> None:
-        """Take a tensor into account, until it is gone."""
-        if tensor.device != CARD:
+    def track(self, tensor: torch.Tensor) -> None:
+        """Count a tensor until its storage is freed."""
+        if tensor.device != GPU:
             return
         storage = tensor.untyped_storage()
         if storage not in self._known:
             size = storage.nbytes()
             self._known[storage] = size
-            self.now += size
-            self.most = max(self.most, self.now)
-            weakref.finalize(storage, self._gone, size)
+            self.current += size
+            self.peak = max(self.peak, self.current)
+            weakref.finalize(storage, self._release, size)
 
-    def _gone(self, size: int) -> None:
-        self.now -= size
+    def _release(self, size: int) -> None:
+        self.current -= size
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(found):
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
-                self.see(leaf)
-        return found
+                self.track(leaf)
+        return result
 
 
 def count(recipe: Recipe, level: Level, stack: Stack = PUBLISHED) -> Footprint:
-    """What one picture of a recipe takes in half precision.
+    """Count the memory of one image in half precision.
 
     Args:
-        recipe: what to run; the models that it names are not looked at.
-        level: what is on the card only while it is used.
-        stack: the configurations.
+        recipe: the recipe to run; its model files are not used.
+        level: which models are offloaded.
+        stack: the model configurations.
     """
     from .run import synthetic_person
 
     with quiet_libraries():
         pipeline = _pipeline(recipe, level, stack)
-    living = Living()
+    memory = LiveMemory()
     parts = pipeline.parts
     encoders = (parts.text_encoder, parts.text_encoder_2, parts.image_encoder, pipeline.projection)
     for module in (pipeline.unet, pipeline.vae, *encoders):
         for tensor in (*module.parameters(), *module.buffers()):
-            living.see(tensor)
-    found, stages = Footprint(living.now), dict[str, int]()
+            memory.track(tensor)
+    footprint, stages = Footprint(memory.current), dict[str, int]()
 
     @contextmanager
     def watch(stage: str) -> Iterator[None]:
-        living.most = living.now
+        memory.peak = memory.current
         yield
-        stages[stage] = max(stages.get(stage, 0), living.most)
+        stages[stage] = max(stages.get(stage, 0), memory.peak)
 
     pipeline.watch = watch
     request = Request("a portrait of a person", 0, synthetic_person())
     fused = patch("torch.nn.functional.scaled_dot_product_attention", _fused_attention)
-    with torch.no_grad(), living, fused:
+    with torch.no_grad(), memory, fused:
         trace, _ = pipeline.sample([request], pipeline.plan())
         with watch("vae"), pipeline.there(pipeline.vae, away=level.models):
             pipeline.decode(trace.latents[-1][0])
-    found.stages = stages
-    return found
+    footprint.stages = stages
+    return footprint
 
 
 def _fused_attention(query: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
@@ -121,12 +121,12 @@ def _fused_attention(query: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
 
 
 def _pipeline(recipe: Recipe, level: Level, stack: Stack) -> Pipeline:
-    """The stack with its adapter, every model where the level has it."""
-    homes = Homes.of(CARD, level)
+    """Create the pipeline with its adapter, every model on the device that the level assigns."""
+    homes = Homes.of(GPU, level)
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float16)
     try:
-        with CARD:
+        with GPU:
             models = make_models(recipe, stack)
             _put_adapter(models["unet"])
             projection = _make_projection(stack)
@@ -135,24 +135,24 @@ def _pipeline(recipe: Recipe, level: Level, stack: Stack) -> Pipeline:
     places = {"unet": homes.unet, "vae": homes.vae}
     for name, model in (*models.items(), ("projection", projection)):
         home = places.get(name, homes.encoders)
-        if home != CARD:
+        if home != GPU:
             model.to_empty(device=home)
         model.eval().requires_grad_(False)
     parts = StableDiffusionXLPipeline(
         **models, **tokenizers(stack), scheduler=scheduler(recipe, stack), add_watermarker=False
     )
-    return Pipeline(recipe, parts, projection, scheduler(recipe, stack), level=level, device=CARD)
+    return Pipeline(recipe, parts, projection, scheduler(recipe, stack), level=level, device=GPU)
 
 
 def _put_adapter(unet: Any) -> None:
-    """Processors as `load_ip_adapter` leaves them."""
+    """Install the same attention processors as `load_ip_adapter`."""
     processors = {}
-    for name, own in unet.attn_processors.items():
+    for name, processor in unet.attn_processors.items():
         layer = unet.get_submodule(name.removesuffix(".processor"))
         processors[name] = (
             IPAdapterAttnProcessor2_0(layer.inner_dim, layer.cross_attention_dim, num_tokens=(4,))
             if layer.is_cross_attention
-            else own
+            else processor
         )
     unet.set_attn_processor(processors)
 

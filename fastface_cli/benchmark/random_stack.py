@@ -1,8 +1,8 @@
-"""A stack with random weights, made on the device: what speed needs, without a download.
+"""Create models with random weights on the device, to measure speed without a download.
 
-Every matrix is normal with variance 1 / fan-in, so that activations keep their size, nothing overflows in
-half precision, and products take the power that real numbers take. A distillation LoRA would be fused into
-such a UNet and leave no trace in its speed: none is made.
+Every matrix is normal with variance 1 / fan-in. Activations then keep their scale, nothing overflows in half
+precision, and matrix products draw as much power as with real weights. A fused distillation LoRA does not
+change the speed of the UNet, so none is created.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ def random_pipeline(
     stack: Stack = PUBLISHED,
     level: Level = OFF,
 ) -> Pipeline:
-    """Our pipeline over random weights; the same weights at every call.
+    """Create our pipeline with random weights, which are the same at every call.
 
     Args:
-        recipe: what to run; the models that it names are not looked at.
-        device: where the weights are made.
-        dtype: of the weights.
-        acceleration: what is done for speed.
-        stack: the configurations.
-        level: what is on the device only while it is used; all of it is made there.
+        recipe: the recipe to run; its model files are not used.
+        device: device for the weights.
+        dtype: data type of the weights.
+        acceleration: the optimizations.
+        stack: the model configurations.
+        level: which models are offloaded, after they were created on the device.
     """
     check(acceleration, device, dtype)
     check_level(level, acceleration)
@@ -64,35 +64,35 @@ def random_pipeline(
 def random_reference(
     recipe: Recipe, device: torch.device, dtype: torch.dtype, stack: Stack = PUBLISHED
 ) -> PublishedPipeline:
-    """The published structure over the same random weights as `random_pipeline`'s."""
+    """Create the published pipeline with the same random weights as `random_pipeline`."""
     with quiet_libraries(), memory_errors(device), torch.no_grad():
         return PublishedPipeline(recipe, random_parts(recipe, device, dtype, stack), scheduler(recipe, stack))
 
 
 def random_parts(recipe: Recipe, device: torch.device, dtype: torch.dtype, stack: Stack) -> Any:
-    """A diffusers pipeline with an image encoder, and the adapter in its UNet with its LoRA unfused."""
+    """Create a diffusers pipeline with an image encoder, the adapter and its unfused LoRA."""
     from diffusers import StableDiffusionXLPipeline
 
-    with _made_as(device, dtype):
+    with _default_tensor(device, dtype):
         models = make_models(recipe, stack)
     unet, vae = models["unet"], models["vae"]
     for index, model in enumerate(models.values()):
         fill(model.named_parameters(), index)
         model.to(device, dtype).eval().requires_grad_(False)
     if vae.config.force_upcast and dtype is torch.float16:
-        vae.to(torch.float32)  # as real weights are loaded
+        vae.to(torch.float32)  # as when real weights are loaded
     parts = StableDiffusionXLPipeline(
         **models, **tokenizers(stack), scheduler=scheduler(recipe, stack), add_watermarker=False
     )
     parts.load_ip_adapter(
         _adapter(stack, device, dtype), subfolder="", weight_name="", image_encoder_folder=None
     )
-    unet.to(device, dtype).requires_grad_(False)  # the LoRA comes in float32
+    unet.to(device, dtype).requires_grad_(False)  # the LoRA is in float32
     return parts
 
 
 def make_models(recipe: Recipe, stack: Stack) -> dict[str, Any]:
-    """The models of a stack without an adapter, by the names of diffusers, wherever tensors are made now."""
+    """Create the models without an adapter on the default device, under the names of diffusers."""
     import transformers
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
@@ -110,8 +110,8 @@ def make_models(recipe: Recipe, stack: Stack) -> dict[str, Any]:
 
 
 @contextmanager
-def _made_as(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """New parameters are on this device and of this type from the start."""
+def _default_tensor(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Create new parameters on this device and with this data type."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -122,9 +122,9 @@ def _made_as(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
 
 
 def fill(tensors: Iterable[tuple[str, Tensor]], seed: int) -> None:
-    """Random numbers in place, from names and a seed: normal, scaled by fan-in; norms near one.
+    """Fill tensors with random numbers that depend on their name and the seed; norm weights are near one.
 
-    The product of a LoRA's halves is a tenth of a matrix.
+    The product of a LoRA's two matrices is a tenth of a full matrix.
     """
     for name, tensor in tensors:
         generator = torch.Generator(tensor.device).manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
@@ -142,28 +142,28 @@ def _adapter(stack: Stack, device: torch.device, dtype: torch.dtype) -> dict[str
         name: torch.empty(shape, device=device, dtype=dtype) for name, (shape, _) in layout.tensors.items()
     }
     fill(tensors.items(), 99)
-    found: dict[str, dict[str, Tensor]] = {}
+    parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         part, _, key = name.partition(".")
-        found.setdefault(part, {})[key] = tensor
-    return found
+        parts.setdefault(part, {})[key] = tensor
+    return parts
 
 
 def scheduler(recipe: Recipe, stack: Stack) -> Any:
-    """A scheduler of the class that a recipe names."""
-    wanted = recipe.model.scheduler
-    config: ConfigFile = TURBO_SCHEDULER if wanted.kind == "euler_ancestral" else stack.scheduler
-    changes = {} if wanted.spacing is None else {"timestep_spacing": wanted.spacing}
-    return SCHEDULERS[wanted.kind].from_config(config, **changes)
+    """Create the scheduler that the recipe names."""
+    settings = recipe.model.scheduler
+    config: ConfigFile = TURBO_SCHEDULER if settings.kind == "euler_ancestral" else stack.scheduler
+    changes = {} if settings.spacing is None else {"timestep_spacing": settings.spacing}
+    return SCHEDULERS[settings.kind].from_config(config, **changes)
 
 
 def tokenizers(stack: Stack) -> dict[str, Any]:
-    """Tokenizers of the stack's vocabularies, by the names of diffusers."""
+    """Create tokenizers with the stack's vocabularies, under the names of diffusers."""
     from transformers import CLIPTokenizer
 
-    found = {}
+    loaded = {}
     with tempfile.TemporaryDirectory() as folder:
         for (name, pad), config in zip(PADS.items(), (stack.text_encoder, stack.text_encoder_2), strict=True):
             write_tokenizer(Path(folder) / name, config["vocab_size"], pad)
-            found[name] = CLIPTokenizer.from_pretrained(Path(folder) / name, local_files_only=True)
-    return found
+            loaded[name] = CLIPTokenizer.from_pretrained(Path(folder) / name, local_files_only=True)
+    return loaded

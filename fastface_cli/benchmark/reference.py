@@ -1,22 +1,22 @@
-"""The published implementation's structure, to be timed against ours. Same latents, other road.
+"""The published implementation, for speed comparisons with ours. Both produce the same latents.
 
-Written from what the authors' code does, on the same diffusers parts that it uses, and only as slow as that
-code is. What it does at every run that ours does not:
+It repeats the steps of the authors' code with the same diffusers components and is no slower than that code.
+Unlike ours, every run does the following:
 
-- all three branches at every step, whether or not the guided prediction depends on them;
-- the adapter's LoRA stays beside the weights (PEFT): two more small matrix products in each of the UNet's
-  attention projections;
+- all three branches run at every step, even if the guided prediction does not depend on them;
+- the adapter's LoRA is not fused (PEFT): two more small matrix products in each attention projection of the
+  UNet;
 - text and identity keys and values are projected again at every step, and the identity projection itself
   runs inside every UNet call;
-- the image encoder sees nobody and the person in two calls;
-- timesteps live on the device, so that every scheduler step waits for it;
-- the VAE lies in float16, becomes float32 for the decoding, weights and all, and float16 again after it: the
-  base's VAE, the only one that it knows, overflows otherwise. So it does here with whatever VAE is given;
-- eager execution throughout.
+- the image encoder runs twice, for no identity and for the person;
+- timesteps are on the device, so every scheduler step waits for it;
+- the VAE is stored in float16, converted to float32 for decoding, and converted back: the base's VAE, the
+  only one that it supports, overflows in float16. This happens here with every VAE;
+- nothing is compiled.
 
-Left out, in its favour: the published attention builds an empty bias on the CPU and copies it to the device
-in every manipulated layer, and asks the device there whether the result is finite. The noise is ours, so that
-latents can be compared.
+Omitted, which makes it faster than the published code: in every manipulated layer, the published attention
+copies an empty bias from the CPU to the device and checks on the device whether the result is finite. The
+noise is ours, so that latents can be compared.
 """
 
 from __future__ import annotations
@@ -58,19 +58,19 @@ from ..recipe.schema import Block, Recipe
 from ..sampling import attention, guidance
 
 LORA = "faceid_0"
-"""What diffusers calls the LoRA inside the adapter."""
+"""Name that diffusers gives the LoRA inside the adapter."""
 
 
 @dataclass
 class _State:
-    """What manipulated layers must know of the step, as the published code counts it in each of them."""
+    """The state of the current step that the manipulated layers need."""
 
     images: int = 1
     chains: dict[Block, attention.Chain | None] = field(default_factory=dict)
 
 
 class ManipulatedProcessor(IPAdapterAttnProcessor2_0):  # type: ignore[misc]
-    """The stock processor with the identity's map written out, as the published patch has it."""
+    """The diffusers processor with an explicit identity attention map, as in the published patch."""
 
     def __init__(self, loaded: IPAdapterAttnProcessor2_0, block: Block, state: _State) -> None:
         torch.nn.Module.__init__(self)
@@ -83,7 +83,7 @@ class ManipulatedProcessor(IPAdapterAttnProcessor2_0):  # type: ignore[misc]
     def __call__(
         self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Any = None, *_: Any, **__: Any
     ) -> Tensor:
-        """Attend to text and identity; `encoder_hidden_states` is the pair that the UNet makes."""
+        """Attend to text and identity; `encoder_hidden_states` is the pair that the UNet creates."""
         text, (identity,) = encoder_hidden_states
 
         def heads(x: Tensor) -> Tensor:
@@ -91,26 +91,26 @@ class ManipulatedProcessor(IPAdapterAttnProcessor2_0):  # type: ignore[misc]
 
         query = heads(attn.to_q(hidden_states))
         out = F.scaled_dot_product_attention(query, heads(attn.to_k(text)), heads(attn.to_v(text)))
-        # One identity: [rows, pictures of it, tokens, width].
+        # One identity: [rows, images of it, tokens, width].
         key, value = (
             heads(self.to_k_ip[0](identity.flatten(1, 2))),
             heads(self.to_v_ip[0](identity.flatten(1, 2))),
         )
         chain = self.state.chains.get(self.block)
-        found = attention.identity_attention(query, key, value, chain, self.state.images)
-        out = (out + self.scale[0] * found).transpose(1, 2).flatten(2)
+        from_identity = attention.identity_attention(query, key, value, chain, self.state.images)
+        out = (out + self.scale[0] * from_identity).transpose(1, 2).flatten(2)
         result: Tensor = attn.to_out[0](out)
         return result
 
 
 class PublishedPipeline:
-    """A loaded stack in the published structure; used like `Pipeline`.
+    """The published implementation with loaded models; used like `Pipeline`.
 
     Args:
-        recipe: what to run.
-        parts: a diffusers pipeline whose UNet holds the adapter and its LoRA, unfused, as `load_ip_adapter`
-            leaves them; with its image encoder.
-        scheduler: of the right class and configuration.
+        recipe: the recipe to run.
+        parts: a diffusers pipeline with an image encoder; its UNet contains the adapter and its unfused LoRA,
+            as after `load_ip_adapter`.
+        scheduler: the scheduler of the recipe.
     """
 
     def __init__(self, recipe: Recipe, parts: StableDiffusionXLPipeline, scheduler: Any) -> None:
@@ -142,15 +142,16 @@ class PublishedPipeline:
         device: str = "auto",
         dtype: str | None = None,
     ) -> PublishedPipeline:
-        """Build the stack of a recipe; arguments and errors as of `Pipeline.load`.
+        """Load the models of a recipe; see `Pipeline.load` for arguments and errors.
 
         Raises:
-            UsageError: the base is a single checkpoint file, which the published code does not take.
+            UsageError: the base is a single checkpoint file, which the published code does not support.
         """
         base = paths["base"]
         if base.is_file():
             raise UsageError(
-                "the reference takes no single-file checkpoint", "leave out --against, or name another recipe"
+                "the reference does not support single-file checkpoints",
+                "omit --against, or use another recipe",
             )
         where = pick_device(device)
         number = pick_dtype(dtype, where)
@@ -169,7 +170,7 @@ class PublishedPipeline:
             )
             parts.register_modules(image_encoder=load_image_encoder(paths["image_encoder"], number))
             parts.to(where)
-            if "distillation" in paths:  # fused in the published code too
+            if "distillation" in paths:  # the published code fuses it too
                 fuse_lora(parts, paths["distillation"], 1.0)
             for index, lora in enumerate(recipe.model.loras):
                 fuse_lora(parts, paths[f"lora.{index}"], lora.scale)
@@ -184,7 +185,7 @@ class PublishedPipeline:
         batch_size: int = 1,
         on_step: Callable[[int], None] = lambda _: None,
     ) -> Iterator[Picture]:
-        """Make pictures, in order; as `Pipeline.generate`."""
+        """Generate images in order, like `Pipeline.generate`."""
         for start in range(0, len(requests), batch_size):
             group = requests[start : start + batch_size]
             began = time.perf_counter()
@@ -211,11 +212,11 @@ class PublishedPipeline:
     def sample(
         self, requests: Sequence[Request], *, on_step: Callable[[int], None] = lambda _: None
     ) -> tuple[Trace, Tensor]:
-        """The sampling loop over one batch: the latents of every step, and the timesteps."""
+        """Run the sampling loop for one batch; return the latents of every step, and the timesteps."""
         sampling, images = self.recipe.sampling, len(requests)
         scales = {self._scale(request) for request in requests}
         if len(scales) > 1:
-            raise ValueError("the published code knows one adapter scale a batch")
+            raise ValueError("the published code supports only one adapter scale per batch")
         self.parts.set_ip_adapter_scale(scales.pop())
         text, pooled, embeddings = self._conditions(requests)
         scheduler = self._fresh_scheduler()
@@ -264,8 +265,10 @@ class PublishedPipeline:
         return scheduler
 
     def _conditions(self, requests: Sequence[Request]) -> tuple[Tensor, Tensor, Tensor]:
-        """Text [3 x images, tokens, width], pooled [3 x images, width] and embeddings [3 x images, 1, 512];
-        the face's features go to the projection, where diffusers expects them."""
+        """Return text [3 x images, tokens, width], pooled [3 x images, width] and face embeddings.
+
+        Embeddings are [3 x images, 1, 512]. Image features go to the projection, as diffusers expects.
+        """
         branches = guidance.BRANCHES[self.recipe.guidance.order]
         with self.watch("text"):
             texts = [
@@ -289,7 +292,7 @@ class PublishedPipeline:
         return embeds, pooled, embeddings[:, None]
 
     def encode_identity(self, identity: Identity) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        """Image features [patches, width] of nobody and of the person, and the person's embedding [512]."""
+        """Return image features [patches, width] without and with identity, and the face embedding [512]."""
         crop = identity.crop()
         if self.recipe.adapter.crop_order == "rgb":
             crop = np.ascontiguousarray(crop[..., ::-1])
@@ -297,12 +300,12 @@ class PublishedPipeline:
         pixels = pixels.to(self.device, self.dtype)
         encoder = self.parts.image_encoder
         person = encoder(pixels, output_hidden_states=True).hidden_states[-2][0]
-        nobody = encoder(torch.zeros_like(pixels), output_hidden_states=True).hidden_states[-2][0]
+        unconditional = encoder(torch.zeros_like(pixels), output_hidden_states=True).hidden_states[-2][0]
         embedding = torch.from_numpy(identity.mean()).to(self.device, self.dtype)
-        return (nobody, person), embedding
+        return (unconditional, person), embedding
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents [4, h, w] to a picture [3, H, W] float32 in [0, 1]."""
+        """Decode latents [4, h, w] to an image [3, H, W], float32 in [0, 1]."""
         upcast = self.dtype == torch.float16
         if upcast:
             _cast(self.vae, torch.float32)
@@ -314,11 +317,11 @@ class PublishedPipeline:
 
 
 def _cast(vae: torch.nn.Module, dtype: torch.dtype) -> None:
-    torch.nn.Module.to(vae, dtype)  # diffusers' own `to` warns of it at every picture
+    torch.nn.Module.to(vae, dtype)  # diffusers' own `to` would log a warning for every image
 
 
 def guide(predicted: Tensor, step: guidance.Step, weights: Any) -> Tensor:
-    """The guided prediction, term by term: from [3 x images, C, H, W] to [images, C, H, W]."""
+    """Compute the guided prediction, from [3 x images, C, H, W] to [images, C, H, W]."""
     e0, e1, e2 = predicted.chunk(3)
     a, b = (step.identity, step.text) if weights.order == "identity_first" else (step.text, step.identity)
     term1, term2 = e1 - e0, e2 - (e0 if weights.order == "independent" else e1)

@@ -1,7 +1,7 @@
 """The configurations of the published SDXL stack, as data.
 
-`config_text` writes a base configuration as its authors' tools did; the text's SHA-256 is the published
-file's, so these values are the published ones. Nothing heavy is imported here.
+`config_text` formats a configuration as its authors' tools did. The SHA-256 of the text equals that of the
+published file, which proves that these values are the published ones. Nothing heavy is imported here.
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ TURBO_SCHEDULER: ConfigFile = {
     "timestep_spacing": "linspace",
     "trained_betas": None,
 }
-"""Seen in one copy of the repository; its published hash is not known."""
+"""Copied from one copy of the repository; its published hash is not known."""
 
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 
@@ -196,7 +196,7 @@ def _special(content: str) -> ConfigFile:
 
 
 def special_tokens(pad: str) -> ConfigFile:
-    """`special_tokens_map.json` of a CLIP tokenizer that pads with `pad`."""
+    """Return `special_tokens_map.json` of a CLIP tokenizer that pads with `pad`."""
     return {
         "bos_token": _special(BEGIN),
         "eos_token": _special(END),
@@ -206,7 +206,7 @@ def special_tokens(pad: str) -> ConfigFile:
 
 
 def tokenizer_config(pad: str) -> ConfigFile:
-    """`tokenizer_config.json` of a CLIP tokenizer that pads with `pad`."""
+    """Return `tokenizer_config.json` of a CLIP tokenizer that pads with `pad`."""
     return {
         "add_prefix_space": False,
         "bos_token": {"__type": "AddedToken", **_special(BEGIN)},
@@ -227,7 +227,7 @@ PADS = {"tokenizer": END, "tokenizer_2": "!"}
 
 @dataclass(frozen=True)
 class Stack:
-    """The configurations that fix every tensor of the stack, and the two ranks that no configuration says."""
+    """The configurations of all models, and the two LoRA ranks, which no configuration contains."""
 
     unet: ConfigFile
     text_encoder: ConfigFile
@@ -237,12 +237,12 @@ class Stack:
     scheduler: ConfigFile = field(default_factory=lambda: _SCHEDULER)
     model_index: ConfigFile = field(default_factory=lambda: _MODEL_INDEX)
     lora_rank: int = 64
-    """Of the distillation LoRAs."""
+    """Rank of the distillation LoRAs."""
     adapter_rank: int = 128
-    """Of the LoRA inside the adapter file."""
+    """Rank of the LoRA inside the adapter file."""
 
     def base_configs(self) -> dict[str, ConfigFile]:
-        """Path inside the base folder to what stands there, tokenizers included."""
+        """Return the configuration files of the base folder by path, including those of the tokenizers."""
         return {
             "model_index.json": self.model_index,
             "scheduler/scheduler_config.json": self.scheduler,
@@ -295,9 +295,9 @@ MINIATURE = replace(
     lora_rank=4,
     adapter_rank=4,
 )
-"""The same architecture in miniature: every kind of layer and every rule of naming, a few megabytes."""
+"""The same architecture in miniature: every kind of layer and name, in a few megabytes."""
 
 
 def config_text(config: ConfigFile) -> str:
-    """A configuration file's text as diffusers and transformers write it."""
+    """Format a configuration file as diffusers and transformers write it."""
     return json.dumps(config, indent=2) + "\n"

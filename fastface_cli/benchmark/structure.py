@@ -1,8 +1,8 @@
-"""What every published checkpoint file holds: each tensor's name, shape and type, without its numbers.
+"""The layout of every published checkpoint file: the name, shape and data type of each tensor.
 
-Names and shapes come from the very classes that load the files, built on the meta device. From such a
-layout follow the exact length of the published file, an empty file that loads like it (a true header, then
-a hole), and a file of random weights of the same form: what tests and `bench --weights random` load.
+Names and shapes come from the classes that load the files, created on the meta device. A layout determines
+the exact length of the published file. It also allows writing a sparse file that loads like the published one
+(a real header without data), and a file with random weights, for tests and `bench --weights random`.
 """
 
 from __future__ import annotations
@@ -60,16 +60,16 @@ class TensorLayout:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors together."""
+        """Return the total bytes of all tensors."""
         return sum(_nbytes(shape, dtype) for shape, dtype in self.tensors.values())
 
     @property
     def parameters(self) -> int:
-        """Numbers in all tensors together."""
+        """Return the number of parameters of all tensors."""
         return sum(_numel(shape) for shape, _ in self.tensors.values())
 
     def cast(self, dtype: torch.dtype) -> TensorLayout:
-        """The same with floating tensors of another type."""
+        """Return the layout with another data type for floating-point tensors."""
         return replace(
             self,
             tensors={
@@ -104,13 +104,15 @@ def _unet(config: ConfigFile) -> Any:
 def unet_layout(
     config: ConfigFile, dtype: torch.dtype = torch.float16, metadata: Mapping[str, str] | None = PT
 ) -> TensorLayout:
-    """A UNet file: `unet/diffusion_pytorch_model.fp16.safetensors` of the base and of SDXL-Turbo; without
-    metadata, a single-file UNet of SDXL-Lightning."""
+    """Return the layout of a UNet file.
+
+    With metadata: the base and SDXL-Turbo. Without metadata: a single-file UNet of SDXL-Lightning.
+    """
     return _layout(_unet(config), dtype, metadata)
 
 
 def vae_layout(config: ConfigFile, dtype: torch.dtype = torch.float16) -> TensorLayout:
-    """A VAE file: the base's in float16, sdxl-vae-fp16-fix in float32."""
+    """Return the layout of a VAE file: the base in float16, sdxl-vae-fp16-fix in float32."""
     from diffusers import AutoencoderKL
 
     with torch.device("meta"):
@@ -118,35 +120,35 @@ def vae_layout(config: ConfigFile, dtype: torch.dtype = torch.float16) -> Tensor
 
 
 def text_encoder_layout(config: ConfigFile, dtype: torch.dtype = torch.float16) -> TensorLayout:
-    """A text encoder's file; with a projection where `architectures` says so.
+    """Return the layout of a text encoder file, with a projection if `architectures` names one.
 
-    Published files prefix every name with `text_model.`; transformers 5 keeps CLIPTextModel without it.
+    Published files prefix every name with `text_model.`; CLIPTextModel in transformers 5 omits it.
     """
     import transformers
 
     kind = getattr(transformers, config["architectures"][0])
     with torch.device("meta"):
-        found = _layout(kind(transformers.CLIPTextConfig(**config)), dtype, PT)
+        layout = _layout(kind(transformers.CLIPTextConfig(**config)), dtype, PT)
     heads = ("text_model.", "text_projection.")
     return replace(
-        found,
+        layout,
         tensors={
             name if name.startswith(heads) else f"text_model.{name}": spec
-            for name, spec in found.tensors.items()
+            for name, spec in layout.tensors.items()
         },
     )
 
 
 def image_encoder_layout(config: ConfigFile, dtype: torch.dtype = torch.float32) -> TensorLayout:
-    """The CLIP vision tower with projection, with the `position_ids` that older transformers stored."""
+    """Return the layout of the CLIP vision tower, with the `position_ids` that older transformers stored."""
     import transformers
 
     with torch.device("meta"):
         model = transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(**config))
-    found = _layout(model, dtype, PT)
+    layout = _layout(model, dtype, PT)
     positions = (config["image_size"] // config["patch_size"]) ** 2 + 1
     extra = {"vision_model.embeddings.position_ids": ((1, positions), torch.int64)}
-    return replace(found, tensors={**found.tensors, **extra})
+    return replace(layout, tensors={**layout.tensors, **extra})
 
 
 LORA_TARGETS = (
@@ -165,11 +167,11 @@ LORA_TARGETS = (
     "upsamplers.0.conv",
     "time_emb_proj",
 )
-"""Ends of the names of the UNet modules that the distillation LoRAs change."""
+"""Name endings of the UNet modules that the distillation LoRAs change."""
 
 
 def lora_targets(unet: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    """The UNet's modules that a distillation LoRA changes, by name; 788 in SDXL."""
+    """Return the UNet modules that a distillation LoRA changes, by name; 788 in SDXL."""
     return {name: module for name, module in unet.named_modules() if name.endswith(LORA_TARGETS)}
 
 
@@ -179,7 +181,7 @@ def lora_layout(
     dtype: torch.dtype = torch.float16,
     metadata: Mapping[str, str] | None = None,
 ) -> TensorLayout:
-    """A distillation LoRA of the UNet in kohya's names.
+    """Return the layout of a distillation LoRA for the UNet, with the names of kohya.
 
     float16 without metadata: SDXL-Lightning, DMD2; float32 with `PT`: Hyper-SD; float16 with a longer
     metadata: LCM.
@@ -195,10 +197,10 @@ def lora_layout(
 
 
 def adapter_layout(stack: Stack, dtype: torch.dtype = torch.float16) -> TensorLayout:
-    """The FaceID-PlusV2 adapter: names are `image_proj.X` and `ip_adapter.X`, the two dicts of the file.
+    """Return the layout of the FaceID-PlusV2 adapter, named `image_proj.X` and `ip_adapter.X`.
 
-    `ip_adapter` counts the UNet's attention layers in the order of its processors (down, up, mid): a LoRA
-    on q, k, v and out of each, and the identity's own K and V on the cross-attention ones.
+    `ip_adapter` numbers the attention layers of the UNet in the order of its processors (down, up, mid). Each
+    has a LoRA on q, k, v and out; cross-attention layers also have K and V for the identity.
     """
     unet, rank = _unet(stack.unet), stack.adapter_rank
     tensors: dict[str, tuple[Shape, torch.dtype]] = {
@@ -219,7 +221,7 @@ def adapter_layout(stack: Stack, dtype: torch.dtype = torch.float16) -> TensorLa
 
 
 def _projection(stack: Stack) -> Iterator[tuple[str, Shape]]:
-    """The adapter's image projection, in the names of its file."""
+    """Yield the tensors of the adapter's image projection, with the names of its file."""
     from diffusers.models.embeddings import IPAdapterFaceIDPlusImageProjection
 
     width = stack.unet["cross_attention_dim"]
@@ -266,7 +268,7 @@ def _ordered(layout: TensorLayout) -> list[tuple[str, Shape, torch.dtype]]:
 
 
 def safetensors_header(layout: TensorLayout) -> bytes:
-    """The first bytes of the file: length of the header, the header as compact JSON, padded to 8 bytes."""
+    """Return the start of the file: the header length, then the header as JSON, padded to 8 bytes."""
     header: dict[str, Any] = {}
     if layout.metadata is not None:
         header["__metadata__"] = dict(layout.metadata)
@@ -281,16 +283,16 @@ def safetensors_header(layout: TensorLayout) -> bytes:
 
 
 def safetensors_length(layout: TensorLayout) -> int:
-    """Bytes of the whole file."""
+    """Return the bytes of the complete file."""
     return len(safetensors_header(layout)) + layout.nbytes
 
 
 def safetensors_pieces(layout: TensorLayout, tensor: Callable[[str], Tensor]) -> Iterator[memoryview]:
-    """The whole file piece by piece, so that never more than one tensor is in memory for it.
+    """Yield the file piece by piece, so that only one tensor is in memory at a time.
 
     Args:
-        layout: what the file holds.
-        tensor: the numbers of a name, on the CPU, of the layout's shape and type.
+        layout: layout of the file.
+        tensor: returns the tensor of a name, on the CPU, with the layout's shape and data type.
     """
     yield memoryview(safetensors_header(layout))
     for name, _, _ in _ordered(layout):
@@ -311,9 +313,9 @@ def _write_safetensors(file: BinaryIO, layout: TensorLayout, fill: Fill, seed: i
 
 
 def _write_pickle(path: Path, layout: TensorLayout, fill: Fill, seed: int, scale: float) -> None:
-    """Two dicts of views of one storage, as the published adapter has it."""
+    """Write two dicts of views of one storage, like the published adapter."""
     (dtype,) = {dtype for _, dtype in layout.tensors.values()}
-    # torch.empty touches no page of its memory, and skip_data leaves a hole where the numbers would be.
+    # torch.empty touches no memory page, and skip_data omits the data.
     storage = torch.empty(layout.nbytes // dtype.itemsize, dtype=dtype)
     parts: dict[str, dict[str, Tensor]] = {}
     offset = 0
@@ -332,11 +334,11 @@ def _write_pickle(path: Path, layout: TensorLayout, fill: Fill, seed: int, scale
 
 
 def random_tensor(name: str, shape: Shape, dtype: torch.dtype, seed: int, scale: float = 1.0) -> Tensor:
-    """Random numbers that keep activations of order one; the same for the same name, shape and seed.
+    """Create random weights that keep activations near one; they depend on name, shape and seed only.
 
-    Matrices and kernels are normal with variance 1 / fan-in, norms near one, biases and embeddings small.
-    The product of a LoRA's halves is a tenth of a matrix; its alpha is not its rank, so that a loader that
-    forgets alpha / rank shows. `scale` multiplies the matrices.
+    Matrices and kernels are normal with variance 1 / fan-in, norm weights are near one, biases and embeddings
+    are small. The product of a LoRA's two matrices is a tenth of a full matrix. Its alpha differs from its
+    rank, which exposes a loader that omits alpha / rank. `scale` multiplies the matrices.
     """
     if not dtype.is_floating_point:
         return torch.arange(_numel(shape), dtype=dtype).reshape(shape)
@@ -357,12 +359,12 @@ def random_tensor(name: str, shape: Shape, dtype: torch.dtype, seed: int, scale:
 
 
 def write(path: Path, layout: TensorLayout, fill: Fill = "sparse", seed: int = 0, scale: float = 1.0) -> Path:
-    """Write a checkpoint file of this layout; its folder is made.
+    """Write a checkpoint file with this layout, and create its folder.
 
     Args:
         path: `.safetensors`, or `.bin` for a PyTorch file of two dicts (the adapter).
-        fill: `sparse` writes a true header and a hole that reads as zeros; `random` well-scaled numbers.
-        seed: of the random numbers.
+        fill: `sparse` writes a header without data, which reads as zeros; `random` writes random weights.
+        seed: seed of the random weights.
         scale: multiplies the random matrices.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -375,10 +377,10 @@ def write(path: Path, layout: TensorLayout, fill: Fill = "sparse", seed: int = 0
 
 
 def write_tokenizer(folder: Path, vocabulary: int, pad: str) -> None:
-    """The four files of a CLIP tokenizer that knows single bytes and no merges.
+    """Write the four files of a CLIP tokenizer with single bytes and no merges.
 
     Args:
-        folder: where they go.
+        folder: output folder.
         vocabulary: number of tokens, at least 514; the last two begin and end a text, as published.
         pad: the padding token.
     """
@@ -404,18 +406,18 @@ PARTS = {
     "lightning": "sdxl_lightning_4step_unet.safetensors",
     "turbo": "turbo",
 }
-"""What `write_stack` can write, and where: a folder or a file."""
+"""Parts that `write_stack` can write, with their folder or file."""
 
 
 def part_layouts(
     part: str, stack: Stack = PUBLISHED, dtype: torch.dtype = torch.float16
 ) -> dict[str, TensorLayout]:
-    """The checkpoint files of one part: path inside its folder (empty: the part is one file) to layout.
+    """Return the layouts of one part by path inside its folder (empty: the part is one file).
 
     Args:
         part: one of `PARTS`.
-        stack: the configurations.
-        dtype: of what is published in float16; in float32 the file names say no `fp16`.
+        stack: the model configurations.
+        dtype: data type of files published in float16; in float32, file names have no `fp16`.
     """
     variant = ".fp16" if dtype is torch.float16 else ""
     weights = f"diffusion_pytorch_model{variant}.safetensors"
@@ -447,7 +449,7 @@ def part_layouts(
 
 
 def part_configs(part: str, stack: Stack = PUBLISHED) -> dict[str, ConfigFile]:
-    """The configuration files of one part, by path inside its folder."""
+    """Return the configuration files of one part by path inside its folder."""
     return {
         "base": stack.base_configs(),
         "image_encoder": {"config.json": stack.image_encoder},
@@ -466,19 +468,19 @@ def write_stack(
     seed: int = 0,
     tokenizers: Path | None = None,
 ) -> dict[str, Path]:
-    """Write a whole stack in the published files' form.
+    """Write a complete set of models in the published file layout.
 
     Args:
-        folder: where it goes, as `PARTS` says.
-        stack: its configurations (`PUBLISHED` in full size, `MINIATURE`).
-        fill: holes or random numbers.
+        folder: output folder; `PARTS` has the paths inside it.
+        stack: the model configurations, `PUBLISHED` (full size) or `MINIATURE`.
+        fill: sparse files or random weights.
         parts: some of `PARTS`.
-        dtype: of what is published in float16; in float32 the file names say no `fp16`.
-        seed: of the random numbers; parts differ all the same.
-        tokenizers: a base folder whose tokenizers are copied; None makes some that know single bytes.
+        dtype: data type of files published in float16; in float32, file names have no `fp16`.
+        seed: seed of the random weights; each part differs.
+        tokenizers: a base folder whose tokenizers are copied; None writes tokenizers with single bytes.
 
     Returns:
-        Part to its path: for `base`, `image_encoder`, `vae` and `turbo` a folder, else a file.
+        The path of each part: a folder for `base`, `image_encoder`, `vae` and `turbo`, otherwise a file.
     """
     written = {}
     for part in parts:

@@ -1,4 +1,4 @@
-"""On a CUDA device: the same latents as on the CPU, in every scheduler, and clean failure.
+"""CUDA gives the same latents as the CPU with every scheduler, and reports errors clearly.
 
 Run with `pytest -m gpu tests/gpu`.
 """
@@ -51,7 +51,7 @@ def parts(miniature):
 
 @pytest.fixture
 def exact():
-    """Without TF32, so that a GPU's float32 can be compared."""
+    """Disable TF32, so that float32 results can be compared with the CPU."""
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     yield
@@ -59,13 +59,13 @@ def exact():
 
 
 @pytest.mark.parametrize(("kind", "spacing"), KINDS)
-def test_cuda_makes_what_the_cpu_makes(kind, spacing, parts, person, exact):
+def test_cuda_latents_equal_cpu_latents(kind, spacing, parts, person, exact):
     recipe = recipe_of(kind, spacing)
     requests = [Request("a person", 5, person), Request("a dog", 6, person, "blur", 0.4)]
     cpu = list(Pipeline.load(recipe, parts, device="cpu", dtype="float32").generate(requests))
     cuda = list(Pipeline.load(recipe, parts, device="cuda", dtype="float32").generate(requests, batch_size=2))
-    for one, other in zip(cpu, cuda, strict=True):
-        error = float((one.latents - other.latents).norm() / one.latents.norm())
+    for expected, actual in zip(cpu, cuda, strict=True):
+        error = float((expected.latents - actual.latents).norm() / expected.latents.norm())
         assert error <= 2e-3
 
 
@@ -80,28 +80,28 @@ def test_half_precision_is_finite_and_close(dtype, parts, person):
 
 
 @pytest.mark.parametrize("level", ["12", "8", "6"])
-def test_a_level_of_saving_gives_the_same_picture_and_leaves_the_card(level, parts, person, exact):
+def test_low_memory_gives_the_same_latents_and_frees_the_gpu(level, parts, person, exact):
     recipe, request = recipe_of("ddim", "trailing"), Request("a person", 5, person)
     plain = next(Pipeline.load(recipe, parts, device="cuda", dtype="float32").generate([request]))
     saving = Pipeline.load(recipe, parts, device="cuda", dtype="float32", level=LEVELS[level])
     before = torch.cuda.memory_allocated()
-    found = next(saving.generate([request]))
-    assert float((found.latents - plain.latents).norm() / plain.latents.norm()) <= 2e-4
+    output = next(saving.generate([request]))
+    assert float((output.latents - plain.latents).norm() / plain.latents.norm()) <= 2e-4
     torch.cuda.synchronize()
-    assert torch.cuda.memory_allocated() <= before + 2**20, "what visited is gone"
+    assert torch.cuda.memory_allocated() <= before + 2**20, "offloaded models are freed"
 
 
-def test_compiled_and_replayed_as_a_graph_it_is_the_same(parts, person, exact):
+def test_compiled_pipeline_gives_the_same_latents(parts, person, exact):
     recipe, request = recipe_of("ddim", "trailing"), Request("a person", 5, person)
     plain = next(Pipeline.load(recipe, parts, device="cuda", dtype="float32").generate([request]))
     faster = Acceleration(compile=True, channels_last=True)
     quick = Pipeline.load(recipe, parts, device="cuda", dtype="float32", acceleration=faster)
     quick.warm_up()
-    found = next(quick.generate([request]))
-    assert float((found.latents - plain.latents).norm() / plain.latents.norm()) <= 2e-3
+    output = next(quick.generate([request]))
+    assert float((output.latents - plain.latents).norm() / plain.latents.norm()) <= 2e-3
 
 
-def test_out_of_memory_is_one_sentence(parts, person):
+def test_out_of_memory_is_a_device_error(parts, person):
     pipeline = Pipeline.load(recipe_of("ddim", "trailing", 4096), parts, device="cuda", dtype="float32")
     torch.cuda.set_per_process_memory_fraction(0.001)
     try:

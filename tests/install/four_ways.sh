@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Install fastface as its users do, into clean environments, and make a picture with each.
+# Install fastface in clean environments in the documented ways, and generate an image with each.
 #
 #   tests/install/four_ways.sh FOLDER [wheel] [sdist] [pipx] [uv]     all four by default
 #
-# FOLDER takes the environments (about 3 GB each; uv alone fetches PyTorch's CUDA build, 8 GB on disk).
-# wheel, sdist and pipx take the versions of constraints.txt; uv takes the newest of everything, as a user would.
+# FOLDER contains the environments (about 3 GB each; uv also downloads PyTorch's CUDA build, 8 GB on disk).
+# wheel, sdist and pipx use the versions of constraints.txt; uv uses the newest versions, like a user would.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/../.." && pwd)
 work=$(mkdir -p "$1" && cd "$1" && pwd)
@@ -15,12 +15,12 @@ python=${PYTHON:-python3.11}
 
 unset PYTHONPATH PYTHONHOME VIRTUAL_ENV
 export FASTFACE_HOME=$work/home HF_HUB_OFFLINE=1 NO_COLOR=1
-export CC=/bin/false CXX=/bin/false  # nothing may need a compiler
+export CC=/bin/false CXX=/bin/false  # no package may require a compiler
 export PIPX_HOME=$work/pipx PIPX_BIN_DIR=$work/pipx/bin PIPX_MAN_DIR=$work/pipx/man
 export UV_TOOL_DIR=$work/uv UV_TOOL_BIN_DIR=$work/uv/bin UV_PYTHON_DOWNLOADS=never
 export UV_CACHE_DIR=${UV_CACHE_DIR:-$work/uv-cache}
 
-say() { printf '\n== %s\n' "$*"; }
+print_title() { printf '\n== %s\n' "$*"; }
 
 prepare() {
     "$python" -m venv "$work/tools"
@@ -37,8 +37,8 @@ into_venv() {  # name, archive
 }
 
 check() {  # name, command
-    mkdir -p "$work/away/$1"
-    cd "$work/away/$1"  # far from the checkout: nothing may come from there
+    mkdir -p "$work/run/$1"
+    cd "$work/run/$1"  # outside the checkout, so that nothing is imported from it
     "$2" --version
     "$2" recipes list --json | grep --only-matching --max-count 1 'hyper-fastface"' >/dev/null
     "$2" licenses --recipe hyper-fastface >licenses.txt
@@ -50,7 +50,7 @@ check() {  # name, command
 
 prepare
 for way in "${ways[@]}"; do
-    say "$way"
+    print_title "$way"
     began=$SECONDS
     case $way in
         wheel) into_venv wheel "$work"/dist/*.whl ;;
@@ -64,7 +64,7 @@ for way in "${ways[@]}"; do
             "$work/tools/bin/uv" tool install --quiet --python "$python" "$root"
             check uv "$work/uv/bin/fastface"
             ;;
-        *) echo "no way is called $way" >&2; exit 2 ;;
+        *) echo "unknown way: $way" >&2; exit 2 ;;
     esac
     echo "$way: works ($((SECONDS - began)) s)"
 done

@@ -1,4 +1,4 @@
-"""A clean environment with nothing but the wheel: the command works there, far from the checkout."""
+"""The installed wheel works in a clean environment, outside the checkout."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def call(*command: str | Path, cwd: Path, **env: str) -> subprocess.CompletedPro
 
 
 @pytest.mark.slow
-def test_a_clean_environment_runs_the_pocket(tmp_path: Path, person) -> None:
+def test_wheel_generates_with_the_pocket_recipe(tmp_path: Path, person) -> None:
     if not (ROOT / "fastface_cli" / "pocket" / "weights").is_dir():
-        pytest.skip("the pocket's weights are not here")
+        pytest.skip("the pocket weights are not present")
     venv = tmp_path / "venv"
     subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
     python = venv / "bin" / "python"
@@ -43,13 +43,13 @@ def test_a_clean_environment_runs_the_pocket(tmp_path: Path, person) -> None:
     listed = call(fastface, "recipes", "list", "--json", cwd=tmp_path, **home)
     assert listed.returncode == 0, listed.stderr
     assert "pocket-fastface" in listed.stdout
-    made = call(
+    result = call(
         *(fastface, "generate", "--recipe", "pocket", "--identity", "me.safetensors"),
         *("--prompt", "a woman smiling", "--seed", "1", "-o", "x.png", "--json"),
         cwd=tmp_path,
         **home,
     )
-    assert made.returncode == 0, made.stderr
-    picture = json.loads(made.stdout)["images"][0]
-    assert picture["unet_samples"] == 10
-    assert (tmp_path / picture["path"]).stat().st_size > 1000
+    assert result.returncode == 0, result.stderr
+    image = json.loads(result.stdout)["images"][0]
+    assert image["unet_samples"] == 10
+    assert (tmp_path / image["path"]).stat().st_size > 1000

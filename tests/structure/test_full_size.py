@@ -1,4 +1,4 @@
-"""Every part in its published size, each loaded in a process of its own by the code that a user runs."""
+"""Every part at its published size, each loaded in a new process by the product's loaders."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ EXPECTED = {
         "text_encoder_2": TEXT_2,
         "vae": VAE,
     },
-    "whole": {"own": 140, "branches": [1, 1, 1, 1]},
+    "complete": {"own": 140, "branches": [1, 1, 1, 1]},
 }
 
 
@@ -46,13 +46,13 @@ def test_loads_in_full_size(case: str, tmp_path: Path) -> None:
         str(tmp_path),
     ]
     try:
-        done = subprocess.run(
+        result = subprocess.run(
             command, capture_output=True, text=True, env=environment, timeout=900, check=False
         )
     finally:
         for path in tmp_path.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found.pop("peak_gib") < 12
-    assert found == EXPECTED[case]
+    assert result.returncode == 0, result.stderr[-3000:]
+    measured = json.loads(result.stdout.splitlines()[-1])
+    assert measured.pop("peak_gib") < 12
+    assert measured == EXPECTED[case]

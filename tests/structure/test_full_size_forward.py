@@ -1,4 +1,4 @@
-"""The UNet of the published size, called as the loop calls it, on tensors without numbers."""
+"""One step of the UNet at its published size, on meta tensors."""
 
 from __future__ import annotations
 
@@ -28,32 +28,32 @@ METHODS = {
 
 @pytest.fixture(scope="module")
 def unet() -> UNet2DConditionModel:
-    """With the adapter's processors in it, as `load_ip_adapter` puts them there."""
+    """Return a UNet with the same attention processors as after `load_ip_adapter`."""
     with META:
         model = UNet2DConditionModel.from_config(PUBLISHED.unet).half().eval().requires_grad_(False)
         processors = {}
-        for name, own in model.attn_processors.items():
+        for name, processor in model.attn_processors.items():
             layer = model.get_submodule(name.removesuffix(".processor"))
             width = layer.to_q.out_features
             processors[name] = (
                 IPAdapterAttnProcessor2_0(width, 2048, num_tokens=(4,)).half()
                 if layer.is_cross_attention
-                else own
+                else processor
             )
         model.set_attn_processor(processors)
     return model
 
 
 @pytest.mark.parametrize(("method", "branches"), [("plain", 1), ("am1", 2), ("am2", 3)])
-def test_a_step_of_two_pictures_at_1024(
+def test_attention_shapes_of_two_images_at_1024(
     unet: UNet2DConditionModel, method: str, branches: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images = 2
-    seen: list[tuple[tuple[int, ...], tuple[int, ...], bool]] = []
+    calls: list[tuple[tuple[int, ...], tuple[int, ...], bool]] = []
     identity_attention = attention.identity_attention
 
     def spy(query, key, value, chain, count):
-        seen.append((tuple(query.shape), tuple(key.shape), chain is None))
+        calls.append((tuple(query.shape), tuple(key.shape), chain is None))
         return identity_attention(query, key, value, chain, count)
 
     monkeypatch.setattr(attention, "identity_attention", spy)
@@ -68,12 +68,14 @@ def test_a_step_of_two_pictures_at_1024(
     processors = attention.processors(layers)
     conditions.projected = attention.project(layers, processors, conditions.text, conditions.identity)
     with torch.no_grad(), attention.installed(layers, processors):
-        mine = sum(isinstance(one, IdentityAttnProcessor) for one in unet.attn_processors.values())
+        installed = sum(
+            isinstance(processor, IdentityAttnProcessor) for processor in unet.attn_processors.values()
+        )
         attended = conditions.select(
             BRANCHES["identity_first"][3 - branches :],
             {block: attention.resolve(METHODS[method], block, 0, 4) for block in BLOCKS},
         )
-        (found,) = unet(
+        (predicted,) = unet(
             torch.empty(rows, 4, 128, 128, dtype=torch.float16, device=META),
             torch.tensor(999),
             encoder_hidden_states=attended,
@@ -83,10 +85,10 @@ def test_a_step_of_two_pictures_at_1024(
             },
             return_dict=False,
         )
-    assert (found.shape, found.dtype) == ((rows, 4, 128, 128), torch.float16)
-    assert mine == len(seen) == 70
-    shapes = {query for query, _, _ in seen}
+    assert (predicted.shape, predicted.dtype) == ((rows, 4, 128, 128), torch.float16)
+    assert installed == len(calls) == 70
+    shapes = {query for query, _, _ in calls}
     assert shapes == {(rows, 10, 4096, 64), (rows, 20, 1024, 64)}
-    assert {key for _, key, _ in seen} == {(rows, 10, 4, 64), (rows, 20, 4, 64)}
-    plain = sum(is_plain for _, _, is_plain in seen)
-    assert plain == (70 if method == "plain" else 10)  # the mid block is left alone
+    assert {key for _, key, _ in calls} == {(rows, 10, 4, 64), (rows, 20, 4, 64)}
+    plain = sum(is_plain for _, _, is_plain in calls)
+    assert plain == (70 if method == "plain" else 10)  # the mid block is not manipulated

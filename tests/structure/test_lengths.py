@@ -1,7 +1,7 @@
-"""The lengths of the published files, rebuilt from the layouts: every name, shape and type, to the byte.
+"""The layouts have exactly the lengths of the published files.
 
-A checkpoint's header spells out each tensor, so its length changes with any name, shape, type or order of
-magnitude of an offset. Published lengths and hashes are written here as numbers; nothing is read.
+The header of a checkpoint lists each tensor, so its length depends on every name, shape and type. Published
+lengths and hashes are constants here; no file is read.
 """
 
 from __future__ import annotations
@@ -66,12 +66,12 @@ BASE_FILES = {
 
 
 @pytest.mark.parametrize("name", BASE_FILES)
-def test_a_base_configuration_is_the_published_file(name: str) -> None:
+def test_base_configuration_has_the_published_hash(name: str) -> None:
     text = config_text(PUBLISHED.base_configs()[name]).encode()
     assert (len(text), hashlib.sha256(text).hexdigest()) == BASE_FILES[name]
 
 
-def test_no_base_configuration_is_left_unproven() -> None:
+def test_every_base_configuration_has_a_published_hash() -> None:
     assert set(PUBLISHED.base_configs()) == set(BASE_FILES)
 
 
@@ -88,7 +88,7 @@ def lengths(part: str) -> dict[str, int]:
     return {name: safetensors_length(layout) for name, layout in published(part).items()}
 
 
-def test_base() -> None:
+def test_base_lengths() -> None:
     assert lengths("base") == {
         "unet/diffusion_pytorch_model.fp16.safetensors": 5_135_149_760,
         "vae/diffusion_pytorch_model.fp16.safetensors": 167_335_342,
@@ -97,20 +97,20 @@ def test_base() -> None:
     }
 
 
-def test_replaced_unets() -> None:
+def test_replacement_unet_lengths() -> None:
     assert lengths("turbo") == {"unet/diffusion_pytorch_model.fp16.safetensors": 5_135_149_760}
     assert lengths("lightning") == {"": 5_135_149_736}
 
 
-def test_vae_in_float32() -> None:
+def test_float32_vae_length() -> None:
     assert lengths("vae") == {"diffusion_pytorch_model.safetensors": 334_643_268}
 
 
-def test_image_encoder() -> None:
+def test_image_encoder_length() -> None:
     assert lengths("image_encoder") == {"model.safetensors": 2_528_373_448}
 
 
-def test_distillation_loras() -> None:
+def test_distillation_lora_lengths() -> None:
     assert lengths("hyper") == {"": 787_359_648}
     lcm = published("lcm")[""]
     plain = replace(lcm, metadata=None)
@@ -121,7 +121,7 @@ def test_distillation_loras() -> None:
 
 
 def _zip_length(sizes: dict[str, int], prefix: str) -> int:
-    """A PyTorch file of these records: data aligned to 64 bytes, a 16-byte descriptor after it."""
+    """Return the length of a PyTorch file: data aligned to 64 bytes, followed by a 16-byte descriptor."""
     position = directory = 0
     for name, size in sizes.items():
         name_length = len(f"{prefix}/{name}")
@@ -131,22 +131,24 @@ def _zip_length(sizes: dict[str, int], prefix: str) -> int:
     return position + directory + 98  # the directory's three end records
 
 
-def test_adapter(tmp_path: Path) -> None:
-    """The published file is one storage that its 1,316 tensors share, in three records."""
+def test_adapter_length(tmp_path: Path) -> None:
+    """In the published file, 1,316 tensors share one storage, in three records."""
     adapter = published("adapter")[""]
     assert len(adapter.tensors) == 1_316
     assert adapter.nbytes == 1_487_415_296
     path = write(tmp_path / "ip-adapter-faceid-plusv2_sdxl.bin", adapter)
     with zipfile.ZipFile(path) as file:
         records = {info.filename.partition("/")[2]: info.file_size for info in file.infolist()}
-    assert _zip_length(records, path.stem) == path.stat().st_size  # the rule holds for what we write
+    assert (
+        _zip_length(records, path.stem) == path.stat().st_size
+    )  # the formula is correct for files written here
     older = {name: records[name] for name in ("data.pkl", "data/0", "version")}
     assert older["data/0"] == adapter.nbytes
     assert _zip_length(older, path.stem) == 1_487_555_181
 
 
-def test_original_single_file() -> None:
-    """A whole checkpoint in the original layout, as fine-tunes without metadata have it."""
+def test_single_file_length() -> None:
+    """Test a complete checkpoint in the original layout without metadata, like many fine-tunes."""
     parts = {
         name.split("/")[0]: {
             key: torch.empty(shape, dtype=dtype, device="meta")
@@ -154,9 +156,9 @@ def test_original_single_file() -> None:
         }
         for name, layout in published("base").items()
     }
-    found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in original(**parts).items()}
-    assert len(found) == 2_515
-    assert safetensors_length(TensorLayout(found)) == 6_938_041_144
+    tensors = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in original(**parts).items()}
+    assert len(tensors) == 2_515
+    assert safetensors_length(TensorLayout(tensors)) == 6_938_041_144
 
 
 DTYPES = st.sampled_from(
@@ -170,7 +172,7 @@ NAMES = st.text(st.sampled_from("abcXYZ019._-é漢"), min_size=1, max_size=12)
     tensors=st.dictionaries(NAMES, st.tuples(SHAPES, DTYPES), min_size=1, max_size=8),
     metadata=st.sampled_from([None, PT, {"note": 'ünïcode, "quoted"\n'}]),
 )
-def test_header_is_the_serialisers(
+def test_header_equals_that_of_safetensors(
     tensors: dict[str, tuple[tuple[int, ...], torch.dtype]], metadata: dict[str, str] | None
 ) -> None:
     written = save(
@@ -182,8 +184,8 @@ def test_header_is_the_serialisers(
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_a_sparse_file_takes_no_room(part: str, tmp_path: Path) -> None:
-    """Full-size files with true headers: their lengths are whole, their blocks few."""
+def test_sparse_file_uses_few_disk_blocks(part: str, tmp_path: Path) -> None:
+    """Full-size files have a real header and their full length, but use few disk blocks."""
     for index, layout in enumerate(published(part).values()):
         path = write(tmp_path / f"{index}{'.bin' if part == 'adapter' else '.safetensors'}", layout)
         stat = os.stat(path)
@@ -192,7 +194,7 @@ def test_a_sparse_file_takes_no_room(part: str, tmp_path: Path) -> None:
         path.unlink()
 
 
-def test_random_tensors_are_reproducible_and_well_scaled() -> None:
+def test_random_tensors_are_reproducible_and_scaled() -> None:
     first = random_tensor("a.weight", (256, 64, 3, 3), torch.float32, seed=1)
     assert torch.equal(first, random_tensor("a.weight", (256, 64, 3, 3), torch.float32, seed=1))
     assert not torch.equal(first, random_tensor("a.weight", (256, 64, 3, 3), torch.float32, seed=2))
@@ -205,12 +207,12 @@ def test_random_tensors_are_reproducible_and_well_scaled() -> None:
 
 
 def _kinds(layout: TensorLayout) -> set[tuple[str, int, torch.dtype]]:
-    """Names without their numbers, with ranks and types."""
+    """Return names without numbers, with ranks and types."""
     return {(re.sub(r"\d+", "#", name), len(shape), dtype) for name, (shape, dtype) in layout.tensors.items()}
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_the_miniature_has_every_kind_of_tensor(part: str) -> None:
+def test_miniature_has_every_kind_of_tensor(part: str) -> None:
     small, full = part_layouts(part, MINIATURE), published(part)
     assert set(small) == set(full)
     for name, layout in small.items():
@@ -219,7 +221,7 @@ def test_the_miniature_has_every_kind_of_tensor(part: str) -> None:
         assert layout.parameters < 3e6
 
 
-def _found(path: Path, prefix: str = "") -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+def _tensors(path: Path, prefix: str = "") -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     return {
         name if name.startswith(prefix) else prefix + name: (tuple(tensor.shape), tensor.dtype)
         for name, tensor in load_file(path).items()
@@ -227,7 +229,7 @@ def _found(path: Path, prefix: str = "") -> dict[str, tuple[tuple[int, ...], tor
 
 
 def _check_stack(pipe: Path, clip: Path, adapter: Path, dtype: torch.dtype) -> Stack:
-    """A stack on disk has the layouts that follow from its own configurations."""
+    """Check that files on disk have the layouts that their configurations determine."""
 
     def read(folder: Path) -> dict[str, object]:
         config: dict[str, object] = json.loads((folder / "config.json").read_text())
@@ -242,7 +244,7 @@ def _check_stack(pipe: Path, clip: Path, adapter: Path, dtype: torch.dtype) -> S
     for name, layout in part_layouts("base", stack, dtype).items():
         # transformers 5 writes CLIPTextModel without the prefix, and reads both
         prefix = "text_model." if name.startswith("text_encoder/") else ""
-        assert _found(pipe / name, prefix) == layout.tensors
+        assert _tensors(pipe / name, prefix) == layout.tensors
     (layout,) = part_layouts("adapter", stack, dtype).values()
     assert layout.tensors == {
         f"{part}.{name}": (tuple(tensor.shape), tensor.dtype)
@@ -250,22 +252,22 @@ def _check_stack(pipe: Path, clip: Path, adapter: Path, dtype: torch.dtype) -> S
         for name, tensor in tensors.items()
     }
     (layout,) = part_layouts("image_encoder", stack).values()
-    vision = {name: shape for name, (shape, _) in _found(clip / "model.safetensors").items()}
+    vision = {name: shape for name, (shape, _) in _tensors(clip / "model.safetensors").items()}
     named = {name: shape for name, (shape, _) in layout.tensors.items()}
     assert vision == {name: shape for name, shape in named.items() if not name.endswith("position_ids")}
     return stack
 
 
-def test_the_golden_stack_has_these_layouts(golden: Path) -> None:
+def test_golden_models_have_the_expected_layouts(golden: Path) -> None:
     stack = _check_stack(golden / "pipe", golden / "clip", golden / "faceid_plusv2.bin", torch.float32)
     assert stack.adapter_rank == 4
 
 
-def test_the_pocket_stack_has_these_layouts() -> None:
-    """What loads without a network has the form of what loads with one."""
+def test_pocket_models_have_the_expected_layouts() -> None:
+    """The pocket files have the same form as the published files."""
     weights = Path(fastface_cli.__file__).parent / "pocket" / "weights"
     adapter = weights / "ip-adapter-faceid-plusv2_pocket.bin"
     stack = _check_stack(weights / "pipe", weights / "clip", adapter, torch.float16)
-    lora = _found(weights / "Pocket-4steps-lora.safetensors")
+    lora = _tensors(weights / "Pocket-4steps-lora.safetensors")
     rank = next(shape[0] for name, (shape, _) in lora.items() if name.endswith("lora_down.weight"))
     assert lora == lora_layout(stack.unet, rank).tensors

@@ -1,6 +1,6 @@
-"""Small random checkpoints in the published key formats, loaded by the code that a user runs.
+"""Small random checkpoints with published key formats, loaded by the product's loaders.
 
-What a file says must arrive in the model exactly: every tensor of it, and nothing else changed.
+Every tensor of a file must be loaded exactly, and nothing else may change.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 @pytest.fixture(scope="module")
 def stock(miniature: Paths) -> StableDiffusionXLPipeline:
-    """The base as diffusers alone loads it; never changed."""
+    """Return the base as loaded by diffusers; never modified."""
     return StableDiffusionXLPipeline.from_pretrained(
         miniature["base"], dtype=torch.float32, add_watermarker=False
     )
@@ -42,7 +42,7 @@ def stock(miniature: Paths) -> StableDiffusionXLPipeline:
 
 @pytest.fixture
 def pipe(stock: StableDiffusionXLPipeline) -> StableDiffusionXLPipeline:
-    """A fresh copy of the base, to be changed."""
+    """Return a copy of the base that a test may modify."""
     return StableDiffusionXLPipeline(**{name: copy.deepcopy(part) for name, part in stock.components.items()})
 
 
@@ -50,15 +50,17 @@ def snapshot(module: torch.nn.Module) -> State:
     return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
 
 
-def same(found: State, wanted: State) -> bool:
-    return found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+def same(actual: State, expected: State) -> bool:
+    return actual.keys() == expected.keys() and all(
+        torch.equal(actual[name], expected[name]) for name in expected
+    )
 
 
 def delta(lora: State, module: str) -> Tensor:
-    """alpha / rank * B A, from the numbers of a kohya file."""
+    """Compute alpha / rank * B A from a kohya file."""
     stem = "lora_unet_" + module.replace(".", "_")
     down, up = lora[f"{stem}.lora_down.weight"].double(), lora[f"{stem}.lora_up.weight"].double()
-    if down.ndim == 4:  # a 1x1 convolution after a wider one
+    if down.ndim == 4:  # a 1x1 convolution after a larger one
         product = torch.nn.functional.conv2d(down.transpose(0, 1).flip(2, 3), up).flip(2, 3).transpose(0, 1)
     else:
         product = up @ down
@@ -69,45 +71,45 @@ def delta(lora: State, module: str) -> Tensor:
 
 
 def test_fused_loras_add_scaled_ba_to_every_module(pipe: StableDiffusionXLPipeline, miniature: Paths) -> None:
-    """One after the other, as a distillation and a style LoRA are."""
+    """Two LoRAs in sequence, like a distillation and a style LoRA."""
     targets = lora_targets(pipe.unet)
     assert {type(module).__name__ for module in targets.values()} == {"Linear", "Conv2d"}
-    wanted = {name: tensor.double() for name, tensor in snapshot(pipe.unet).items()}
+    expected = {name: tensor.double() for name, tensor in snapshot(pipe.unet).items()}
     for part, scale in (("hyper", 1.0), ("lcm", -0.35)):
         lora = load_file(miniature[part])
         assert len(lora) == 3 * len(targets)
         for name in targets:
-            wanted[f"{name}.weight"] += scale * delta(lora, name)
+            expected[f"{name}.weight"] += scale * delta(lora, name)
         loading.fuse_lora(pipe, miniature[part], scale)
-        found = snapshot(pipe.unet)
-        assert found.keys() == wanted.keys()
-        for name, tensor in found.items():
-            assert torch.allclose(tensor.double(), wanted[name], rtol=0, atol=1e-6)
+        actual = snapshot(pipe.unet)
+        assert actual.keys() == expected.keys()
+        for name, tensor in actual.items():
+            assert torch.allclose(tensor.double(), expected[name], rtol=0, atol=1e-6)
 
 
-def test_a_lora_at_scale_zero_changes_nothing(pipe: StableDiffusionXLPipeline, miniature: Paths) -> None:
+def test_lora_at_scale_zero_changes_nothing(pipe: StableDiffusionXLPipeline, miniature: Paths) -> None:
     before = snapshot(pipe.unet)
     loading.fuse_lora(pipe, miniature["hyper"], 0.0)
     assert same(snapshot(pipe.unet), before)
 
 
-def test_a_float32_lora_is_rounded_once_in_a_float16_unet(
+def test_float32_lora_is_rounded_once_in_a_float16_unet(
     pipe: StableDiffusionXLPipeline, miniature: Paths
 ) -> None:
-    """Hyper-SD is stored in float32; halving it before the product would lose bits."""
+    """Hyper-SD is stored in float32; converting it to float16 before the product would lose precision."""
     pipe.unet.to(torch.float16)
     before, lora = snapshot(pipe.unet), load_file(miniature["hyper"])
     loading.fuse_lora(pipe, miniature["hyper"], 1.0)
     for name in lora_targets(pipe.unet):
-        found = pipe.unet.get_submodule(name).weight
-        assert found.dtype is torch.float16
-        wanted = before[f"{name}.weight"].double() + delta(lora, name)
-        rounding = (wanted.half() - wanted).norm()
-        assert (found - wanted).norm() < 1.1 * rounding
+        actual = pipe.unet.get_submodule(name).weight
+        assert actual.dtype is torch.float16
+        expected = before[f"{name}.weight"].double() + delta(lora, name)
+        rounding = (expected.half() - expected).norm()
+        assert (actual - expected).norm() < 1.1 * rounding
 
 
-def test_a_style_lora_reaches_the_text_encoders_too(pipe: StableDiffusionXLPipeline, tmp_path: Path) -> None:
-    """kohya's names as trainers of style LoRAs write them: the UNet's by original blocks, both encoders'."""
+def test_style_lora_changes_unet_and_text_encoders(pipe: StableDiffusionXLPipeline, tmp_path: Path) -> None:
+    """Trainers of style LoRAs use kohya names, with original block names for the UNet."""
     generator = torch.Generator().manual_seed(0)
     spots = {
         ("unet", "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"): (
@@ -120,26 +122,26 @@ def test_a_style_lora_reaches_the_text_encoders_too(pipe: StableDiffusionXLPipel
         spots["text_encoder", module] = f"lora_te1_{stem}"
         spots["text_encoder_2", f"text_model.{module}"] = f"lora_te2_{stem}"
     state: State = {}
-    wanted = {part: snapshot(getattr(pipe, part)) for part in ("unet", "text_encoder", "text_encoder_2")}
+    expected = {part: snapshot(getattr(pipe, part)) for part in ("unet", "text_encoder", "text_encoder_2")}
     for (part, module), stem in spots.items():
         out, into = getattr(pipe, part).get_submodule(module).weight.shape
         down, up = torch.randn(4, into, generator=generator), torch.randn(out, 4, generator=generator)
         state |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up}
         state[f"{stem}.alpha"] = torch.tensor(1.0)
-        wanted[part][f"{module}.weight"] += 0.8 / 4 * up @ down
+        expected[part][f"{module}.weight"] += 0.8 / 4 * up @ down
     save_file(state, tmp_path / "style.safetensors")
     loading.fuse_lora(pipe, tmp_path / "style.safetensors", 0.8)
-    for part, tensors in wanted.items():
-        found = snapshot(getattr(pipe, part))
-        assert found.keys() == tensors.keys()
-        assert all(torch.allclose(found[name], tensors[name], atol=1e-6) for name in tensors)
+    for part, tensors in expected.items():
+        actual = snapshot(getattr(pipe, part))
+        assert actual.keys() == tensors.keys()
+        assert all(torch.allclose(actual[name], tensors[name], atol=1e-6) for name in tensors)
 
 
 # ------------------------------------------------------------------------------------------------ adapter
 
 
 def attention_layers(unet: torch.nn.Module) -> Iterator[tuple[int, str, torch.nn.Module]]:
-    """Index in the adapter file, name and module of every attention layer: down, then up, then mid."""
+    """Yield index in the adapter file, name and module of every attention layer: down, up, mid."""
     names = [name for name, _ in unet.named_modules() if re.search(r"\.attn[12]$", name)]
     order = {"down_blocks": 0, "up_blocks": 1, "mid_block": 2}
     for index, name in enumerate(sorted(names, key=lambda name: order[name.split(".")[0]])):
@@ -147,7 +149,7 @@ def attention_layers(unet: torch.nn.Module) -> Iterator[tuple[int, str, torch.nn
 
 
 @pytest.mark.parametrize("scale", [0.6, 0.0])
-def test_the_adapters_lora_is_fused_at_its_scale(
+def test_adapter_lora_is_fused_at_its_scale(
     pipe: StableDiffusionXLPipeline, miniature: Paths, scale: float
 ) -> None:
     before = snapshot(pipe.unet)
@@ -159,27 +161,27 @@ def test_the_adapters_lora_is_fused_at_its_scale(
             weight = f"{name}.{module}.weight"
             up = file.pop(f"{index}.to_{role}_lora.up.weight")
             down = file.pop(f"{index}.to_{role}_lora.down.weight")
-            wanted = before.pop(weight) + scale * (up @ down)
-            assert torch.allclose(after.pop(weight), wanted, rtol=0, atol=0 if scale == 0 else 1e-6)
+            expected = before.pop(weight) + scale * (up @ down)
+            assert torch.allclose(after.pop(weight), expected, rtol=0, atol=0 if scale == 0 else 1e-6)
         for role in ("k", "v") if name.endswith("attn2") else ():
-            mine = after.pop(f"{name}.processor.to_{role}_ip.0.weight")
-            assert torch.equal(mine, file.pop(f"{index}.to_{role}_ip.weight"))
-    assert not file  # every tensor of the file has found its place
+            own = after.pop(f"{name}.processor.to_{role}_ip.0.weight")
+            assert torch.equal(own, file.pop(f"{index}.to_{role}_ip.weight"))
+    assert not file  # every tensor of the file is loaded
     assert same(after, before)  # and nothing else has changed
     assert not hasattr(pipe.unet, "peft_config")
 
 
-def test_the_projection_is_the_files(pipe: StableDiffusionXLPipeline, miniature: Paths) -> None:
+def test_projection_equals_the_file(pipe: StableDiffusionXLPipeline, miniature: Paths) -> None:
     file = torch.load(miniature["adapter"], weights_only=True)["image_proj"]
     module = loading.load_adapter(pipe, miniature["adapter"], 1.0)
-    found = snapshot(module)
-    both = {name: tensor.double().sum().item() for name, tensor in found.items()}
+    actual = snapshot(module)
+    both = {name: tensor.double().sum().item() for name, tensor in actual.items()}
     assert sum(both.values()) == pytest.approx(sum(t.double().sum().item() for t in file.values()), abs=1e-6)
-    assert torch.equal(found["proj.net.2.weight"], file["proj.2.weight"])
-    assert torch.equal(found["layers.3.ln1.weight"], file["perceiver_resampler.layers.3.0.norm2.weight"])
-    keys_values = torch.cat([found["layers.2.attn.to_k.weight"], found["layers.2.attn.to_v.weight"]])
+    assert torch.equal(actual["proj.net.2.weight"], file["proj.2.weight"])
+    assert torch.equal(actual["layers.3.ln1.weight"], file["perceiver_resampler.layers.3.0.norm2.weight"])
+    keys_values = torch.cat([actual["layers.2.attn.to_k.weight"], actual["layers.2.attn.to_v.weight"]])
     assert torch.equal(keys_values, file["perceiver_resampler.layers.2.0.to_kv.weight"])
-    assert torch.equal(found["layers.1.ff.1.net.2.weight"], file["perceiver_resampler.layers.1.1.3.weight"])
+    assert torch.equal(actual["layers.1.ff.1.net.2.weight"], file["perceiver_resampler.layers.1.1.3.weight"])
     assert module.shortcut is True
 
 
@@ -201,21 +203,21 @@ def recipe(adapter_scale: float, lora_scale: float) -> Recipe:
 
 
 def latents(loaded: Pipeline, person: Identity, adapter_scale: float | None = None) -> Tensor:
-    (picture,) = loaded.generate([Request("a cat on the moon", 3, person, adapter_scale=adapter_scale)])
-    return picture.latents[-1]
+    (output,) = loaded.generate([Request("a cat on the moon", 3, person, adapter_scale=adapter_scale)])
+    return output.latents[-1]
 
 
-def distance(found: Tensor, wanted: Tensor) -> float:
-    return float((found - wanted).norm() / wanted.norm())
+def distance(actual: Tensor, expected: Tensor) -> float:
+    return float((actual - expected).norm() / expected.norm())
 
 
-def test_an_adapter_that_is_off_is_no_adapter(
+def test_disabled_adapter_equals_no_adapter(
     pipe: StableDiffusionXLPipeline, miniature: Paths, person: Identity
 ) -> None:
-    """Scale 0 and LoRA scale 0 give what diffusers' own pipeline gives without an adapter."""
+    """Scale 0 and LoRA scale 0 give the result of the diffusers pipeline without an adapter."""
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
     pipe.set_progress_bar_config(disable=True)
-    wanted = pipe(
+    expected = pipe(
         "a cat on the moon",
         width=128,
         height=128,
@@ -225,16 +227,16 @@ def test_an_adapter_that_is_off_is_no_adapter(
         output_type="latent",
     ).images[0]
     bare = Pipeline.load(recipe(0.8, 0.0), miniature, device="cpu", dtype="float32")
-    assert distance(latents(bare, person, 0.0), wanted) < 1e-5
-    assert distance(latents(bare, person), wanted) > 1e-3
+    assert distance(latents(bare, person, 0.0), expected) < 1e-5
+    assert distance(latents(bare, person), expected) > 1e-3
     fused = Pipeline.load(recipe(0.0, 0.8), miniature, device="cpu", dtype="float32")
-    assert distance(latents(fused, person), wanted) > 1e-3
+    assert distance(latents(fused, person), expected) > 1e-3
 
 
 # ------------------------------------------------------------------------------------- files of the base
 
 
-def test_base_parts_arrive_exactly(miniature: Paths) -> None:
+def test_base_parts_are_loaded_exactly(miniature: Paths) -> None:
     base = miniature["base"]
     unet = loading.load_unet(base, None, torch.float32)
     assert same(snapshot(unet), load_file(base / "unet" / WEIGHTS))
@@ -250,14 +252,14 @@ def test_base_parts_arrive_exactly(miniature: Paths) -> None:
     assert (tokenizer.pad_token_id, tokenizer_2.pad_token_id) == (513, 0)
 
 
-def test_image_encoder_arrives_exactly(miniature: Paths) -> None:
+def test_image_encoder_is_loaded_exactly(miniature: Paths) -> None:
     encoder = loading.load_image_encoder(miniature["image_encoder"], torch.float32)
     file = load_file(miniature["image_encoder"] / "model.safetensors")
     assert file.pop("vision_model.embeddings.position_ids").shape == (1, 17)
     assert same(snapshot(encoder), file)
 
 
-def test_replaced_unets_arrive_exactly(miniature: Paths) -> None:
+def test_replaced_unets_are_loaded_exactly(miniature: Paths) -> None:
     lightning = loading.load_unet(miniature["base"], miniature["lightning"], torch.float32)
     assert same(snapshot(lightning), load_file(miniature["lightning"]))
     turbo = loading.load_unet(miniature["base"], miniature["turbo"], torch.float32)
@@ -265,7 +267,7 @@ def test_replaced_unets_arrive_exactly(miniature: Paths) -> None:
     assert not same(snapshot(lightning), snapshot(turbo))
 
 
-def test_a_replaced_vae_arrives_exactly_and_stays_in_float16(miniature: Paths) -> None:
+def test_replaced_vae_is_loaded_exactly_and_stays_in_float16(miniature: Paths) -> None:
     vae = loading.load_vae(miniature["base"], miniature["vae"], torch.float32)
     assert same(snapshot(vae), load_file(miniature["vae"] / WEIGHTS))
     assert loading.load_vae(miniature["base"], miniature["vae"], torch.float16).dtype is torch.float16
@@ -286,7 +288,7 @@ def test_half_precision_files_are_found_by_their_variant(tmp_path: Path) -> None
 
 @pytest.fixture(scope="module")
 def single_file(miniature: Paths, tmp_path_factory: pytest.TempPathFactory) -> Paths:
-    """The miniature as one checkpoint in the original layout, and a folder of configurations alone."""
+    """Write the miniature as one checkpoint in the original layout, and a folder of configurations."""
     base, folder = miniature["base"], tmp_path_factory.mktemp("single")
     state = original(
         unet=load_file(base / "unet" / WEIGHTS),
@@ -303,16 +305,16 @@ def single_file(miniature: Paths, tmp_path_factory: pytest.TempPathFactory) -> P
     return {"base": folder / "model.safetensors", "config": folder / "config"}
 
 
-def test_a_single_file_checkpoint_arrives_exactly(
+def test_single_file_checkpoint_is_loaded_exactly(
     stock: StableDiffusionXLPipeline, single_file: Paths
 ) -> None:
-    found = loading.load_single_file(single_file["base"], single_file["config"], torch.float32)
+    loaded = loading.load_single_file(single_file["base"], single_file["config"], torch.float32)
     for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
-        assert same(snapshot(getattr(found, part)), snapshot(getattr(stock, part)))
-    assert found.tokenizer_2.pad_token_id == stock.tokenizer_2.pad_token_id
+        assert same(snapshot(getattr(loaded, part)), snapshot(getattr(stock, part)))
+    assert loaded.tokenizer_2.pad_token_id == stock.tokenizer_2.pad_token_id
 
 
-def test_a_single_file_base_is_fused_once(
+def test_single_file_base_is_fused_once(
     miniature: Paths, single_file: Paths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     paths, cache = {**miniature, **single_file}, FusedCache(tmp_path, 1 << 30, least=0)
@@ -323,7 +325,7 @@ def test_a_single_file_base_is_fused_once(
     assert same(snapshot(first.vae), snapshot(second.vae))
 
 
-def test_a_single_file_base_makes_the_folders_picture(
+def test_single_file_base_gives_the_same_latents_as_a_folder(
     miniature: Paths, single_file: Paths, person: Identity
 ) -> None:
     folder, file = (
@@ -337,7 +339,7 @@ def test_a_single_file_base_makes_the_folders_picture(
 
 
 def without(path: Path, pattern: str, target: Path) -> Path:
-    """A copy of a checkpoint that lacks the first tensor whose name fits."""
+    """Copy a checkpoint without the first tensor whose name matches."""
     state = load_file(path)
     state.pop(next(name for name in sorted(state) if re.search(pattern, name)))
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -362,8 +364,8 @@ BREAKS: dict[str, tuple[str, str, Callable[[Path], object]]] = {
 
 
 @pytest.mark.parametrize("part", BREAKS)
-def test_a_file_that_lacks_a_tensor_is_refused(miniature: Paths, tmp_path: Path, part: str) -> None:
-    """A loader would fill the gap with random numbers and a warning."""
+def test_file_that_lacks_a_tensor_is_refused(miniature: Paths, tmp_path: Path, part: str) -> None:
+    """Diffusers would log a warning and use random weights."""
     name, pattern, load = BREAKS[part]
     base = Path(shutil.copytree(miniature["base"], tmp_path / "base"))
     without(miniature["base"] / name, pattern, base / name)
@@ -387,7 +389,7 @@ def test_replacements_that_lack_a_tensor_are_refused(
         loading.load_adapter(pipe, tmp_path / "adapter.bin", 0.6)
 
 
-def test_a_lora_of_another_model_is_refused(
+def test_lora_of_another_model_is_refused(
     pipe: StableDiffusionXLPipeline, miniature: Paths, tmp_path: Path
 ) -> None:
     lora = load_file(miniature["hyper"])

@@ -1,8 +1,8 @@
-"""Load one part of the stack in its full, published size; run as a program, so that its memory comes back.
+"""Load one part at its published size; run as a program, so that its memory is freed afterwards.
 
-Most files are sparse: a true header and a hole that reads as zeros. Zeros everywhere in the loaded model are
-then the proof that every number came from the file, for a loader that misses a tensor leaves a norm's ones or
-random numbers behind. The LoRAs and the adapter hold random numbers, so that what they add to zeros shows.
+Most files are sparse: a header without data, which reads as zeros. If every weight of the loaded model is
+zero, every weight came from the file: a loader that misses a tensor would leave the ones of a norm or random
+numbers. The LoRAs and the adapter contain random weights, so that their effect on zeros is visible.
 
     python full_size.py PART FOLDER    prints one JSON object
 """
@@ -40,12 +40,12 @@ HALF = torch.float16
 
 
 def check(module: torch.nn.Module, layout: TensorLayout, dtype: torch.dtype) -> int:
-    """Every parameter is there, in memory, of the right type, and zero; how many numbers they are."""
+    """Check that every parameter is loaded, on the CPU, of the right type and zero; return their number."""
     state = module.state_dict()
     published = {name.removeprefix("text_model."): shape for name, (shape, _) in layout.tensors.items()}
     published.pop("vision_model.embeddings.position_ids", None)
-    found = {name.removeprefix("text_model."): tuple(tensor.shape) for name, tensor in state.items()}
-    assert found == published
+    loaded = {name.removeprefix("text_model."): tuple(tensor.shape) for name, tensor in state.items()}
+    assert loaded == published
     for name, tensor in state.items():
         assert tensor.device.type == "cpu", name
         assert tensor.dtype is dtype, name
@@ -64,7 +64,7 @@ def shell(unet: torch.nn.Module) -> StableDiffusionXLPipeline:
 
 
 def layout(part: str, name: str = "") -> TensorLayout:
-    return next(found for key, found in part_layouts(part).items() if key.startswith(name))
+    return next(layout for key, layout in part_layouts(part).items() if key.startswith(name))
 
 
 def base_unet(folder: Path) -> dict[str, Any]:
@@ -115,10 +115,10 @@ def distillation(part: str) -> Callable[[Path], dict[str, Any]]:
         for name in targets:
             stem, weight = "lora_unet_" + name.replace(".", "_"), state.pop(f"{name}.weight")
             down, up = (lora[f"{stem}.lora_{half}.weight"].float() for half in ("down", "up"))
-            wanted = (up.flatten(1) @ down.flatten(1)).reshape(weight.shape)
-            wanted *= float(lora[f"{stem}.alpha"]) / len(down)
+            expected = (up.flatten(1) @ down.flatten(1)).reshape(weight.shape)
+            expected *= float(lora[f"{stem}.alpha"]) / len(down)
             assert weight.dtype is HALF
-            assert (weight.float() - wanted).norm() < 2e-3 * wanted.norm(), name
+            assert (weight.float() - expected).norm() < 2e-3 * expected.norm(), name
         assert not any(tensor.any() for tensor in state.values())
         return {"modules": len(targets)}
 
@@ -139,8 +139,8 @@ def adapter(folder: Path) -> dict[str, Any]:
             up, down = (
                 file["ip_adapter"].pop(f"{index}.to_{role}_lora.{half}.weight") for half in ("up", "down")
             )
-            wanted = 0.8 * (up.float() @ down.float())
-            assert (weight.float() - wanted).norm() < 2e-3 * wanted.norm(), layer
+            expected = 0.8 * (up.float() @ down.float())
+            assert (weight.float() - expected).norm() < 2e-3 * expected.norm(), layer
             fused += 1
         for role in ("k", "v"):
             published = file["ip_adapter"].pop(f"{index}.to_{role}_ip.weight", None)
@@ -156,14 +156,14 @@ def adapter(folder: Path) -> dict[str, Any]:
 
 
 def single_file(folder: Path) -> dict[str, Any]:
-    """A whole checkpoint in the original layout, configured by a folder without weights."""
+    """Load a complete checkpoint in the original layout, configured by a folder without weights."""
     parts = part_layouts("base")
     state = {
         name.split("/")[0]: {
             key: torch.empty(shape, dtype=dtype, device="meta")
-            for key, (shape, dtype) in found.tensors.items()
+            for key, (shape, dtype) in layout.tensors.items()
         }
-        for name, found in parts.items()
+        for name, layout in parts.items()
     }
     names = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in original(**state).items()}
     path = write(folder / "model.safetensors", TensorLayout(names, PT))
@@ -183,8 +183,8 @@ def single_file(folder: Path) -> dict[str, Any]:
     }
 
 
-def whole(folder: Path) -> dict[str, Any]:
-    """Everything that `hyper` with four steps needs, built at once: all but the sampling loop."""
+def complete(folder: Path) -> dict[str, Any]:
+    """Load everything that `hyper` with four steps requires; only the sampling loop is not run."""
     recipe = Recipe.model_validate(
         {
             "name": "test",
@@ -220,11 +220,11 @@ CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "lcm": distillation("lcm"),
     "adapter": adapter,
     "single_file": single_file,
-    "whole": whole,
+    "complete": complete,
 }
 
 
 if __name__ == "__main__":
-    found = CASES[sys.argv[1]](Path(sys.argv[2]))
+    measured = CASES[sys.argv[1]](Path(sys.argv[2]))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(json.dumps({**found, "peak_gib": round(peak, 2)}))
+    print(json.dumps({**measured, "peak_gib": round(peak, 2)}))

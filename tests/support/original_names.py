@@ -1,7 +1,7 @@
 """Diffusers' SDXL weights under the names of the original single-file checkpoint, for tests.
 
-The inverse of what `from_single_file` does: written from the architecture's two sets of names, so that the
-loader is tested against something that is not its own table.
+The inverse of `from_single_file`. It is written from the two sets of names of the architecture, so that the
+loader is not tested against its own table.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ OPEN_CLIP = {
 
 
 def unet_name(name: str, layers: int) -> str:
-    """One UNet tensor's original name, without `model.diffusion_model.`; `layers` a block."""
+    """Return the original name of a UNet tensor, without `model.diffusion_model.`."""
     stem, kind = name.rsplit(".", 1)
     if stem in UNET:
         return f"{UNET[stem]}.{kind}"
@@ -65,7 +65,7 @@ def unet_name(name: str, layers: int) -> str:
 
 
 def vae_name(name: str, blocks: int) -> str:
-    """One VAE tensor's original name, without `first_stage_model.`."""
+    """Return the original name of a VAE tensor, without `first_stage_model.`."""
     stem, kind = name.rsplit(".", 1)
     if match := re.fullmatch(r"(\w+)\.mid_block\.resnets\.(\d)\.(.+)", stem):
         stem = f"{match[1]}.mid.block_{int(match[2]) + 1}.{match[3]}"
@@ -81,7 +81,7 @@ def vae_name(name: str, blocks: int) -> str:
 
 
 def open_clip(state: State) -> Iterator[tuple[str, Tensor]]:
-    """The second text encoder in OpenCLIP's names: q, k and v in one matrix, the projection transposed."""
+    """Yield the second text encoder with OpenCLIP names: q, k and v in one matrix, projection transposed."""
     for name, tensor in state.items():
         match = re.fullmatch(r"text_model\.encoder\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
         if match is None:
@@ -102,24 +102,24 @@ def open_clip(state: State) -> Iterator[tuple[str, Tensor]]:
 
 
 def original(unet: State, vae: State, text_encoder: State, text_encoder_2: State, layers: int = 2) -> State:
-    """A whole checkpoint in the original layout.
+    """Return a complete checkpoint in the original layout.
 
     Args:
         unet: UNet weights in diffusers' names.
         vae: VAE weights in diffusers' names.
         text_encoder: weights in published names (prefix `text_model.`).
-        text_encoder_2: the same of the second encoder.
+        text_encoder_2: weights of the second encoder, named likewise.
         layers: residual blocks in each UNet block.
     """
-    found = {f"model.diffusion_model.{unet_name(name, layers)}": tensor for name, tensor in unet.items()}
+    state = {f"model.diffusion_model.{unet_name(name, layers)}": tensor for name, tensor in unet.items()}
     blocks = 1 + max(int(name.split(".")[2]) for name in vae if name.startswith("decoder.up_blocks."))
     for name, tensor in vae.items():
         key = vae_name(name, blocks)
         is_kernel = ".mid.attn_1." in key and tensor.ndim == 2
-        found[f"first_stage_model.{key}"] = tensor[:, :, None, None] if is_kernel else tensor
-    found |= {f"conditioner.embedders.0.transformer.{name}": t for name, t in text_encoder.items()}
+        state[f"first_stage_model.{key}"] = tensor[:, :, None, None] if is_kernel else tensor
+    state |= {f"conditioner.embedders.0.transformer.{name}": t for name, t in text_encoder.items()}
     length = len(text_encoder["text_model.embeddings.position_embedding.weight"])
     positions = torch.arange(length, device=next(iter(unet.values())).device).unsqueeze(0)
-    found["conditioner.embedders.0.transformer.text_model.embeddings.position_ids"] = positions
-    found |= {f"conditioner.embedders.1.model.{name}": tensor for name, tensor in open_clip(text_encoder_2)}
-    return found
+    state["conditioner.embedders.0.transformer.text_model.embeddings.position_ids"] = positions
+    state |= {f"conditioner.embedders.1.model.{name}": tensor for name, tensor in open_clip(text_encoder_2)}
+    return state
