@@ -72,7 +72,8 @@ def run(argv: list[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if argv is None else argv
     try:
-        app(args=arguments, prog_name="fastface")
+        with console.log_notes():
+            app(args=arguments, prog_name="fastface")
     except SystemExit as exit_:
         code = exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
         if code == UsageError.exit_code and "--json" in arguments:

@@ -169,7 +169,7 @@ def scoring(
     roles = {role for metric in metrics for role in metric.needs.roles}
     by_role = _roles(roles, recipes)
     wanted = {name: resolve(name) for metric in metrics for name in metric.needs.artifacts} | by_role
-    found = Store(settings, offline=machine.offline).ensure(list(wanted.values()))
+    found = Store(settings, offline=machine.offline).ensure(list(wanted.values()), progress=True)
     context = Context({name: found[one.name] for name, one in wanted.items()}, _beside(machine), rules)
     return Scoring(metrics, functools.partial(_load, list(names), context, machine.threads))
 
