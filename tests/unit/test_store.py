@@ -377,6 +377,47 @@ def test_a_busy_server_is_asked_again(shop: Shop, monkeypatch: pytest.MonkeyPatc
     assert shop.store().ensure([shop["lora"]], progress=False)["tiny-lora"].read_bytes() == BIG
 
 
+@pytest.mark.parametrize("status", [429, 500, 502, 503, 504])
+def test_transfers_and_listings_are_retried_too(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    pauses: list[float] = []
+
+    def recover(seconds: float) -> None:
+        pauses.append(seconds)
+        shop.hub.status.clear()
+
+    monkeypatch.setattr("fastface_cli.store.transfer.time.sleep", recover)
+    shop.hub.headers = {"Retry-After": "7"}
+    shop.hub.status["/release/a+b.pth"] = status
+    assert shop.store().ensure([shop["url"]])["tiny-url"].read_bytes() == MODEL
+    shop.hub.status["tiny/base"] = status
+    folder = resolve(f"hub:tiny/base@{COMMIT}")
+    assert shop.store().ensure([folder])[folder.name].is_dir()
+    assert pauses == [7, 7]
+
+
+def test_permanent_refusals_are_not_retried(shop: Shop) -> None:
+    shop.hub.status["tiny/lora"] = 404
+    failure(shop.store(), shop["lora"])
+    assert len(shop.hub.log) == 1
+
+
+def test_an_interrupted_file_of_a_url_resumes_in_the_next_run(shop: Shop) -> None:
+    part = shop.store().path(shop["url"]).with_name("a+b.pth.part")
+    part.parent.mkdir(parents=True)
+    part.write_bytes(MODEL[:2000])
+    assert shop.store().ensure([shop["url"]])["tiny-url"].read_bytes() == MODEL
+    assert [request.range for request in shop.hub.asked("GET")] == ["bytes=2000-"]
+
+
+def test_the_proxy_of_the_environment_is_used(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", shop.hub.url)
+    monkeypatch.setenv("HF_ENDPOINT", "http://hub.invalid")
+    shop.store().ensure([shop["open"]])
+    assert len(shop.hub.asked("HEAD")) == 2
+
+
 def test_nobody_listens(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     error = failure(shop.store(), shop["lora"])
