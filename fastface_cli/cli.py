@@ -71,9 +71,9 @@ def run(argv: list[str] | None = None) -> int:
         argv: arguments without the program's name; None takes them from `sys.argv`.
     """
     arguments = sys.argv[1:] if argv is None else argv
-    console.show_logs()
     try:
-        app(args=arguments, prog_name="fastface")
+        with console.log_notes():
+            app(args=arguments, prog_name="fastface")
     except SystemExit as exit_:
         code = exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
         if code == UsageError.exit_code and "--json" in arguments:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from .errors import FastFaceError
 
 if TYPE_CHECKING:  # rich is imported where it is used: `--help` must come at once
     from rich.console import Console
-    from rich.progress import Progress
+    from rich.progress import Progress, TaskID
+
+    from .store import ProgressObserver
+    from .store.progress import StoreEvent
 
 SCHEMA = 1
 """Version of every JSON object printed by `--json`."""
@@ -47,17 +52,25 @@ def note(text: str) -> None:
     err().print(text, markup=False)
 
 
-def show_logs() -> None:
-    """Print what the library logs, one line each, on stderr."""
-    import logging
+class _NoteHandler(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        note(record.getMessage())
 
-    class Notes(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            note(record.getMessage())
 
-    logger = logging.getLogger("fastface_cli")
-    if not any(type(handler).__name__ == "Notes" for handler in logger.handlers):
-        logger.addHandler(Notes())
+@contextlib.contextmanager
+def log_notes() -> Iterator[None]:
+    """Print the log messages of the library on stderr."""
+    logger, handler = logging.getLogger(__package__), _NoteHandler()
+    level, propagate = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False  # a handler of another library must not print them twice
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate
 
 
 def print_json(value: dict[str, Any]) -> None:
@@ -142,6 +155,37 @@ def transfer_progress(*, quiet: bool = False) -> Progress:
         transient=True,
         redirect_stdout=sys.stdout.isatty(),  # a pipe or a file gets its lines past the display
     )
+
+
+@contextlib.contextmanager
+def download_bars(*, quiet: bool = False) -> Iterator[ProgressObserver]:
+    """Show a progress bar for the current file and one for all files; yields the observer for `Store`."""
+    from .store.progress import DownloadProgress, DownloadStarted, FileFinished
+
+    progress = transfer_progress(quiet=quiet)
+    bars: dict[str, TaskID] = {}
+    received: dict[str, int] = {}
+    overall: list[TaskID] = []
+
+    def observe(event: StoreEvent) -> None:
+        if isinstance(event, DownloadStarted):
+            overall.append(progress.add_task("all files", total=event.total or None))
+            return
+        if isinstance(event, FileFinished):
+            progress.remove_task(bars.pop(event.name))
+            return
+        downloads = isinstance(event, DownloadProgress)
+        if event.name not in bars:
+            label = event.name if downloads else f"verifying {event.name}"
+            bars[event.name] = progress.add_task(label, total=event.total or None)
+            received[event.name] = event.done  # earlier bytes are not part of the overall total
+        progress.update(bars[event.name], completed=event.done)
+        if downloads and overall:
+            progress.advance(overall[0], event.done - received[event.name])
+            received[event.name] = event.done
+
+    with progress:
+        yield observe
 
 
 def step_progress(*, quiet: bool = False) -> Progress:

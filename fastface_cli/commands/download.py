@@ -109,7 +109,8 @@ def _artifacts(names: list[str], steps: int | None) -> list[Artifact]:
 
 
 def _fetch(store: Store, artifacts: list[Artifact], *, json: bool) -> None:
-    paths = store.ensure(artifacts)
+    with console.download_bars() as progress:
+        paths = store.ensure(artifacts, progress=progress)
     if json:
         console.print_json(
             {"ok": True, "artefacts": [{"name": name, "path": str(path)} for name, path in paths.items()]}
@@ -174,7 +175,10 @@ def _show(store: Store, artifacts: list[Artifact], *, json: bool) -> None:
 
 
 def _verify(store: Store, artifacts: list[Artifact], *, json: bool) -> None:
-    rows = [(artifact, file) for artifact in artifacts for file in store.verify(artifact)]
+    with console.download_bars() as progress:
+        rows = [
+            (artifact, file) for artifact in artifacts for file in store.verify(artifact, progress=progress)
+        ]
     bad = [file for _, file in rows if file.state == "bad"]
     report = [{"name": artifact.name, **_as_json(file)} for artifact, file in rows]
     if not json:

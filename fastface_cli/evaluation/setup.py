@@ -180,7 +180,7 @@ def scoring(
     roles = {role for metric in metrics for role in metric.needs.roles}
     by_role = _roles(roles, recipes)
     artifacts = {name: resolve(name) for metric in metrics for name in metric.needs.artifacts} | by_role
-    paths = Store(settings, offline=worker_setup.offline).ensure(list(artifacts.values()))
+    paths = Store(settings, offline=worker_setup.offline).ensure(list(artifacts.values()), progress=True)
     context = Context(
         {name: paths[artifact.name] for name, artifact in artifacts.items()}, _beside(worker_setup), rules
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import secrets
 import time
@@ -20,12 +21,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import BinaryIO
 
-from .. import console
 from ..errors import ModelUnavailableError
 from ..recipe.schema import Recipe
 from .layout import check_room
 from .records import file_sha256
 from .states import human_bytes
+
+log = logging.getLogger(__name__)
 
 FORMAT = 1
 """Version of the file format; part of the key."""
@@ -149,7 +151,7 @@ class FusedCache:
             stat = path.stat()
             if (stat.st_size, stat.st_mtime_ns) != (entry.bytes, entry.mtime_ns):
                 if stat.st_size != entry.bytes or file_sha256(path) != entry.sha256:
-                    console.note(f"{path} has changed since it was written; it is created again")
+                    log.warning("%s has changed since it was written; it is created again", path)
                     self.remove(key)
                     return None
                 self._write_metadata(replace(entry, mtime_ns=stat.st_mtime_ns))
@@ -183,7 +185,7 @@ class FusedCache:
             return self._write(key, recipe, inputs, write)
         except (OSError, ModelUnavailableError) as error:
             reason = getattr(error, "strerror", None) or getattr(error, "message", None) or str(error)
-            console.note(f"fused models are not cached for the next start: {reason}")
+            log.warning("fused models are not cached for the next start: %s", reason)
             return None
 
     def _make_room(self, size: int) -> None:
@@ -197,7 +199,7 @@ class FusedCache:
         total = sum(entry.bytes for entry in oldest)
         while total + size > self.limit:
             total -= oldest[0].bytes
-            console.note(f"{oldest[0].name} ({oldest[0].recipe}) is removed to make room")
+            log.info("%s (%s) is removed to make room", oldest[0].name, oldest[0].recipe)
             self.remove(oldest.pop(0).key)
         check_room(self.folder, size)
 

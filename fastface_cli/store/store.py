@@ -1,42 +1,45 @@
-"""Artifacts made present: fetched, verified, remembered, removed.
+"""The store of model files: download, verification, listing and removal.
 
-A file enters the cache only after its SHA-256 was checked; one that is wrong is moved to `home/quarantine`.
-Files of the Hub lie in the Hub's own cache layout, so an HF_HUB_CACHE that other programs filled is used as
-it is; files from elsewhere lie in `home/files`. What was verified is remembered in `home/records`: as long
-as size and time of change stay, a file is not hashed again. Records outlive their files: what was fetched
-once must have the same bytes ever after.
+A file enters the cache only after its SHA-256 is verified; a file with wrong bytes is moved to
+`home/quarantine`. Hub files use the Hub's cache layout, so an HF_HUB_CACHE filled by other programs is used;
+other files are in `home/files`. `home/records` contains the verified hashes: a file is not hashed again
+while its size and modification time are unchanged. Records outlive their files: a file that is fetched again
+must have the same hash.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from .. import console
 from ..errors import ModelUnavailableError
 from ..settings import Settings
 from . import transfer
-from .fetching import Bars, Fetcher, FetchTask, WrongBytesError, fetch_all
+from .fetching import Fetcher, FetchTask, WrongBytesError, fetch_all
 from .fused_cache import FusedCache
 from .layout import CacheLayout, blob_name, check_room, remove_empty, remove_file, source_of
 from .manifest import Artifact, RemoteFile, load_manifest, resolve
+from .progress import DownloadStarted, ProgressObserver, ignore
 from .records import short_hash
 from .states import Entry, FileStatus, Missing, State, count_models, human_size, license_line, offline_error
+
+log = logging.getLogger(__name__)
 
 
 class Store:
     """The models on this machine.
 
     Args:
-        settings: where they are kept.
-        offline: never use the network; None asks HF_HUB_OFFLINE.
-        known: the manifest; None is the one that ships.
+        settings: the cache folders.
+        offline: never use the network; None reads HF_HUB_OFFLINE.
+        known: the manifest; None is the packaged manifest.
     """
 
     def __init__(
@@ -50,84 +53,85 @@ class Store:
         self.offline = transfer.is_offline() if offline is None else offline
         self.known = load_manifest() if known is None else known
         self.layout = CacheLayout(settings)
-        self._found: dict[str, tuple[RemoteFile, ...]] = {}
+        self._offline_files: dict[str, tuple[RemoteFile, ...]] = {}
 
     @property
     def fused(self) -> FusedCache:
-        """Fused models kept between runs."""
+        """The cache of fused models."""
         return FusedCache(self.settings.home / "fused", int(self.settings.fused_cache * 1e9))
 
     def path(self, artifact: Artifact) -> Path:
-        """What a loader opens: `CacheLayout.path` says what that is for each kind. It need not exist yet."""
+        """The path that a loader opens (see `CacheLayout.path`); it need not exist yet."""
         return self.layout.path(artifact)
 
     def status(self, artifact: Artifact) -> list[FileStatus]:
-        """Each file of an artifact, without network and without hashing."""
+        """The state of each file of an artifact, without network access and without hashing."""
         if artifact.local is not None:
             size = _size(artifact.local)
-            there = artifact.local.exists()
-            return [FileStatus(str(artifact.local), size, "present" if there else "missing", size)]
+            state: State = "present" if artifact.local.exists() else "missing"
+            return [FileStatus(str(artifact.local), size, state, size)]
         files = self._files(artifact)
         if not files:
-            return [FileStatus(artifact.folder or "all of it", 0, "missing", 0)]
+            return [FileStatus(artifact.folder or "all files", 0, "missing", 0)]
         return [self._file_status(artifact, file) for file in files]
 
     def missing(self, artifacts: Iterable[Artifact]) -> list[Missing]:
-        """The artifacts that are not all here; no network, no hashing."""
-        found = []
+        """The incomplete artifacts, without network access and without hashing."""
+        incomplete = []
         for artifact in _unique(artifacts):
             states = self.status(artifact)
             files = tuple(file for file in states if file.state not in ("present", "unverified"))
             if files:
-                found.append(Missing(artifact, files))
-        return found
+                incomplete.append(Missing(artifact, files))
+        return incomplete
 
     def ensure(
         self,
         artifacts: Sequence[Artifact],
         *,
-        progress: bool = True,
-        listed: Callable[[Sequence[Missing]], None] | None = None,
+        progress: ProgressObserver | bool = False,
     ) -> dict[str, Path]:
-        """Fetch what is missing, check every byte, and say where everything is.
+        """Fetch missing files and verify them.
 
         Args:
-            artifacts: what is wanted; twice the same is the same.
-            progress: show a bar for each file and one for all, on a terminal.
-            listed: told what will be fetched, before it is; None prints names, sizes and licenses.
+            artifacts: the artifacts; duplicates are ignored.
+            progress: receives progress events; True shows progress bars on a terminal.
 
         Returns:
             `path` of each artifact, by name.
 
         Raises:
-            ModelUnavailableError: offline, refused, not reachable, wrong bytes, no room; what arrived is
-                kept, and the same call goes on where it stopped.
+            ModelUnavailableError: offline, refused, unreachable, wrong bytes, or no disk space. Received
+                bytes are kept, and the same call resumes the download.
         """
-        wanted = _unique(artifacts)
-        for artifact in wanted:
+        distinct = _unique(artifacts)
+        for artifact in distinct:
             _check_local(artifact)
-        with _writing(self.settings.home), Bars(show=progress) as bars:
-            for artifact in wanted:
+        with _writing(self.settings.home), _observing(progress) as observer:
+            fetcher = Fetcher(self.layout, observer)
+            for artifact in distinct:
                 self._list(artifact)
-                self._check_present(artifact, bars)
-            missing = self.missing(wanted)
+                self._check_present(artifact, fetcher)
+            missing = self.missing(distinct)
             if missing:
                 if self.offline:
                     raise offline_error(missing)
                 self._check_room(missing)
-                (listed or self._announce)(missing)
-                fetch_all(Fetcher(self.layout, bars), self._tasks(missing))
-        return {artifact.name: self.path(artifact) for artifact in wanted}
+                self._announce(missing)
+                observer(DownloadStarted(tuple(missing)))
+                fetch_all(fetcher, self._tasks(missing))
+        return {artifact.name: self.path(artifact) for artifact in distinct}
 
-    def verify(self, artifact: Artifact, *, progress: bool = True) -> list[FileStatus]:
-        """Hash every file of an artifact that is here; a wrong one is moved aside and reported as bad."""
+    def verify(self, artifact: Artifact, *, progress: ProgressObserver | bool = False) -> list[FileStatus]:
+        """Hash every file of an artifact; a file with wrong bytes is quarantined and reported as bad."""
         if artifact.local is not None:
             return self.status(artifact)
-        with _writing(self.settings.home), Bars(show=progress) as bars:
-            return [self._verify_file(artifact, file, bars) for file in self._files(artifact)]
+        with _writing(self.settings.home), _observing(progress) as observer:
+            fetcher = Fetcher(self.layout, observer)
+            return [self._verify_file(artifact, file, fetcher) for file in self._files(artifact)]
 
     def remove(self, artifact: Artifact) -> int:
-        """Remove an artifact's files, whole, partial and quarantined; what others share stays.
+        """Remove the complete, partial and quarantined files of an artifact; shared files stay.
 
         Returns:
             Bytes freed.
@@ -145,44 +149,44 @@ class Store:
                 freed += self._remove_leftovers(artifact, file)
             if repo is not None:
                 remove_empty(repo)
-            elsewhere = self.settings.home / "files" / artifact.name
-            if elsewhere.is_dir():
-                freed += _size(elsewhere)
-                shutil.rmtree(elsewhere)
+            folder = self.settings.home / "files" / artifact.name
+            if folder.is_dir():
+                freed += _size(folder)
+                shutil.rmtree(folder)
         return freed
 
     def entries(self) -> list[Entry]:
-        """Every artifact of the manifest, and every Hub reference ever used, that takes room on this disk."""
-        found = []
-        for artifact in (*self.known.values(), *self._strangers()):
+        """Every artifact of the manifest, and every Hub reference in the records, that uses disk space."""
+        entries = []
+        for artifact in (*self.known.values(), *self._unlisted()):
             if artifact.local is not None:
                 continue
             states = self.status(artifact)
-            there = [file for file in states if file.state not in ("missing", "partial")]
+            on_disk = [file for file in states if file.state not in ("missing", "partial")]
             partial = sum(file.here for file in states if file.state == "partial")
             if self._own(artifact) & {file.path for file in states if file.here}:
-                size = sum(file.here for file in there)
-                found.append(Entry(artifact, len(there), size, partial, len(there) == len(states)))
-        return found
+                size = sum(file.here for file in on_disk)
+                entries.append(Entry(artifact, len(on_disk), size, partial, len(on_disk) == len(states)))
+        return entries
 
     def disk_bytes(self) -> int:
-        """Bytes that all entries take together; a file that several of them share counts once."""
+        """Total bytes of all entries; shared files count once."""
         entries = self.entries()
         places = {
             self.layout.place(entry.artifact, file.path).resolve()
             for entry in entries
             for file in self._files(entry.artifact)
         }
-        whole = sum(place.stat().st_size for place in places if place.is_file())
-        return whole + sum(entry.partial_bytes for entry in entries)
+        complete = sum(place.stat().st_size for place in places if place.is_file())
+        return complete + sum(entry.partial_bytes for entry in entries)
 
     def quarantined(self) -> list[Path]:
-        """Files that were moved aside because their bytes were wrong."""
+        """The quarantined files, which have wrong bytes."""
         folders = [self.layout.quarantine, *self.settings.hub_folder.glob("models--*/blobs/quarantine")]
         return sorted(path for folder in folders if folder.is_dir() for path in folder.iterdir())
 
     def clear_quarantine(self) -> int:
-        """Remove every file that was moved aside; returns the bytes freed."""
+        """Remove every quarantined file; returns the bytes freed."""
         freed = 0
         with _writing(self.settings.home):
             for path in self.quarantined():
@@ -192,7 +196,7 @@ class Store:
 
     def _file_status(self, artifact: Artifact, file: RemoteFile) -> FileStatus:
         place = self.layout.place(artifact, file.path)
-        if os.path.isfile(place):  # False, not an error, in a folder that may not be entered
+        if os.path.isfile(place):  # False, without an error, in an unreadable folder
             size = place.stat().st_size
             record = self.layout.records.read(source_of(artifact, file))
             state: State = "unverified"
@@ -203,7 +207,7 @@ class Store:
         here = partial.stat().st_size if partial is not None and os.path.isfile(partial) else 0
         return FileStatus(file.path, max(file.expected_bytes, here), "partial" if here else "missing", here)
 
-    def _verify_file(self, artifact: Artifact, file: RemoteFile, bars: Bars) -> FileStatus:
+    def _verify_file(self, artifact: Artifact, file: RemoteFile, fetcher: Fetcher) -> FileStatus:
         place = self.layout.place(artifact, file.path)
         if not place.is_file():
             return self._file_status(artifact, file)
@@ -211,29 +215,29 @@ class Store:
         source = source_of(artifact, file)
         etag = self.layout.records.read(source).etag or (real.name if real.parent.name == "blobs" else None)
         try:
-            got = Fetcher(self.layout, bars).verify(FetchTask(artifact, file), place, etag)
+            sha256 = fetcher.verify(FetchTask(artifact, file), place, etag)
         except WrongBytesError as error:
             return FileStatus(file.path, size, "bad", 0, error.message)
-        self.layout.records.save_hash(source, place, got, etag)
+        self.layout.records.save_hash(source, place, sha256, etag)
         return FileStatus(file.path, size, "present", size)
 
-    def _check_present(self, artifact: Artifact, bars: Bars) -> None:
-        """Hash what lies in the cache but was never verified; what is wrong is moved aside, to be fetched."""
+    def _check_present(self, artifact: Artifact, fetcher: Fetcher) -> None:
+        """Verify cached files that are not verified yet; files with wrong bytes are quarantined."""
         if artifact.local is not None:
             return
         for file in self._files(artifact):
             if self._file_status(artifact, file).state in ("unverified", "bad"):
-                found = self._verify_file(artifact, file, bars)
-                if found.state == "bad":
-                    console.note(found.detail)
+                status = self._verify_file(artifact, file, fetcher)
+                if status.state == "bad":
+                    log.warning("%s", status.detail)
 
     def _files(self, artifact: Artifact) -> tuple[RemoteFile, ...]:
-        """The files of an artifact; of a whole Hub folder those of the listing that was kept."""
-        if not artifact.whole or artifact.name in self._found:
-            return self._found.get(artifact.name, artifact.files)
+        """The files of an artifact; for an entire Hub folder, those of the cached listing."""
+        if not artifact.whole or artifact.name in self._offline_files:
+            return self._offline_files.get(artifact.name, artifact.files)
         try:
-            kept = json.loads(self._listing(artifact).read_text(encoding="utf-8"))
-            return tuple(RemoteFile(**one) for one in kept)
+            listing = json.loads(self._listing(artifact).read_text(encoding="utf-8"))
+            return tuple(RemoteFile(**fields) for fields in listing)
         except (OSError, ValueError, TypeError):
             return ()
 
@@ -241,16 +245,16 @@ class Store:
         return self.settings.home / "listings" / f"{short_hash(artifact.name)}.json"
 
     def _list(self, artifact: Artifact) -> None:
-        """Learn once which files a whole Hub folder means; offline, what is in the cache will have to do."""
+        """Fetch the listing of an entire Hub folder once; offline, use the files in the cache."""
         if not artifact.whole or self._files(artifact):
             return
         if self.offline:
             root = self.layout.folder(artifact)
-            found = sorted(path for path in self.path(artifact).rglob("*") if path.is_file())
-            if not found:
+            paths = sorted(path for path in self.path(artifact).rglob("*") if path.is_file())
+            if not paths:
                 raise offline_error([Missing(artifact, ())])
-            self._found[artifact.name] = tuple(
-                RemoteFile(path.relative_to(root).as_posix()) for path in found
+            self._offline_files[artifact.name] = tuple(
+                RemoteFile(path.relative_to(root).as_posix()) for path in paths
             )
             return
         files = transfer.list_folder(artifact)
@@ -262,74 +266,73 @@ class Store:
 
     def _tasks(self, missing: Sequence[Missing]) -> list[FetchTask]:
         tasks: dict[Path, FetchTask] = {}
-        for one in missing:
-            wanted = {file.path for file in one.files}
-            for file in self._files(one.artifact):
-                if file.path in wanted:
-                    tasks.setdefault(
-                        self.layout.place(one.artifact, file.path), FetchTask(one.artifact, file)
-                    )
+        for item in missing:
+            paths = {file.path for file in item.files}
+            for file in self._files(item.artifact):
+                if file.path in paths:
+                    place = self.layout.place(item.artifact, file.path)
+                    tasks.setdefault(place, FetchTask(item.artifact, file))
         return list(tasks.values())
 
     def _check_room(self, missing: Sequence[Missing]) -> None:
-        """Refuse before the first byte what will not fit."""
+        """Check the free disk space before the first transfer."""
         needs: dict[int, tuple[Path, int]] = {}
-        for one in missing:
-            folder = self.settings.hub_folder if one.artifact.repo else self.settings.home
+        for item in missing:
+            folder = self.settings.hub_folder if item.artifact.repo else self.settings.home
             folder.mkdir(parents=True, exist_ok=True)
             device = folder.stat().st_dev
-            needs[device] = (folder, needs.get(device, (folder, 0))[1] + one.bytes)
+            needs[device] = (folder, needs.get(device, (folder, 0))[1] + item.bytes)
         for folder, need in needs.values():
             check_room(folder, need)
 
     def _announce(self, missing: Sequence[Missing]) -> None:
-        total = human_size(sum(one.bytes for one in missing))
-        console.note(f"fetching {count_models(len(missing))}, {total}, into {self.settings.home}")
-        for one in missing:
-            console.note(f"  {one.artifact.name}  {human_size(one.bytes)}  {license_line(one.artifact)}")
+        total = human_size(sum(item.bytes for item in missing))
+        log.info("fetching %s, %s, into %s", count_models(len(missing)), total, self.settings.home)
+        for item in missing:
+            log.info("  %s  %s  %s", item.artifact.name, human_size(item.bytes), license_line(item.artifact))
 
-    def _strangers(self) -> list[Artifact]:
-        """Hub references that recipes named by themselves, one artifact for each repository and commit."""
-        pinned = {source_of(one, file) for one in self.known.values() for file in one.files}
-        found: dict[str, list[RemoteFile]] = {}
+    def _unlisted(self) -> list[Artifact]:
+        """Hub files outside the manifest, as one artifact for each repository and commit."""
+        pinned = {source_of(artifact, file) for artifact in self.known.values() for file in artifact.files}
+        by_commit: dict[str, list[RemoteFile]] = {}
         for record in self.layout.records.all():
             match = re.fullmatch(r"([\w.-]+/[\w.-]+@[0-9a-f]{40}):(.+)", record.source)
             if match and record.source not in pinned:
-                found.setdefault(match[1], []).append(RemoteFile(match[2], sha256=record.sha256))
+                by_commit.setdefault(match[1], []).append(RemoteFile(match[2], sha256=record.sha256))
         return [
             replace(resolve(f"hub:{name}", self.known), files=tuple(files), whole=False, root="")
-            for name, files in found.items()
+            for name, files in by_commit.items()
         ]
 
     def _own(self, artifact: Artifact) -> set[str]:
-        """Paths of an artifact that no other artifact of the manifest names; all, where there are none."""
+        """The paths that no other artifact of the manifest shares, or all paths if every path is shared."""
         paths = {file.path for file in self._files(artifact)}
-        others = (one for one in self.known.values() if one.name != artifact.name)
+        others = (other for other in self.known.values() if other.name != artifact.name)
         shared = {
             file.path
-            for one in others
-            if one.repo is not None and (one.repo, one.commit) == (artifact.repo, artifact.commit)
-            for file in one.files
+            for other in others
+            if other.repo is not None and (other.repo, other.commit) == (artifact.repo, artifact.commit)
+            for file in other.files
         }
         return paths - shared or paths
 
     def _removable(self, artifact: Artifact) -> list[RemoteFile]:
-        """An artifact's files, but for those that another artifact that is here also needs."""
-        strangers = {one.name: one for one in self._strangers()}
-        files = {file.path: file for file in self._files(strangers.get(artifact.name, artifact))}
+        """The files of an artifact, except those that another downloaded artifact needs."""
+        unlisted = {other.name: other for other in self._unlisted()}
+        files = {file.path: file for file in self._files(unlisted.get(artifact.name, artifact))}
         files |= {file.path: file for file in self._files(artifact)}
-        named = set(files)
+        paths = set(files)
         for other in self.known.values():
             if other.name == artifact.name or (other.repo, other.commit) != (artifact.repo, artifact.commit):
                 continue
-            own = [file for file in other.files if file.path not in named]
+            own = [file for file in other.files if file.path not in paths]
             if any(self.layout.place(other, file.path).is_file() for file in own):
                 for file in other.files:
                     files.pop(file.path, None)
         return list(files.values())
 
     def _remove_leftovers(self, artifact: Artifact, file: RemoteFile) -> int:
-        """Remove partial and quarantined copies, and what huggingface_hub left of its own transfers."""
+        """Remove partial and quarantined copies, and partial files of huggingface_hub."""
         source = source_of(artifact, file)
         etag = file.sha256 or self.layout.records.read(source).etag
         leftovers = [path for path in self.quarantined() if path.name.startswith(short_hash(source)[:12])]
@@ -347,7 +350,7 @@ def _unique(artifacts: Iterable[Artifact]) -> list[Artifact]:
 
 
 def _size(path: Path) -> int:
-    """Bytes of a file, or of all files below a folder; 0 where there is nothing."""
+    """Bytes of a file, or of all files below a folder; 0 if the path does not exist."""
     if path.is_file():
         return path.stat().st_size
     return sum(child.stat().st_size for child in path.rglob("*") if child.is_file())
@@ -366,15 +369,27 @@ def _check_local(artifact: Artifact) -> None:
         ) from error
     if artifact.packaged:
         raise ModelUnavailableError(
-            f"this installation lacks {artifact.name} ({artifact.local})", "install fastface-cli again"
+            f"{artifact.name} is missing from this installation ({artifact.local})",
+            "reinstall fastface-cli",
         )
     raise ModelUnavailableError(f"{artifact.local} does not exist", "check the path in the recipe")
 
 
 @contextlib.contextmanager
 def _writing(home: Path) -> Iterator[None]:
-    """What the file system refuses becomes one sentence."""
+    """Turn failures of the file system into a message with a hint."""
     try:
         yield
     except OSError as error:
-        raise transfer.disk_error(error, f"cannot keep models in {home}") from error
+        raise transfer.disk_error(error, f"cannot store models in {home}") from error
+
+
+@contextlib.contextmanager
+def _observing(progress: ProgressObserver | bool) -> Iterator[ProgressObserver]:
+    if progress is True:
+        from ..console import download_bars
+
+        with download_bars() as observer:
+            yield observer
+    else:
+        yield progress or ignore

@@ -1,15 +1,16 @@
-"""One file over the network: asked about, fetched, resumed. huggingface_hub and pooch do the talking.
+"""HTTP transfers with resume and retries: file metadata, file contents and repository listings.
 
-huggingface_hub's `hf_hub_download` throws a partial file away when a transfer fails, and accepts bytes that
-do not match their etag. So its two building blocks are used instead: `get_hf_file_metadata`, and `http_get`,
-which resumes; the partial file is ours, and nothing enters the cache before its hash was checked. Xet
-transfers are faster but start over after an interruption, so plain HTTP it is.
+huggingface_hub's own download discards a partial file when a transfer fails, and accepts bytes that do not
+match their etag. So this module fetches over plain HTTP: partial files are kept, contents are hashed while
+they arrive, and the caller verifies them before they enter the cache. Xet transfers cannot be resumed.
+Proxies are those of the environment (HTTPS_PROXY, NO_PROXY).
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import io
 import logging
 import os
@@ -17,31 +18,38 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, urlsplit
 
-from .. import __version__, console
+from .. import __version__
 from ..errors import ModelUnavailableError
 from .manifest import Artifact, RemoteFile, whole_selection
 
+if TYPE_CHECKING:  # imported where it is used: commands without transfers start faster
+    import httpx2
+
+log = logging.getLogger(__name__)
+
 TransferReport = Callable[[int], None]
-"""Told of each change in the number of bytes on disk."""
+"""Called with each change in the number of bytes on disk."""
 
 RETRIES = 3
-"""How often a busy server, or a broken connection that brought nothing new, is tried again."""
+"""Number of retries after a temporary failure; a transfer that brought new bytes starts the count again."""
+LONGEST_PAUSE = 30.0
+"""Seconds between two attempts, at most."""
 CHUNK = 1 << 20
-_BUSY = (429, 500, 502, 503, 504)
-_UNREACHABLE = {"ConnectError", "TimeoutException", "ProxyError", "ConnectionError", "Timeout"}
-_CUT = {"RemoteProtocolError", "ReadError", "ProtocolError", "ChunkedEncodingError"}
+_TEMPORARY = (408, 429, 500, 502, 503, 504)
 
 
 @dataclass(frozen=True)
 class Announcement:
-    """What the server says of a file before it is fetched.
+    """The metadata of a file that the server gives before the transfer.
 
     Args:
-        etag: SHA-256 (64 hex) of a large file, git's SHA-1 (40 hex) of a small one, or a mirror's own.
-        size: bytes, or None where the server does not say.
+        url: address of the file.
+        etag: SHA-256 (64 hex) of a large file, git blob hash (40 hex) of a small one, another value of a
+            mirror, or empty.
+        size: bytes, or None if unknown.
     """
 
     url: str
@@ -49,12 +57,29 @@ class Announcement:
     size: int | None
 
 
+@dataclass(frozen=True)
+class TransferResult:
+    """A complete transfer.
+
+    Args:
+        sha256: hash (hex) of the file.
+        resumed: whether the file contains bytes of an earlier call.
+    """
+
+    sha256: str
+    resumed: bool
+
+
 class SourceError(ModelUnavailableError):
-    """The place that a file comes from does not give it; another place might."""
+    """A source cannot provide a file; another source might."""
+
+
+class _IncompleteError(Exception):
+    """The server ended a transfer early without an error."""
 
 
 def is_offline() -> bool:
-    """Whether the environment forbids the network (HF_HUB_OFFLINE, TRANSFORMERS_OFFLINE)."""
+    """Whether the environment disables the network (HF_HUB_OFFLINE, TRANSFORMERS_OFFLINE)."""
     return any(
         os.environ.get(name, "").strip().lower() in ("1", "true", "yes", "on")
         for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
@@ -62,210 +87,224 @@ def is_offline() -> bool:
 
 
 def endpoint() -> str:
-    """The Hub, or the mirror that HF_ENDPOINT names; read at each call."""
+    """The URL of the Hub, or of the mirror in HF_ENDPOINT; read at each call."""
     return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
 
 
 def announce(artifact: Artifact, file: RemoteFile) -> Announcement:
-    """Ask the Hub about a file at its pinned commit.
+    """Request the metadata of a Hub file at its pinned commit.
 
     Raises:
-        ModelUnavailableError: not allowed, not there, not reachable.
+        ModelUnavailableError: refused, not found, or unreachable.
     """
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub import hf_hub_url
 
     assert artifact.repo is not None
     url = hf_hub_url(artifact.repo, file.path, revision=artifact.commit, endpoint=endpoint())
-    with _quiet_hub(), _explained(artifact, file.path, url):
-        for attempt in range(RETRIES + 1):
-            try:
-                found = get_hf_file_metadata(url, token=_token(), endpoint=endpoint())
+    with _explained(artifact, file.path, url), _client(_hub_headers()) as client:
+        response = _request(client, "HEAD", url)
+        # A redirect to the CDN carries the metadata. One within the Hub leads to a renamed repository.
+        while response.next_request is not None and "X-Linked-Etag" not in response.headers:
+            target = response.next_request.url
+            if target.netloc != response.url.netloc:
                 break
-            except Exception as error:
-                status = _status(error)
-                if attempt == RETRIES or status not in _BUSY:
-                    raise
-                pause = _pause(error, attempt)
-                console.note(f"{urlsplit(url).netloc} is busy (HTTP {status}); trying again in {pause:g} s")
-                time.sleep(pause)
-    if not found.etag or found.commit_hash != artifact.commit:
+            response = _request(client, "HEAD", str(target))
+    headers = response.headers
+    etag = (headers.get("X-Linked-Etag") or headers.get("ETag") or "").removeprefix("W/").strip('"')
+    if not etag or headers.get("X-Repo-Commit") != artifact.commit:
         raise SourceError(
             f"{urlsplit(url).netloc} does not answer like the Hugging Face Hub when asked for {file.path} "
             f"of {artifact.name}",
             "check HF_ENDPOINT and the proxy of your network",
         )
-    return Announcement(url, found.etag, found.size)
+    length = headers.get("X-Linked-Size")
+    if length is None and not response.is_redirect:
+        length = headers.get("Content-Length")
+    size = int(length) if length is not None and length.isdigit() else None
+    return Announcement(url, etag, size)
 
 
 def fetch(
-    artifact: Artifact, file: RemoteFile, said: Announcement, partial: Path, report: TransferReport
-) -> bool:
-    """Fetch a Hub file into `partial`, going on where an earlier transfer stopped.
+    artifact: Artifact, what: str, announcement: Announcement, partial: Path, report: TransferReport
+) -> TransferResult:
+    """Fetch a file into `partial`, and resume an earlier transfer.
 
-    Returns:
-        Whether bytes of an earlier transfer were kept.
-
-    Raises:
-        ModelUnavailableError: with what arrived kept in `partial` for the next attempt.
-    """
-    from huggingface_hub.file_download import http_get
-    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
-
-    headers = build_hf_headers(token=_token(), library_name="fastface", library_version=__version__)
-    headers["Accept-Encoding"] = "identity"
-    started = partial.stat().st_size if partial.exists() else 0
-    if started and (said.size is None or started > said.size):
-        partial.unlink()
-        report(-started)
-        started = 0
-    with _quiet_hub(), _explained(artifact, file.path, said.url, partial):
-        fruitless = 0
-        while True:
-            before = partial.stat().st_size if partial.exists() else 0
-            try:
-                with _CountingFile(partial, report) as target:
-                    http_get(said.url, target, resume_size=before, headers=headers, expected_size=said.size)
-                return started > 0
-            except Exception as error:
-                fruitless = 0 if partial.stat().st_size > before else fruitless + 1
-                if not _names(error) & _CUT or fruitless > RETRIES:
-                    raise
-                time.sleep(_pause(error, fruitless))
-
-
-def fetch_url(artifact: Artifact, url: str, target: Path, report: TransferReport) -> None:
-    """Fetch a file that is not on the Hub, whole, with pooch.
+    Args:
+        artifact: the artifact that needs the file.
+        what: the file, for messages.
+        announcement: its URL and size.
+        partial: the target; contains the bytes of an earlier transfer, if any.
+        report: called with each change in bytes.
 
     Raises:
-        ModelUnavailableError: not there, not reachable.
+        ModelUnavailableError: the received bytes stay in `partial` for the next attempt.
     """
-    import pooch
+    url, size = announcement.url, announcement.size
+    headers = _hub_headers() if artifact.repo and url.startswith(endpoint() + "/") else {}
+    with _explained(artifact, what, url, partial), PartialFile(partial, report) as target:
+        if size is None or target.size > size:
+            target.restart()
+        resumed = target.size > 0
+        retry = _Retry(url)
+        with _client(headers) as client:
+            while size is None or target.size < size:
+                before = target.size
+                try:
+                    complete = _receive(client, url, target)
+                    resumed = resumed and target.kept
+                    if complete and (size is None or target.size >= size):
+                        break
+                    raise _IncompleteError(f"{target.size} of {size} bytes")
+                except Exception as error:
+                    if target.size > before:
+                        retry.failures = 0
+                    retry.wait(error)
+        return TransferResult(target.digest.hexdigest(), resumed)
 
-    logger = logging.getLogger("pooch")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        with _explained(artifact, url.rsplit("/", 1)[-1], url):
-            pooch.retrieve(
-                url,
-                known_hash=None,
-                fname=target.name,
-                path=target.parent,
-                downloader=pooch.HTTPDownloader(
-                    progressbar=_PoochBar(report), chunk_size=CHUNK, timeout=(10, 60)
-                ),
-            )
-    finally:
-        logger.setLevel(level)
+
+def _receive(client: httpx2.Client, url: str, target: PartialFile) -> bool:
+    """Append the rest of a file to `target`; returns whether the response has ended."""
+    headers = {"Range": f"bytes={target.size}-"} if target.size else {}
+    with client.stream("GET", url, headers=headers, follow_redirects=True) as response:
+        if response.status_code == 416:  # the file on the server is shorter than the partial file
+            target.restart()
+            return False
+        response.raise_for_status()
+        start = response.headers.get("Content-Range", "").removeprefix("bytes ").partition("-")[0]
+        if target.size and (response.status_code != 206 or start != str(target.size)):
+            target.restart()  # the server ignores ranges and sends the file from the start
+        for block in response.iter_bytes():
+            target.write(block)
+    return True
 
 
 def list_folder(artifact: Artifact) -> tuple[RemoteFile, ...]:
-    """The files that a whole-folder Hub reference means, with sizes and hashes.
+    """The files of a reference to an entire folder, with sizes and hashes.
 
     Raises:
-        ModelUnavailableError: not allowed, not there, not reachable.
+        ModelUnavailableError: refused, not found, or unreachable.
     """
-    from huggingface_hub import HfApi
-    from huggingface_hub.hf_api import RepoFile
-
     assert artifact.repo is not None
-    where = f"{endpoint()}/{artifact.repo}"
-    with _quiet_hub(), _explained(artifact, artifact.folder or "its list of files", where):
-        entries = HfApi(endpoint=endpoint(), token=_token()).list_repo_tree(
-            artifact.repo, revision=artifact.commit, recursive=True
-        )
-        files = {
-            entry.path: RemoteFile(entry.path, entry.size, entry.lfs.sha256 if entry.lfs else None)
-            for entry in entries
-            if isinstance(entry, RepoFile)
-        }
-    wanted = whole_selection(sorted(files), artifact.folder)
-    if not wanted:
+    url = f"{endpoint()}/api/models/{artifact.repo}/tree/{quote(str(artifact.commit))}?recursive=true"
+    files: dict[str, RemoteFile] = {}
+    with (
+        _explained(artifact, artifact.folder or "its list of files", f"{endpoint()}/{artifact.repo}"),
+        _client(_hub_headers()) as client,
+    ):
+        page: str | None = url
+        while page is not None:
+            response = _request(client, "GET", page, follow_redirects=True)
+            for entry in response.json():
+                if entry["type"] == "file":
+                    sha256 = entry["lfs"]["oid"] if entry.get("lfs") else None
+                    files[entry["path"]] = RemoteFile(entry["path"], entry["size"], sha256)
+            page = response.links.get("next", {}).get("url")
+    selection = whole_selection(sorted(files), artifact.folder)
+    if not selection:
         raise ModelUnavailableError(
-            f"{artifact.name} holds no model files", "name one of its files after a ':'"
+            f"{artifact.name} contains no model files", "name one of its files after a ':'"
         )
-    return tuple(files[path] for path in wanted)
+    return tuple(files[path] for path in selection)
 
 
-class _CountingFile(io.BufferedWriter):
-    """Appends to a file and reports every change of its length."""
+class PartialFile:
+    """A file that grows during a transfer, with the hash of its contents.
+
+    Args:
+        path: the file; existing bytes are kept and hashed.
+        report: called with each change in bytes.
+    """
 
     def __init__(self, path: Path, report: TransferReport) -> None:
-        super().__init__(io.FileIO(path, "ab"))
+        self.digest = hashlib.sha256()
+        self.kept = True
         self._report = report
+        self._file = io.BufferedRandom(io.FileIO(path, "ab+"), CHUNK)
+        self._file.seek(0)
+        while block := self._file.read(CHUNK):
+            self.digest.update(block)
+        self.size = self._file.tell()
 
-    def write(self, data: Any) -> int:
-        written = super().write(data)
-        self._report(written)
-        return written
+    def __enter__(self) -> PartialFile:
+        return self
 
-    def truncate(self, size: int | None = None) -> int:
-        self.flush()
-        before = os.fstat(self.fileno()).st_size
-        after = super().truncate(size)
-        self._report(after - before)
-        return after
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
 
+    def write(self, block: bytes) -> None:
+        """Append bytes."""
+        self._file.write(block)
+        self.digest.update(block)
+        self.size += len(block)
+        self._report(len(block))
 
-class _PoochBar:
-    """What pooch expects of a progress bar, passed on as changes of length."""
-
-    def __init__(self, report: TransferReport) -> None:
-        self._report = report
-        self._seen = 0
-        self.total = 0
-
-    def update(self, amount: int) -> None:
-        self._report(amount)
-        self._seen += amount
-
-    def reset(self) -> None:
-        self._report(-self._seen)
-        self._seen = 0
-
-    def close(self) -> None:
-        self._seen = 0
+    def restart(self) -> None:
+        """Discard everything."""
+        self._file.seek(0)
+        self._file.truncate()
+        self._report(-self.size)
+        self.digest, self.size, self.kept = hashlib.sha256(), 0, False
 
 
-def _token() -> str | bool:
-    """The user's token, or False: then none is sent."""
+class _Retry:
+    """Waits before another attempt after a temporary failure."""
+
+    def __init__(self, url: str) -> None:
+        self.host = urlsplit(url).netloc
+        self.failures = 0
+
+    def wait(self, error: Exception) -> None:
+        """Wait before the next attempt; raise `error` if it is permanent or there were too many failures."""
+        if self.failures >= RETRIES or not _is_temporary(error):
+            raise error
+        pause = min(_retry_after(error) or 2.0**self.failures, LONGEST_PAUSE)
+        self.failures += 1
+        status = _status(error)
+        reason = f"HTTP {status}" if status else type(error).__name__
+        log.info("%s: temporary failure (%s); trying again in %g s", self.host, reason, pause)
+        time.sleep(pause)
+
+
+def _request(client: httpx2.Client, method: str, url: str, **options: Any) -> httpx2.Response:
+    """Send a request and repeat it after temporary failures; a redirect is a success."""
+    retry = _Retry(url)
+    while True:
+        try:
+            response = client.request(method, url, **options)
+            if not response.has_redirect_location:
+                response.raise_for_status()
+            return response
+        except Exception as error:
+            retry.wait(error)
+
+
+def _client(headers: dict[str, str]) -> httpx2.Client:
+    import httpx2
+
+    # Without compression, sizes and ranges refer to the bytes of the file.
+    fixed = {"User-Agent": f"fastface/{__version__}", "Accept-Encoding": "identity"}
+    return httpx2.Client(headers=fixed | headers, timeout=httpx2.Timeout(60, connect=10))
+
+
+def _hub_headers() -> dict[str, str]:
+    """The token of the user, if any. The client drops it when a redirect leaves the Hub."""
     from huggingface_hub import get_token
 
-    return get_token() or False
+    token = get_token()
+    return {"Authorization": f"Bearer {token}"} if token else {}
 
 
-@contextlib.contextmanager
-def _quiet_hub() -> Iterator[None]:
-    """huggingface_hub neither prints nor waits for 10 MB before it hands over bytes.
+def _is_temporary(error: Exception) -> bool:
+    import httpx2
 
-    Whether the network may be used is the store's decision, whatever was set when the library was imported.
-    """
-    from huggingface_hub import constants
-    from huggingface_hub.utils import (  # type: ignore[attr-defined]
-        are_progress_bars_disabled,
-        disable_progress_bars,
-        enable_progress_bars,
-    )
-
-    logger = logging.getLogger("huggingface_hub")
-    level, loud = logger.level, not are_progress_bars_disabled()
-    chunk, offline = constants.DOWNLOAD_CHUNK_SIZE, constants.HF_HUB_OFFLINE
-    logger.setLevel(logging.ERROR)
-    constants.DOWNLOAD_CHUNK_SIZE, constants.HF_HUB_OFFLINE = CHUNK, False
-    if loud:
-        disable_progress_bars()
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-        constants.DOWNLOAD_CHUNK_SIZE, constants.HF_HUB_OFFLINE = chunk, offline
-        if loud:
-            enable_progress_bars()
+    if isinstance(error, (httpx2.TimeoutException, httpx2.NetworkError, httpx2.RemoteProtocolError)):
+        return True
+    return isinstance(error, _IncompleteError) or _status(error) in _TEMPORARY
 
 
 @contextlib.contextmanager
 def _explained(artifact: Artifact, what: str, url: str, partial: Path | None = None) -> Iterator[None]:
-    """Every failure of the network or the disk becomes one sentence and a next step."""
+    """Turn every failure of the network or the disk into a message with a hint."""
     try:
         yield
     except ModelUnavailableError:
@@ -277,39 +316,42 @@ def _explained(artifact: Artifact, what: str, url: str, partial: Path | None = N
 def explain(
     error: Exception, artifact: Artifact, what: str, url: str, partial: Path | None = None
 ) -> ModelUnavailableError:
-    """The failure of one transfer in the user's words.
+    """The error message for a failed transfer.
 
     Args:
-        error: what huggingface_hub, pooch or the file system raised.
-        what: the file that was wanted.
-        url: where from.
-        partial: what holds the bytes that did arrive.
+        error: the exception of the HTTP client or the file system.
+        artifact: the artifact that needs the file.
+        what: the file.
+        url: its address.
+        partial: the file with the bytes received so far.
     """
+    import httpx2
+
     subject = f"{artifact.name} ({what})" if what not in artifact.name else artifact.name
     host = urlsplit(url).netloc
     status = _status(error)
     if status is not None:
         return SourceError(*_refused(status, error, artifact, subject, url))
-    names = _names(error)
-    if isinstance(error, OSError) and error.errno is not None and not names & (_UNREACHABLE | _CUT):
+    if isinstance(error, OSError):
         return disk_error(error, f"cannot write {subject}", partial)
     arrived = partial.stat().st_size if partial is not None and partial.exists() else 0
-    if names & _CUT or "Consistency check" in str(error) or (arrived and names & _UNREACHABLE):
+    broken = isinstance(error, (_IncompleteError, httpx2.RemoteProtocolError, httpx2.ReadError))
+    if broken or (arrived and isinstance(error, httpx2.TransportError)):
         return SourceError(
-            f"the transfer of {subject} from {host} broke off"
+            f"the transfer of {subject} from {host} was interrupted"
             + (f" after {arrived:,} bytes" if arrived else ""),
-            "run the same command again" + (": it goes on where it stopped" if arrived else ""),
+            "run the same command again" + (": it resumes where it stopped" if arrived else ""),
         )
-    if names & _UNREACHABLE:
+    if isinstance(error, httpx2.TransportError):
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         return SourceError(
             f"cannot reach {host} for {subject}: {reason}",
-            "check the connection and the proxy; HF_ENDPOINT names a mirror; "
+            "check the connection and the proxy; HF_ENDPOINT can name a mirror; "
             "`fastface generate --recipe pocket` needs no network",
         )
     return SourceError(
         f"cannot fetch {subject} from {host}: {type(error).__name__}: {error}",
-        "run the same command again; FASTFACE_DEBUG=1 shows all of it",
+        "run the same command again; FASTFACE_DEBUG=1 shows the traceback",
     )
 
 
@@ -317,52 +359,47 @@ def _refused(status: int, error: Exception, artifact: Artifact, subject: str, ur
     host = urlsplit(url).netloc
     if status in (401, 403):
         return (
-            f"{host} does not give {subject} to this account (HTTP {status})",
+            f"{host} refuses this account access to {subject} (HTTP {status})",
             f"accept its terms at {artifact.page}, then set HF_TOKEN to a token of that account"
-            + (" (the HF_TOKEN that is set was not accepted)" if os.environ.get("HF_TOKEN") else ""),
+            + (" (the current HF_TOKEN was rejected)" if os.environ.get("HF_TOKEN") else ""),
         )
     if status in (404, 410):
         return (
-            f"{subject} is not at {url} any more (HTTP {status})",
+            f"{subject} was not found at {url} (HTTP {status})",
             "set HF_ENDPOINT to a mirror that has it, or name a local copy in the recipe",
         )
     if status == 429:
         wait = _retry_after(error)
         return (
-            f"{host} answers that too many requests came from here (HTTP 429) while fetching {subject}",
-            f"wait {f'{wait} seconds' if wait else 'some minutes'} and run the same command again; "
-            "a HF_TOKEN raises the limit",
+            f"{host} refuses {subject} because of too many requests (HTTP 429)",
+            f"wait {f'{wait} seconds' if wait else 'a few minutes'} and run the same command again; "
+            "an HF_TOKEN raises the limit",
         )
     return (
-        f"{host} fails on {subject} (HTTP {status})",
-        "run the same command again later: it goes on where it stopped",
+        f"{host} failed on {subject} (HTTP {status})",
+        "run the same command again later: it resumes where it stopped",
     )
 
 
 def disk_error(error: OSError, action: str, path: Path | None = None) -> ModelUnavailableError:
-    """What the file system refused, and what to do about it."""
+    """The error message for a failure of the file system."""
     place = path or error.filename
     where = f" in {Path(place).parent}" if place else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return ModelUnavailableError(
             f"{action}: the disk is full{where}",
-            "free some room (`fastface cache list` shows what is there) and run the same command again, "
-            "or set FASTFACE_HOME to a folder on a larger disk",
+            "free some disk space (`fastface cache list` shows the downloaded models) and run the same "
+            "command again, or set FASTFACE_HOME to a folder on a larger disk",
         )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return ModelUnavailableError(
             f"{action}: no permission to write{where}",
-            "set FASTFACE_HOME (or HF_HUB_CACHE) to a folder that is yours",
+            "set FASTFACE_HOME (or HF_HUB_CACHE) to a folder that you can write to",
         )
     return ModelUnavailableError(
         f"{action}: {error.strerror or error}: {place}" if place else f"{action}: {error.strerror or error}",
-        "set FASTFACE_HOME to a folder that can be written",
+        "set FASTFACE_HOME to a writable folder",
     )
-
-
-def _names(error: BaseException) -> set[str]:
-    """Names of the error's classes: the HTTP library under huggingface_hub has changed its name before."""
-    return {cls.__name__ for cls in type(error).__mro__}
 
 
 def _status(error: BaseException) -> int | None:
@@ -373,7 +410,3 @@ def _status(error: BaseException) -> int | None:
 def _retry_after(error: BaseException) -> int | None:
     value = getattr(getattr(error, "response", None), "headers", {}).get("Retry-After", "")
     return int(value) if str(value).isdigit() else None
-
-
-def _pause(error: BaseException, attempt: int) -> float:
-    return min(_retry_after(error) or 2**attempt, 30)

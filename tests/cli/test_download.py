@@ -74,7 +74,7 @@ def test_the_checkpoint_for_a_step_count(shop: Shop, recipe: str, capsys: Captur
 def test_the_table_of_a_dry_run(shop: Shop, capsys: Capture) -> None:
     shop.hub.cuts = [9_999, 2_000_000, *[0] * 40]
     assert run(["download", "tiny-base", "tiny-lora"]) == 3
-    assert "goes on where it stopped" in capsys.readouterr().err
+    assert "resumes where it stopped" in capsys.readouterr().err
     assert run(["download", "tiny-base", "tiny-lora", "tiny-open", "--dry-run"]) == 0
     table = capsys.readouterr().out
     base, lora, free = (next(row for row in table.splitlines() if name in row) for name in shop_names())

@@ -105,7 +105,7 @@ def test_a_home_that_may_not_be_entered(tmp_path: Path, locked: Path) -> None:
     refused(
         call(tmp_path, "download", "taesdxl", bound=True, HF_HUB_OFFLINE="0", **home),
         3,
-        "cannot keep models in locked/home",
+        "cannot store models in locked/home",
     )
 
 
@@ -131,7 +131,7 @@ def test_doctor_of_a_home_without_permission(tmp_path: Path, recipe: str, mode: 
 def test_a_home_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "home").write_text("in the way")
     done = call(tmp_path, "download", "taesdxl", HF_HUB_OFFLINE="0")
-    refused(done, 3, f"cannot keep models in {tmp_path / 'home'}: Not a directory")
+    refused(done, 3, f"cannot store models in {tmp_path / 'home'}: Not a directory")
 
 
 def test_closed_stdin(tmp_path: Path) -> None:

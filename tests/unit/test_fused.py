@@ -155,12 +155,12 @@ def _cut(path: Path) -> None:
 
 
 @pytest.mark.parametrize("harm", [_flip, _cut, Path.unlink])
-def test_a_harmed_file_is_never_used(harm, cache, capfd):
+def test_a_harmed_file_is_never_used(harm, cache, caplog):
     path = put(cache, "a")
     assert cache.find("a" * 64) == path
     harm(path)
     assert cache.find("a" * 64) is None
-    assert (harm is Path.unlink) or "changed since it was written" in capfd.readouterr().err
+    assert (harm is Path.unlink) or "changed since it was written" in caplog.text
     assert not path.exists()
     assert put(cache, "a") == path == cache.find("a" * 64)
 
@@ -185,38 +185,39 @@ def test_a_file_of_another_form_is_made_anew(paths, cache, builds, capfd):
     assert fused.build(fused.read(cache.find(key), CPU)).unet is not None
 
 
-def test_a_full_disk_is_said_and_nothing_fails(cache, monkeypatch, capfd):
+def test_a_full_disk_is_said_and_nothing_fails(cache, monkeypatch, caplog):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(store.os, "fsync", full)
     assert put(cache, "a") is None
-    assert "not cached for the next start: No space left on device" in capfd.readouterr().err
+    assert "not cached for the next start: No space left on device" in caplog.text
     assert list(cache.folder.iterdir()) == []
 
 
-def test_no_room_is_said_before_a_byte_is_written(cache, monkeypatch, capfd):
+def test_no_room_is_said_before_a_byte_is_written(cache, monkeypatch, caplog):
     usage = shutil.disk_usage(cache.folder.parent)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     assert put(cache, "a") is None
-    assert "are needed in" in capfd.readouterr().err
+    assert "are needed in" in caplog.text
     assert list(cache.folder.iterdir()) == []
 
 
-def test_a_sweep_stays_within_its_limit(tmp_path, capfd):
+def test_a_sweep_stays_within_its_limit(tmp_path, caplog):
+    caplog.set_level("INFO", "fastface_cli")
     cache = FusedCache(tmp_path / "fused", 2500, least=0)
     for age, key in ((50, "a"), (100, "b")):
         put(cache, key)
         os.utime(cache.folder / f"{key * 64}.json", (time.time() - age, time.time() - age))
     put(cache, "c")
     assert {entry.key[0] for entry in cache.entries()} == {"a", "c"}
-    assert "fused-bbbbbbbbbbbb (recipe b) is removed to make room" in capfd.readouterr().err
+    assert "fused-bbbbbbbbbbbb (recipe b) is removed to make room" in caplog.text
     assert cache.find("a" * 64)  # used: now the youngest
     os.utime(cache.folder / f"{'c' * 64}.json", (time.time() - 10, time.time() - 10))
     put(cache, "d")
     assert {entry.key[0] for entry in cache.entries()} == {"a", "d"}
     assert put(cache, "e", 2501) is None
-    assert "fused_cache allows" in capfd.readouterr().err
+    assert "fused_cache allows" in caplog.text
     assert len(cache.entries()) == 2
 
 

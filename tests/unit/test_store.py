@@ -21,7 +21,14 @@ from support.tiny_manifest import BIG, CONFIG, DETECTOR, MODEL, RECOGNISER, Shop
 from fastface_cli.errors import ModelUnavailableError, RecipeError
 from fastface_cli.recipe.schema import HubReference
 from fastface_cli.settings import Settings
-from fastface_cli.store import Store, face_pack_folder, resolve
+from fastface_cli.store import (
+    DownloadProgress,
+    DownloadStarted,
+    FileFinished,
+    Store,
+    face_pack_folder,
+    resolve,
+)
 
 
 @pytest.fixture
@@ -117,22 +124,39 @@ def test_the_token_goes_to_the_hub_alone(shop: Shop, monkeypatch: pytest.MonkeyP
     assert [one.authorization for one in shop.hub.log if one.cdn] == [None]
 
 
-def test_licenses_and_sizes_are_told_once(shop: Shop, capsys: pytest.CaptureFixture[str]) -> None:
+def test_licenses_and_sizes_are_logged_once(
+    shop: Shop, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    caplog.set_level("INFO", "fastface_cli")
     shop.store().ensure([shop["open"], shop["lora"]], progress=True)
-    told = capsys.readouterr()
-    assert told.out == ""
-    assert "fetching 2 models, 4 MB" in told.err
-    assert "research only (https://example.org/terms): no commercial use, for non-commercial" in told.err
-    assert "tiny-lora  4 MB  MIT" in told.err
+    assert "fetching 2 models, 4 MB" in caplog.text
+    assert "research only (https://example.org/terms): no commercial use, for non-commercial" in caplog.text
+    assert "tiny-lora  4 MB  MIT" in caplog.text
+    caplog.clear()
     shop.store().ensure([shop["open"], shop["lora"]], progress=True)
-    assert capsys.readouterr().err == ""
+    assert caplog.text == ""
+    assert capsys.readouterr() == ("", "")
 
 
-def test_the_caller_may_list_for_itself(shop: Shop, capsys: pytest.CaptureFixture[str]) -> None:
-    heard = []
-    shop.store().ensure([shop["base"]], progress=False, listed=heard.extend)
-    assert [(one.artifact.name, one.bytes) for one in heard] == [("tiny-base", len(CONFIG) + len(MODEL))]
-    assert capsys.readouterr().err == ""
+def test_an_observer_receives_the_missing_artifacts_and_every_byte(shop: Shop) -> None:
+    events: list[object] = []
+    shop.hub.cuts = [2_000_000]
+    shop.store().ensure([shop["base"], shop["lora"]], progress=events.append)
+    started = events[0]
+    assert isinstance(started, DownloadStarted)
+    assert [(item.artifact.name, item.bytes) for item in started.missing] == [
+        ("tiny-base", len(CONFIG) + len(MODEL)),
+        ("tiny-lora", len(BIG)),
+    ]
+    assert started.total == len(CONFIG) + len(MODEL) + len(BIG)
+    large = [event for event in events if getattr(event, "name", "") == "lora.safetensors"]
+    assert large[0] == DownloadProgress("lora.safetensors", 0, len(BIG))
+    assert large[-2:] == [
+        DownloadProgress("lora.safetensors", len(BIG), len(BIG)),
+        FileFinished("lora.safetensors"),
+    ]
+    done = [event.done for event in large if isinstance(event, DownloadProgress)]
+    assert done == sorted(done)
 
 
 # Interrupted and resumed
@@ -151,8 +175,8 @@ def test_a_cut_transfer_goes_on_within_one_run(shop: Shop) -> None:
 def test_the_next_run_goes_on_where_the_last_one_gave_up(shop: Shop) -> None:
     shop.hub.cuts = [2_000_000, *[0] * 40]
     error = failure(shop.store(), shop["lora"])
-    assert "broke off after" in error.message
-    assert "goes on where it stopped" in str(error.hint)
+    assert "was interrupted after" in error.message
+    assert "resumes where it stopped" in str(error.hint)
     store = shop.store()
     (status,) = store.status(shop["lora"])
     assert status.state == "partial"
@@ -169,13 +193,13 @@ def test_a_server_without_ranges_starts_over(shop: Shop) -> None:
     assert shop.store().ensure([shop["lora"]], progress=False)["tiny-lora"].read_bytes() == BIG
 
 
-def test_a_damaged_partial_file_is_fetched_anew(shop: Shop, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_partial_file_is_fetched_again(shop: Shop, caplog: pytest.LogCaptureFixture) -> None:
     blobs = shop.home / "hub/models--tiny--lora/blobs"
     blobs.mkdir(parents=True)
     (blobs / f"{sha256(BIG)}.incomplete").write_bytes(bytes(1_000_000))
     assert shop.store().ensure([shop["lora"]], progress=False)["tiny-lora"].read_bytes() == BIG
     assert [one.range for one in shop.hub.asked("GET", "/cdn/")] == ["bytes=1000000-", None]
-    assert "anew from its start" in capsys.readouterr().err
+    assert "fetching it again from the start" in caplog.text
 
 
 def test_a_partial_file_that_is_too_long_is_dropped(shop: Shop) -> None:
@@ -260,21 +284,19 @@ def test_wrong_bytes_are_moved_aside_and_never_loaded(shop: Shop) -> None:
 def test_what_the_server_announces_otherwise_is_refused_before_it_is_fetched(shop: Shop) -> None:
     shop.hub.files["tiny/lora/lora.safetensors"] = BIG[::-1]
     error = failure(shop.store(), shop["lora"])
-    assert "offers other bytes for lora.safetensors" in error.message
+    assert "offers a different file as lora.safetensors" in error.message
     assert shop.hub.asked("GET") == []
 
 
-def test_a_file_that_changed_on_disk_is_found_and_replaced(
-    shop: Shop, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_file_that_changed_on_disk_is_replaced(shop: Shop, caplog: pytest.LogCaptureFixture) -> None:
     store = shop.store()
     path = store.ensure([shop["lora"]], progress=False)["tiny-lora"]
-    capsys.readouterr()
+    caplog.clear()
     with path.open("r+b") as file:
         file.write(b"!!!!")
     assert states(store, shop, "lora") == ["unverified"]
     assert store.ensure([shop["lora"]], progress=False)["tiny-lora"].read_bytes() == BIG
-    assert "wrong bytes" in capsys.readouterr().err
+    assert "wrong bytes" in caplog.text
 
 
 def test_verify_hashes_again_and_reports(shop: Shop) -> None:
@@ -325,9 +347,9 @@ def test_a_file_of_a_url_with_wrong_bytes(shop: Shop) -> None:
 @pytest.mark.parametrize(
     ("status", "message", "hint"),
     [
-        (401, "does not give tiny-lora (lora.safetensors) to this account", "HF_TOKEN"),
+        (401, "refuses this account access to tiny-lora (lora.safetensors)", "HF_TOKEN"),
         (403, "HTTP 403", "accept its terms at https://huggingface.co/tiny/lora"),
-        (404, "is not at http://127.0.0.1", "HF_ENDPOINT"),
+        (404, "was not found at http://127.0.0.1", "HF_ENDPOINT"),
         (429, "too many requests", "wait 7 seconds"),
         (500, "HTTP 500", "later"),
     ],
@@ -344,15 +366,56 @@ def test_gated_without_and_with_a_wrong_token(shop: Shop, monkeypatch: pytest.Mo
     shop.hub.token = "hf_right"
     error = failure(shop.store(), shop["lora"])
     assert "HTTP 401" in error.message
-    assert "was not accepted" not in str(error.hint)
+    assert "was rejected" not in str(error.hint)
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
-    assert "was not accepted" in str(failure(shop.store(), shop["lora"]).hint)
+    assert "was rejected" in str(failure(shop.store(), shop["lora"]).hint)
 
 
 def test_a_busy_server_is_asked_again(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
     shop.hub.status["tiny/lora"] = 503
     monkeypatch.setattr("fastface_cli.store.transfer.time.sleep", lambda _: shop.hub.status.clear())
     assert shop.store().ensure([shop["lora"]], progress=False)["tiny-lora"].read_bytes() == BIG
+
+
+@pytest.mark.parametrize("status", [429, 500, 502, 503, 504])
+def test_transfers_and_listings_are_retried_too(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    pauses: list[float] = []
+
+    def recover(seconds: float) -> None:
+        pauses.append(seconds)
+        shop.hub.status.clear()
+
+    monkeypatch.setattr("fastface_cli.store.transfer.time.sleep", recover)
+    shop.hub.headers = {"Retry-After": "7"}
+    shop.hub.status["/release/a+b.pth"] = status
+    assert shop.store().ensure([shop["url"]])["tiny-url"].read_bytes() == MODEL
+    shop.hub.status["tiny/base"] = status
+    folder = resolve(f"hub:tiny/base@{COMMIT}")
+    assert shop.store().ensure([folder])[folder.name].is_dir()
+    assert pauses == [7, 7]
+
+
+def test_permanent_refusals_are_not_retried(shop: Shop) -> None:
+    shop.hub.status["tiny/lora"] = 404
+    failure(shop.store(), shop["lora"])
+    assert len(shop.hub.log) == 1
+
+
+def test_an_interrupted_file_of_a_url_resumes_in_the_next_run(shop: Shop) -> None:
+    part = shop.store().path(shop["url"]).with_name("a+b.pth.part")
+    part.parent.mkdir(parents=True)
+    part.write_bytes(MODEL[:2000])
+    assert shop.store().ensure([shop["url"]])["tiny-url"].read_bytes() == MODEL
+    assert [request.range for request in shop.hub.asked("GET")] == ["bytes=2000-"]
+
+
+def test_the_proxy_of_the_environment_is_used(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", shop.hub.url)
+    monkeypatch.setenv("HF_ENDPOINT", "http://hub.invalid")
+    shop.store().ensure([shop["open"]])
+    assert len(shop.hub.asked("HEAD")) == 2
 
 
 def test_nobody_listens(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -396,13 +459,14 @@ def test_a_disk_that_is_too_small(shop: Shop, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_disk_that_is_too_small_for_a_file_of_unknown_size(
-    shop: Shop, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    shop: Shop, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO", "fastface_cli")
     shop.hub.files["other/style/pastel.safetensors"] = BIG
     artifact = resolve(f"hub:other/style@{COMMIT}:pastel.safetensors")
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": (256 << 20) + 2_000_000})())
     assert "are needed in" in failure(shop.store(), artifact).message
-    assert "size unknown" in capsys.readouterr().err
+    assert "size unknown" in caplog.text
     assert shop.hub.asked("GET") == []
 
 
@@ -410,13 +474,13 @@ def test_a_disk_that_fills_up(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> No
     def full(*_: object) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fastface_cli.store.transfer._CountingFile.write", full)
+    monkeypatch.setattr("fastface_cli.store.transfer.PartialFile.write", full)
     assert "the disk is full" in failure(shop.store(), shop["lora"]).message
 
 
 def test_a_home_that_is_a_file(shop: Shop) -> None:
     shop.home.write_text("in the way")
-    assert "cannot keep models" in failure(shop.store(), shop["lora"]).message
+    assert "cannot store models" in failure(shop.store(), shop["lora"]).message
 
 
 @pytest.mark.parametrize(
@@ -435,7 +499,7 @@ def test_what_the_file_system_refuses(shop: Shop, number: int, message: str) -> 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fastface_cli.store.fetching.link", refuse)
         error = failure(shop.store(), shop["lora"])
-    assert error.message.startswith("cannot keep models")
+    assert error.message.startswith("cannot store models")
     assert message in error.message
     shop.hub.log.clear()
     shop.store().ensure([shop["lora"]], progress=False)
@@ -471,14 +535,14 @@ def test_neither_repository_nor_archive(shop: Shop) -> None:
     shop.hub.status |= {"tiny/face": 404, "/release/tiny_l.zip": 404}
     message = failure(shop.store(), shop["face"]).message
     assert "tiny/face" in message
-    assert "and its archive" in message
+    assert "its archive failed too" in message
 
 
 @pytest.mark.parametrize("content", [b"no zip at all", pack("")[:-40]])
 def test_a_broken_archive(shop: Shop, content: bytes) -> None:
     shop.hub.status["tiny/face"] = 404
     shop.hub.plain["/release/tiny_l.zip"] = content
-    assert "is not a whole zip" in failure(shop.store(), shop["face"]).message
+    assert "is not a complete zip" in failure(shop.store(), shop["face"]).message
     shop.hub.plain["/release/tiny_l.zip"] = pack("")
     shop.store().ensure([shop["face"]], progress=False)
 
@@ -497,7 +561,7 @@ def test_a_pack_nested_one_folder_too_deep(tmp_path: Path) -> None:
     (tmp_path / "antelope" / "antelope" / "det.onnx").write_bytes(b"")
     assert face_pack_folder(tmp_path / "antelope") == tmp_path / "antelope" / "antelope"
     assert face_pack_folder(tmp_path / "antelope" / "antelope") == tmp_path / "antelope" / "antelope"
-    with pytest.raises(ModelUnavailableError, match=r"no \.onnx files"):
+    with pytest.raises(ModelUnavailableError, match=r"contains no \.onnx files"):
         face_pack_folder(tmp_path)
 
 
