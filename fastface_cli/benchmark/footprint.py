@@ -110,7 +110,7 @@ def count(recipe: Recipe, level: Level, stack: Stack = PUBLISHED) -> Footprint:
     fused = patch("torch.nn.functional.scaled_dot_product_attention", _fused_attention)
     with torch.no_grad(), living, fused:
         trace, _ = pipeline.sample([request], pipeline.plan())
-        with watch("vae"), pipeline.there(pipeline.vae, away=level.models):
+        with watch("vae"), pipeline.on_device(pipeline.vae, offloaded=level.models):
             pipeline.decode(trace.latents[-1][0])
     found.stages = stages
     return found

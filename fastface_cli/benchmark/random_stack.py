@@ -19,8 +19,9 @@ from torch import Tensor
 
 from ..app.pipeline import Pipeline, check_level
 from ..models.acceleration import DEFAULT, Acceleration, arrange, check
-from ..models.loading import SCHEDULERS, Homes, memory_errors, quiet_libraries, settle_adapter
+from ..models.loading import Homes, memory_errors, quiet_libraries, settle_adapter
 from ..models.offload import OFF, Level
+from ..models.schedulers import SCHEDULERS
 from ..recipe.schema import Recipe
 from .reference import Reference
 from .sdxl import PADS, PUBLISHED, TURBO_SCHEDULER, Config, Stack
@@ -154,7 +155,7 @@ def scheduler(recipe: Recipe, stack: Stack) -> Any:
     wanted = recipe.model.scheduler
     config: Config = TURBO_SCHEDULER if wanted.kind == "euler_ancestral" else stack.scheduler
     changes = {} if wanted.spacing is None else {"timestep_spacing": wanted.spacing}
-    return SCHEDULERS[wanted.kind].from_config(config, **changes)
+    return SCHEDULERS[wanted.kind].scheduler.from_config(config, **changes)
 
 
 def tokenizers(stack: Stack) -> dict[str, Any]:

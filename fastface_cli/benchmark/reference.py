@@ -21,7 +21,6 @@ latents can be compared.
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -32,13 +31,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import EulerAncestralDiscreteScheduler, LCMScheduler, StableDiffusionXLPipeline
+from diffusers import StableDiffusionXLPipeline
 from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 from PIL import Image
 from torch import Tensor
 from transformers import CLIPImageProcessorPil
 
-from ..app.pipeline import BLOCKS, Picture, Request, Trace, Watch, to_pil
+from ..app.pipeline import BLOCKS, Picture, Request, StageTimer, to_pil
 from ..errors import UsageError
 from ..identity.identity import Identity
 from ..models.loading import (
@@ -54,8 +53,11 @@ from ..models.loading import (
     quiet_libraries,
     read_adapter,
 )
+from ..models.schedulers import is_stochastic, with_steps
 from ..recipe.schema import Block, Recipe
 from ..sampling import attention, guidance
+from ..sampling.loop import Trace
+from ..sampling.processor import identity_layers
 
 LORA = "faceid_0"
 """What diffusers calls the LoRA inside the adapter."""
@@ -118,7 +120,7 @@ class Reference:
         self.unet, self.vae = parts.unet, parts.vae
         self.device, self.dtype = self.unet.device, self.unet.dtype
         _cast(self.vae, self.dtype)
-        self.watch: Watch = lambda _: nullcontext()
+        self.watch: StageTimer = lambda _: nullcontext()
         size = parts.image_encoder.config.image_size
         self.processor = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=size)
         self.projection = self.unet.encoder_hid_proj.image_projection_layers[0]
@@ -129,7 +131,7 @@ class Reference:
             self._patch()
 
     def _patch(self) -> None:
-        for block, layer in attention.identity_layers(self.unet):
+        for block, layer in identity_layers(self.unet):
             if block in self.recipe.attention.blocks:
                 layer.processor = ManipulatedProcessor(layer.processor, block, self._state)
 
@@ -218,7 +220,7 @@ class Reference:
             raise ValueError("the published code knows one adapter scale a batch")
         self.parts.set_ip_adapter_scale(scales.pop())
         text, pooled, embeddings = self._conditions(requests)
-        scheduler = self._fresh_scheduler()
+        scheduler = with_steps(self.scheduler, sampling.steps, self.device)
         steps = guidance.plan(
             self.recipe.guidance, self.recipe.attention, scheduler.timesteps.tolist(), prune=False
         )
@@ -229,8 +231,7 @@ class Reference:
         latents = noise.to(self.device, self.dtype) * scheduler.init_noise_sigma
         size = [sampling.height, sampling.width, 0, 0, sampling.height, sampling.width]
         time_ids = torch.tensor([size], device=self.device, dtype=self.dtype).repeat(3 * images, 1)
-        stochastic = isinstance(scheduler, EulerAncestralDiscreteScheduler | LCMScheduler)
-        extra = {"generator": generators} if stochastic else {}
+        extra = {"generator": generators} if is_stochastic(scheduler) else {}
         trace = Trace(latents.clone())
         for step, t in zip(steps, scheduler.timesteps, strict=True):
             with self.watch("step"):
@@ -250,18 +251,10 @@ class Reference:
                     return_dict=False,
                 )[0]
                 guided = guide(predicted, step, self.recipe.guidance)
-                latents = scheduler.step(guided, t, latents, **extra, return_dict=False)[0].to(self.dtype)
+            latents = scheduler.step(guided, t, latents, **extra, return_dict=False)[0].to(self.dtype)
             trace.latents.append(latents)
             on_step(images)
         return trace, scheduler.timesteps
-
-    def _fresh_scheduler(self) -> Any:
-        scheduler = copy.deepcopy(self.scheduler)
-        steps, extra = self.recipe.sampling.steps, {}
-        if isinstance(scheduler, LCMScheduler):
-            extra = {"original_inference_steps": max(steps, scheduler.config.original_inference_steps)}
-        scheduler.set_timesteps(steps, device=self.device, **extra)
-        return scheduler
 
     def _conditions(self, requests: Sequence[Request]) -> tuple[Tensor, Tensor, Tensor]:
         """Text [3 x images, tokens, width], pooled [3 x images, width] and embeddings [3 x images, 1, 512];

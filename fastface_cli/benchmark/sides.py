@@ -14,7 +14,7 @@ from ..recipe.schema import Recipe
 if TYPE_CHECKING:
     import torch
 
-    from ..app.pipeline import Picture, Request, Watch
+    from ..app.pipeline import Picture, Request, StageTimer
     from ..identity.analyzer import FaceAnalyzer
     from ..models.offload import LevelName
 
@@ -36,7 +36,7 @@ class Engine(Protocol):
     parts: Any
     device: torch.device
     dtype: torch.dtype
-    watch: Watch
+    watch: StageTimer
 
     def generate(
         self,

@@ -22,9 +22,6 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
     DDIMScheduler,
-    EulerAncestralDiscreteScheduler,
-    EulerDiscreteScheduler,
-    LCMScheduler,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
@@ -43,13 +40,8 @@ from ..store.fused_cache import FusedCache, fused_inputs, fused_key
 from . import fused
 from .fused import FusedModels
 from .offload import OFF, Level, next_smaller
+from .schedulers import SCHEDULERS
 
-SCHEDULERS = {
-    "ddim": DDIMScheduler,
-    "euler": EulerDiscreteScheduler,
-    "euler_ancestral": EulerAncestralDiscreteScheduler,
-    "lcm": LCMScheduler,
-}
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 DIFFUSION, TRANSFORMER = "diffusion_pytorch_model", "model"
@@ -245,7 +237,7 @@ def load_scheduler(recipe: Recipe, base: Path, config: Path | None) -> Any:
             raise ValueError("it does not say its beta_schedule")
         spacing = recipe.model.scheduler.spacing
         changes = {} if spacing is None else {"timestep_spacing": spacing}
-        return SCHEDULERS[recipe.model.scheduler.kind].from_config(settings, **changes)
+        return SCHEDULERS[recipe.model.scheduler.kind].scheduler.from_config(settings, **changes)
 
 
 def fuse_lora(pipe: StableDiffusionXLPipeline, file: Path, scale: float) -> set[str]:
