@@ -55,7 +55,7 @@ def check_device(recipe: Recipe, device: str) -> str:
     Raises:
         DeviceError: no such device, or a full-size stack and no GPU.
     """
-    from ..models.loading import pick_device
+    from ..models.device import pick_device
 
     found = pick_device(device)
     if device == "auto" and found.type == "cpu" and is_full_size(recipe):
@@ -226,7 +226,7 @@ class FastFace:
         """How the stack is fitted into the device's memory; `auto` looks at what is free on a card."""
         import torch
 
-        from ..models.loading import pick_dtype
+        from ..models.device import pick_dtype
         from ..models.offload import GIB, LEVELS, OFF, choose
 
         where = torch.device(device)
@@ -250,7 +250,7 @@ class FastFace:
     def analyzer(self) -> InsightFaceAnalyzer:
         """The loaded face models."""
         from ..identity.analyzer import load_face_models
-        from ..models.loading import pick_device
+        from ..models.device import pick_device
 
         if self._analyzer is None:
             device = str(pick_device(self.device))

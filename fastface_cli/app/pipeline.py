@@ -15,22 +15,21 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 from torch import Tensor
-from transformers import CLIPImageProcessorPil
 
+from ..adapters.base import IdentityAdapter
+from ..adapters.faceid_plusv2 import FaceIDPlusV2
 from ..errors import FastFaceError, RecipeError, UsageError
 from ..models.acceleration import DEFAULT, Acceleration, arrange, check
 from ..models.compilation import compiled
+from ..models.device import memory_errors, pick_device, pick_dtype
 from ..models.loading import (
     Homes,
     configured,
     load_parts,
     load_scheduler,
-    memory_errors,
-    pick_device,
-    pick_dtype,
-    quiet_libraries,
 )
 from ..models.offload import OFF, Level, in_blocks, visiting
+from ..models.quiet import quiet_libraries
 from ..models.schedulers import with_steps
 from ..recipe.schema import Block, Recipe
 from ..sampling import attention, guidance, processor
@@ -114,27 +113,14 @@ class Pipeline:
         self.faster = faster
         self.parts = parts
         self.unet, self.vae = parts.unet, parts.vae
-        self.layers = processor.identity_layers(parts.unet)
-        self.processors = processor.identity_processors(self.layers)
         self.projection = projection
         self.scheduler = scheduler
         self.log = log
-        size = parts.image_encoder.config.image_size
-        # The PIL one by name: with torchvision installed the plain class would resize differently.
-        self.processor = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=size)
         self.device = device or self.unet.device
         self.dtype = self.unet.dtype
-        # What is needed only to project is no part of the UNet that visits the device.
-        self._projections = (
-            {
-                part
-                for (_, layer), attn_processor in zip(self.layers, self.processors, strict=True)
-                for module in processor.projections(layer, attn_processor)
-                for part in module.modules()
-            }
-            if level.projections
-            else set()
-        )
+        faceid = FaceIDPlusV2(parts.image_encoder, projection)
+        self.processor = faceid.processor
+        self.use(faceid)
         self.latent_scale = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self._denoise: Callable[..., Tensor] = denoise
         self._decode: Callable[..., Tensor] = vae_decode
@@ -207,7 +193,7 @@ class Pipeline:
                 )
         with quiet_libraries():
             scheduler = load_scheduler(recipe, configured(paths), paths.get("scheduler"))
-        return Pipeline(
+        pipeline = Pipeline(
             recipe,
             self.parts,
             self.projection,
@@ -217,6 +203,21 @@ class Pipeline:
             self.level,
             self.device,
         )
+        pipeline.use(self.adapter)
+        return pipeline
+
+    def use(self, adapter: IdentityAdapter) -> None:
+        """Condition on identities through `adapter`, whose attention weights are loaded in the UNet."""
+        self.adapter = adapter.configured(self.recipe.adapter)
+        self.layers, self.processors = self.adapter.attention(self.unet)
+        # Weights that only `project` needs are not moved with the UNet.
+        self._projections = {
+            part
+            for (_, layer), attn_processor in zip(self.layers, self.processors, strict=True)
+            for module in processor.projections(layer, attn_processor)
+            for part in module.modules()
+            if self.level.projections
+        }
 
     # -------------------------------------------------------------------------------------- conditions
 
@@ -247,26 +248,9 @@ class Pipeline:
             self.log(f"the text encoders read {limit - 2} tokens; this part of the prompt is ignored: {lost}")
 
     def encode_identity(self, identity: Identity) -> tuple[Tensor, Tensor]:
-        """Identity tokens [4, width] of nobody, and of the person."""
-        crop = identity.crop()
-        if self.recipe.adapter.crop_order == "rgb":
-            crop = np.ascontiguousarray(crop[..., ::-1])
-        # The published pipeline hands the crop over in BGR order as if it were RGB.
-        pixels = self.processor(Image.fromarray(crop), return_tensors="pt").pixel_values
-        pixels = pixels.to(self.device, self.dtype)
-        images = torch.cat([torch.zeros_like(pixels), pixels])
-        with self.on_device(self.parts.image_encoder, offloaded=self.level.encoders):
-            features = self.parts.image_encoder(images, output_hidden_states=True).hidden_states[-2]
-        embedding = torch.from_numpy(identity.mean()).to(self.device, self.dtype)
-        embeddings = torch.stack([torch.zeros_like(embedding), embedding])
-        projection: Any = self.projection
-        try:
-            projection.clip_embeds = features[:, None]
-            with self.on_device(projection, offloaded=self.level.encoders):
-                tokens = projection(embeddings[:, None])
-        finally:
-            projection.clip_embeds = None
-        return tokens[0], tokens[1]
+        """Identity tokens [tokens, width] of no identity, and of the person."""
+        on_device = partial(self.on_device, offloaded=self.level.encoders)
+        return self.adapter.tokens(identity, on_device)
 
     # ---------------------------------------------------------------------------------------- sampling
 
@@ -413,6 +397,7 @@ class Pipeline:
             # A compiled step takes any scale; without identity attention it would be another graph.
             has_identity=any(scales) or self.faster.compile,
             projected=projected,
+            extra=self.adapter.extra_conditioning([r.identity for r in requests]),
         )
 
     def warm_up(self, *, batch_size: int = 1) -> float:

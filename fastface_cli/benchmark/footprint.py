@@ -24,8 +24,9 @@ from torch.utils._pytree import tree_leaves
 
 from ..app.pipeline import Pipeline, Request
 from ..models.fused import HEAD_WIDTH
-from ..models.loading import Homes, quiet_libraries
+from ..models.loading import Homes
 from ..models.offload import Level
+from ..models.quiet import quiet_libraries
 from ..recipe.schema import Recipe
 from .random_stack import make_models, scheduler, tokenizers
 from .sdxl import PUBLISHED, Stack

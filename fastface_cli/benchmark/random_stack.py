@@ -17,10 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..adapters.faceid_plusv2 import settle_adapter
 from ..app.pipeline import Pipeline, check_level
 from ..models.acceleration import DEFAULT, Acceleration, arrange, check
-from ..models.loading import Homes, memory_errors, quiet_libraries, settle_adapter
+from ..models.device import memory_errors
+from ..models.loading import Homes
 from ..models.offload import OFF, Level
+from ..models.quiet import quiet_libraries
 from ..models.schedulers import SCHEDULERS
 from ..recipe.schema import Recipe
 from .reference import Reference

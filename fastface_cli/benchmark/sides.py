@@ -105,7 +105,7 @@ def build(side: Side, source: Source) -> Engine:
         FastFaceError: as of `FastFace` and `Pipeline.load`.
     """
     from ..app.pipeline import Pipeline
-    from ..models.loading import pick_device, pick_dtype
+    from ..models.device import pick_device, pick_dtype
     from ..models.offload import LEVELS
     from . import random_stack
     from .reference import Reference

@@ -97,7 +97,7 @@ def bench(
     from ..app.pipeline import check_level
     from ..benchmark import report, run, sides
     from ..models.acceleration import parse
-    from ..models.loading import pick_device, pick_dtype
+    from ..models.device import pick_device, pick_dtype
     from ..models.offload import level_of
 
     pick_dtype(dtype, pick_device(where))
@@ -142,7 +142,7 @@ def _device(recipes: list[Recipe], weights: str, wanted: str) -> str:
     """
     from ..app.api import check_device
     from ..errors import DeviceError
-    from ..models.loading import pick_device
+    from ..models.device import pick_device
 
     if weights == "real":
         devices = [check_device(recipe, wanted) for recipe in recipes]

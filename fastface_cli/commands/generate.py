@@ -308,7 +308,7 @@ def ready(options: Options, recipe: Recipe, settings: Settings) -> FastFace:
     from ..app.api import FastFace, check_device
     from ..app.pipeline import check_level
     from ..models.acceleration import check, parse
-    from ..models.loading import pick_device, pick_dtype
+    from ..models.device import pick_device, pick_dtype
     from ..models.offload import LEVELS
 
     faster = parse(options.accelerate)

@@ -186,7 +186,7 @@ def local_devices(device: str, workers: int | None) -> list[str]:
     """
     import torch
 
-    from ..models.loading import pick_device
+    from ..models.device import pick_device
 
     found = pick_device(device)
     if device in ("auto", "cuda") and found.type == "cuda":

@@ -50,7 +50,7 @@ def describe(
     plan: Plan, machine: Machine, *, rules: Rules, split: str, metrics: Sequence[str]
 ) -> dict[str, Any]:
     """What `run.json` says; all but `hardware`, `metrics` and `started` must stay for a run to go on."""
-    from ..models.loading import pick_device, pick_dtype
+    from ..models.device import pick_device, pick_dtype
 
     device = pick_device(machine.device)
     return {
@@ -113,7 +113,7 @@ def check_machine(recipes: Mapping[str, Recipe], machine: Machine) -> None:
         DeviceError: no such device, or a full-size stack and no GPU.
         UsageError: no such dtype.
     """
-    from ..models.loading import pick_device, pick_dtype
+    from ..models.device import pick_device, pick_dtype
 
     if machine.engine == "local":
         for recipe in recipes.values():
@@ -207,6 +207,6 @@ def _load(names: Sequence[str], context: Context, threads: int) -> list[Metric]:
 
 def _beside(machine: Machine) -> str:
     """The device of what is not generation: scoring and faces."""
-    from ..models.loading import pick_device
+    from ..models.device import pick_device
 
     return str(pick_device(machine.device if machine.engine == "local" else "auto"))

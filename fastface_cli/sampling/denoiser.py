@@ -11,6 +11,7 @@ from torch import Tensor
 from ..recipe.schema import Attention, Guidance, Order
 from . import guidance
 from .attention import Chains
+from .guidance import Branch, Step
 from .processor import Conditions, Rows
 
 
@@ -43,12 +44,15 @@ def denoise(
 def predict(unet: torch.nn.Module, latents: Tensor, time: Tensor, rows: Rows) -> Tensor:
     """Call the UNet over the branches of `rows`: [branches, images, C, h, w]; arguments as of `denoise`."""
     branches = len(rows.pooled) // len(latents)
+    sample = latents.to(rows.pooled.dtype).repeat(branches, 1, 1, 1)
+    extra = {} if rows.extra is None else rows.extra(sample, time, rows)
     predicted: Tensor = unet(
-        latents.to(rows.pooled.dtype).repeat(branches, 1, 1, 1),
+        sample,
         time,
         encoder_hidden_states=rows,
         added_cond_kwargs={"text_embeds": rows.pooled, "time_ids": rows.time_ids},
         return_dict=False,
+        **extra,
     )[0]
     return predicted.reshape(branches, *latents.shape)
 
@@ -71,9 +75,9 @@ class GuidedDenoiser:
     """Branches that do not see each other run one after another, which saves memory."""
     tensor_numbers: bool = False
     """Guidance weights are tensors: a compiled step must not be bound to their values."""
-    _selected: tuple[tuple[guidance.Branch, ...], Rows] | None = field(default=None, init=False)
+    _selected: tuple[tuple[Branch, ...], Rows] | None = field(default=None, init=False)
 
-    def __call__(self, latents: Tensor, step: guidance.Step) -> Tensor:
+    def __call__(self, latents: Tensor, step: Step) -> Tensor:
         """The guided prediction [images, C, h, w] of a step, in float32."""
         weights, time = self.guidance, self.times[step.index]
         branches = [guidance.BRANCHES[weights.order][index] for index in step.branches]
@@ -91,7 +95,7 @@ class GuidedDenoiser:
             self.unet, latents, time, rows, numbers, weights.order, weights.rescale, renorm=renorm
         )
 
-    def _rows(self, branches: Sequence[guidance.Branch], step: guidance.Step) -> Rows:
+    def _rows(self, branches: Sequence[Branch], step: Step) -> Rows:
         """The rows of a UNet call; those of the previous call are reused where the branches are the same."""
         chains = self.chains[step.index]
         if self._selected is not None and self._selected[0] == tuple(branches):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -19,6 +19,9 @@ from .guidance import Branch
 
 Projected: TypeAlias = tuple[tuple[Tensor, Tensor], ...]
 """Keys and values of text and identity by group of layers, [2, layers, rows, heads, tokens, d] each."""
+
+Extra: TypeAlias = Callable[[Tensor, Tensor, "Rows"], Mapping[str, Any]]
+"""Further arguments of a UNet call, from its latents [rows, C, h, w], the timestep [] and its rows."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,8 @@ class Rows:
     chains: attention.Chains
     has_identity: bool
     """False skips identity attention."""
+    extra: Extra | None
+    """Further conditioning of the adapter, such as a ControlNet."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,8 @@ class Conditions:
     """False where every adapter scale is 0: identity attention can be skipped."""
     projected: Projected = ()
     """Result of `project`; empty where every UNet call projects again."""
+    extra: Extra | None = None
+    """Further conditioning of the adapter in every step."""
 
     def select(self, branches: Sequence[Branch], chains: attention.Chains) -> Rows:
         """Gather the rows of a UNet call over `branches` under a manipulation."""
@@ -81,6 +88,7 @@ class Conditions:
             images=self.images,
             chains=chains,
             has_identity=self.has_identity,
+            extra=self.extra,
         )
 
 
