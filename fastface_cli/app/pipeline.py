@@ -1,43 +1,40 @@
-"""The sampling loop over a loaded stack; images out.
-
-Sampling is ours and not a stock pipeline's, because a step calls the UNet once over exactly the branches that
-decoupled guidance needs.
-"""
+"""A loaded stack: requests in, images out."""
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from diffusers import EulerAncestralDiscreteScheduler, LCMScheduler, StableDiffusionXLPipeline
+from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 from torch import Tensor
-from transformers import CLIPImageProcessorPil
 
+from ..adapters.base import IdentityAdapter
+from ..adapters.faceid_plusv2 import FaceIDPlusV2
 from ..errors import FastFaceError, RecipeError, UsageError
 from ..models.acceleration import DEFAULT, Acceleration, arrange, check
 from ..models.compilation import compiled
+from ..models.device import memory_errors, pick_device, pick_dtype
 from ..models.loading import (
     Homes,
     configured,
     load_parts,
     load_scheduler,
-    memory_errors,
-    pick_device,
-    pick_dtype,
-    quiet_libraries,
 )
 from ..models.offload import OFF, Level, in_blocks, visiting
-from ..recipe.schema import Block, Order, Recipe
-from ..sampling import attention, guidance
+from ..models.quiet import quiet_libraries
+from ..models.schedulers import with_steps
+from ..recipe.schema import Block, Recipe
+from ..sampling import attention, guidance, processor
+from ..sampling.denoiser import GuidedDenoiser, denoise
+from ..sampling.loop import Denoiser, Trace, sample
 
 if TYPE_CHECKING:
     from ..identity.identity import Identity
@@ -45,8 +42,8 @@ if TYPE_CHECKING:
 
 BLOCKS: tuple[Block, ...] = ("down", "mid", "up")
 
-Watch = Callable[[str], AbstractContextManager[None]]
-"""Entered around every `text`, `identity`, `keys`, `step` and `vae` stage: how a benchmark times them."""
+StageTimer = Callable[[str], AbstractContextManager[None]]
+"""Entered around every `text`, `identity`, `keys`, `step` and `vae` stage; benchmarks time them with it."""
 
 
 @dataclass(frozen=True)
@@ -80,16 +77,6 @@ class Picture:
     """[steps]"""
     lossy: Mapping[str, Any] = field(default_factory=dict)
     """Items of speed that cost precision, as `Acceleration.lossy` tells them."""
-
-
-@dataclass
-class Trace:
-    """What the loop of a batch left behind."""
-
-    initial_latents: Tensor
-    """[images, 4, h, w]"""
-    latents: list[Tensor] = field(default_factory=list)
-    """After each step, [images, 4, h, w]."""
 
 
 class Pipeline:
@@ -126,27 +113,14 @@ class Pipeline:
         self.faster = faster
         self.parts = parts
         self.unet, self.vae = parts.unet, parts.vae
-        self.layers = attention.identity_layers(parts.unet)
-        self.processors = attention.processors(self.layers)
         self.projection = projection
         self.scheduler = scheduler
         self.log = log
-        size = parts.image_encoder.config.image_size
-        # The PIL one by name: with torchvision installed the plain class would resize differently.
-        self.processor = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=size)
         self.device = device or self.unet.device
         self.dtype = self.unet.dtype
-        # What is needed only to project is no part of the UNet that visits the device.
-        self._projections = (
-            {
-                part
-                for (_, layer), processor in zip(self.layers, self.processors, strict=True)
-                for module in attention.projections(layer, processor)
-                for part in module.modules()
-            }
-            if level.projections
-            else set()
-        )
+        faceid = FaceIDPlusV2(parts.image_encoder, projection)
+        self.processor = faceid.processor
+        self.use(faceid)
         self.latent_scale = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self._denoise: Callable[..., Tensor] = denoise
         self._decode: Callable[..., Tensor] = vae_decode
@@ -154,7 +128,7 @@ class Pipeline:
             graphs = faster.cuda_graphs and self.device.type == "cuda"
             self._denoise = compiled(denoise, cuda_graphs=graphs)
             self._decode = compiled(vae_decode, cuda_graphs=graphs)
-        self.watch: Watch = lambda _: nullcontext()
+        self.watch: StageTimer = lambda _: nullcontext()
         self._warned: set[str] = set()
 
     @classmethod
@@ -219,7 +193,7 @@ class Pipeline:
                 )
         with quiet_libraries():
             scheduler = load_scheduler(recipe, configured(paths), paths.get("scheduler"))
-        return Pipeline(
+        pipeline = Pipeline(
             recipe,
             self.parts,
             self.projection,
@@ -229,6 +203,21 @@ class Pipeline:
             self.level,
             self.device,
         )
+        pipeline.use(self.adapter)
+        return pipeline
+
+    def use(self, adapter: IdentityAdapter) -> None:
+        """Condition on identities through `adapter`, whose attention weights are loaded in the UNet."""
+        self.adapter = adapter.configured(self.recipe.adapter)
+        self.layers, self.processors = self.adapter.attention(self.unet)
+        # Weights that only `project` needs are not moved with the UNet.
+        self._projections = {
+            part
+            for (_, layer), attn_processor in zip(self.layers, self.processors, strict=True)
+            for module in processor.projections(layer, attn_processor)
+            for part in module.modules()
+            if self.level.projections
+        }
 
     # -------------------------------------------------------------------------------------- conditions
 
@@ -242,7 +231,7 @@ class Pipeline:
             )
             return zeros, zeros.new_zeros(second.projection_dim)
         encoders = (self.parts.text_encoder, self.parts.text_encoder_2)
-        with quiet_libraries(), self.there(*encoders, away=self.level.encoders):
+        with quiet_libraries(), self.on_device(*encoders, offloaded=self.level.encoders):
             self._warn_if_cut(text)  # the libraries would say at length what we say in a line
             embeds, _, pooled, _ = self.parts.encode_prompt(
                 text, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
@@ -259,47 +248,21 @@ class Pipeline:
             self.log(f"the text encoders read {limit - 2} tokens; this part of the prompt is ignored: {lost}")
 
     def encode_identity(self, identity: Identity) -> tuple[Tensor, Tensor]:
-        """Identity tokens [4, width] of nobody, and of the person."""
-        crop = identity.crop()
-        if self.recipe.adapter.crop_order == "rgb":
-            crop = np.ascontiguousarray(crop[..., ::-1])
-        # The published pipeline hands the crop over in BGR order as if it were RGB.
-        pixels = self.processor(Image.fromarray(crop), return_tensors="pt").pixel_values
-        pixels = pixels.to(self.device, self.dtype)
-        images = torch.cat([torch.zeros_like(pixels), pixels])
-        with self.there(self.parts.image_encoder, away=self.level.encoders):
-            features = self.parts.image_encoder(images, output_hidden_states=True).hidden_states[-2]
-        embedding = torch.from_numpy(identity.mean()).to(self.device, self.dtype)
-        embeddings = torch.stack([torch.zeros_like(embedding), embedding])
-        projection: Any = self.projection
-        try:
-            projection.clip_embeds = features[:, None]
-            with self.there(projection, away=self.level.encoders):
-                tokens = projection(embeddings[:, None])
-        finally:
-            projection.clip_embeds = None
-        return tokens[0], tokens[1]
+        """Identity tokens [tokens, width] of no identity, and of the person."""
+        on_device = partial(self.on_device, offloaded=self.level.encoders)
+        return self.adapter.tokens(identity, on_device)
 
     # ---------------------------------------------------------------------------------------- sampling
 
     def plan(self, *, prune: bool | None = None) -> list[guidance.Step]:
         """What every step of this recipe does; `prune` as of `generate`."""
         prune = self.faster.prune if prune is None else prune
-        return guidance.plan(self.recipe.guidance, self.recipe.attention, self._timesteps(), prune=prune)
+        return guidance.plan(self.recipe.guidance, self.recipe.attention, self._timesteps, prune=prune)
 
+    @cached_property
     def _timesteps(self) -> list[float]:
-        scheduler = self._fresh_scheduler()
+        scheduler = with_steps(self.scheduler, self.recipe.sampling.steps)
         return [float(t) for t in scheduler.timesteps]
-
-    def _fresh_scheduler(self) -> Any:
-        scheduler = copy.deepcopy(self.scheduler)
-        steps, extra = self.recipe.sampling.steps, {}
-        if isinstance(scheduler, LCMScheduler):
-            # It picks its steps among those that it was distilled on, and refuses to make more of them.
-            extra = {"original_inference_steps": max(steps, scheduler.config.original_inference_steps)}
-        # On the CPU: schedulers read single timesteps, and each of them would wait for the device.
-        scheduler.set_timesteps(steps, **extra)
-        return scheduler
 
     def generate(
         self,
@@ -329,7 +292,7 @@ class Pipeline:
                 steps = self.plan(prune=prune)
                 trace, timesteps = self.sample(group, steps, on_step=on_step)
                 # Pictures on the CPU end the wait for the device, which the time below must contain.
-                with self.watch("vae"), self.there(self.vae, away=self.level.models):
+                with self.watch("vae"), self.on_device(self.vae, offloaded=self.level.models):
                     images = [to_pil(self.decode(latents)) for latents in trace.latents[-1]]
             seconds = (time.perf_counter() - began) / len(group)
             for index, (request, image) in enumerate(zip(group, images, strict=True)):
@@ -355,51 +318,45 @@ class Pipeline:
         *,
         on_step: Callable[[int], None] = lambda _: None,
     ) -> tuple[Trace, Tensor]:
-        """The sampling loop over one batch: the latents of every step, and the timesteps.
-
-        Algorithm: FastFace (arXiv 2505.21144), section 3, around any SDXL scheduler.
-        """
-        sampling, images = self.recipe.sampling, len(requests)
-        scheduler = self._fresh_scheduler()
+        """Sample one batch: the latents of every step, and the timesteps."""
+        sampling = self.recipe.sampling
+        scheduler = with_steps(self.scheduler, sampling.steps)
         generators = [torch.Generator("cpu").manual_seed(request.seed) for request in requests]
-        # Drawn in float32 whatever the dtype of the models, so that a seed means one noise.
+        # Drawn in float32 whatever the dtype of the models, so that a seed always gives the same noise.
         shape = (1, 4, sampling.height // self.latent_scale, sampling.width // self.latent_scale)
         noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators])
-        latents = noise.to(self.device) * scheduler.init_noise_sigma
-        conditions, pooled = self._conditions(requests)
-        size = [sampling.height, sampling.width, 0, 0, sampling.height, sampling.width]
-        time_ids = torch.tensor([size], device=self.device, dtype=self.dtype)
-        # For the UNet on the device, all at once; the scheduler reads its own.
-        times = scheduler.timesteps.to(self.device, torch.float32)
-        extra = {"generator": generators} if _is_stochastic(scheduler) else {}
-        trace = Trace(latents.clone())
         chains = [self._chains(step.index, len(steps)) for step in steps]
-        if self.faster.compile:
-            chains = attention.as_tensors(chains, self.device)
-        with attention.installed(self.layers, self.processors), self._unet_there():
-            for step, t in zip(steps, scheduler.timesteps, strict=True):
-                with self.watch("step"):
-                    guided = self._predict(
-                        scheduler.scale_model_input(latents, t),
-                        times[step.index],
-                        conditions,
-                        chains[step.index],
-                        pooled,
-                        time_ids,
-                        step,
-                    )
-                    latents = scheduler.step(guided, t, latents, **extra, return_dict=False)[0]
-                trace.latents.append(latents)
-                on_step(images)
+        denoiser = GuidedDenoiser(
+            self.unet,
+            self._conditions(requests),
+            self.recipe.guidance,
+            self.recipe.attention,
+            # For the UNet, in one transfer; the scheduler reads its own on the CPU.
+            times=scheduler.timesteps.to(self.device, torch.float32),
+            chains=attention.as_tensors(chains, self.device) if self.faster.compile else chains,
+            call=self._denoise,
+            one_branch=self.level.one_branch,
+            tensor_numbers=self.faster.compile,
+        )
+        with processor.installed(self.layers, self.processors), self._unet_on_device():
+            timed = self._timed(denoiser)
+            trace = sample(timed, scheduler, noise.to(self.device), steps, generators, on_step)
         return trace, scheduler.timesteps
 
-    def there(self, *modules: torch.nn.Module, away: bool) -> AbstractContextManager[None]:
-        """Modules are on the device for the time of the context; `away` says that they live elsewhere."""
-        # Asked first: to walk through a large model takes longer than a small step.
-        return visiting(self.device, *modules) if away else nullcontext()
+    def _timed(self, denoiser: Denoiser) -> Denoiser:
+        def call(latents: Tensor, step: guidance.Step) -> Tensor:
+            with self.watch("step"):
+                return denoiser(latents, step)
 
-    def _unet_there(self) -> AbstractContextManager[None]:
-        """The UNet, or each of its blocks in turn, is on the device for the time of the context."""
+        return call
+
+    def on_device(self, *modules: torch.nn.Module, offloaded: bool) -> AbstractContextManager[None]:
+        """Move modules to the device for the time of the context, where they are `offloaded`."""
+        # Checked first because traversing a large module is slower than a small step.
+        return visiting(self.device, *modules) if offloaded else nullcontext()
+
+    def _unet_on_device(self) -> AbstractContextManager[None]:
+        """Move the UNet, or each of its blocks in turn, to the device for the time of the context."""
         if self.level.blocks:
             return in_blocks(self.device, self.unet, without=self._projections)
         return (
@@ -408,71 +365,40 @@ class Pipeline:
             else nullcontext()
         )
 
-    def _predict(
-        self,
-        latents: Tensor,
-        time: Tensor,
-        conditions: attention.Conditions,
-        chains: attention.Chains,
-        pooled: Tensor,
-        time_ids: Tensor,
-        step: guidance.Step,
-    ) -> Tensor:
-        """The guided prediction [images, 4, h, w] of one step, in float32."""
-        weights = self.recipe.guidance
-        chosen = [guidance.BRANCHES[weights.order][index] for index in step.branches]
-        numbers: Sequence[float] | Tensor = guidance.mixing(step, weights)
-        renorm = guidance.is_renormed(step, weights)
-        if self.level.one_branch and not guidance.couples_branches(self.recipe.attention, step.index):
-            found = []
-            for branch in chosen:
-                rows = conditions.select([branch], chains)
-                text = pooled[conditions.text_rows]
-                found.append(predict(self.unet, latents, time, rows, text, time_ids))
-            return guidance.mix(torch.cat(found), numbers, weights.order, weights.rescale, renorm=renorm)
-        rows = conditions.select(chosen, chains)
-        if self.faster.compile:
-            numbers = torch.tensor(numbers).to(self.device)
-        return self._denoise(
-            self.unet,
-            latents,
-            time,
-            rows,
-            pooled[conditions.text_rows],
-            time_ids,
-            numbers,
-            weights.order,
-            weights.rescale,
-            renorm=renorm,
-        )
-
     def _chains(self, step: int, steps: int) -> attention.Chains:
         return {block: attention.resolve(self.recipe.attention, block, step, steps) for block in BLOCKS}
 
-    def _conditions(self, requests: Sequence[Request]) -> tuple[attention.Conditions, Tensor]:
-        """Conditions of a batch; pooled text embeddings [2 x images, width] in the same order."""
+    def _conditions(self, requests: Sequence[Request]) -> processor.Conditions:
+        """Conditions of a batch."""
         prompts = dict.fromkeys(text for r in requests for text in (r.prompt, r.negative_prompt))
-        people = {id(r.identity): r.identity for r in requests}
+        identities = {id(r.identity): r.identity for r in requests}
         with self.watch("text"):
             texts = {text: self.encode_prompt(text) for text in prompts}
         with self.watch("identity"):
-            tokens = {key: self.encode_identity(identity) for key, identity in people.items()}
-        negative = [texts[r.negative_prompt] for r in requests]
-        positive = [texts[r.prompt] for r in requests]
-        found = [tokens[id(r.identity)] for r in requests]
-        scales = [self._scale(r) for r in requests]
-        conditions = attention.Conditions(
-            text=torch.stack([embeds for embeds, _ in negative + positive]),
-            identity=torch.stack([nobody for nobody, _ in found] + [person for _, person in found]),
-            scale=torch.tensor(scales, device=self.device),
-            images=len(requests),
-            # A compiled step takes any scale; left out, the identity half would be another graph.
-            speaks=any(scales) or self.faster.compile,
-        )
+            encoded = {key: self.encode_identity(identity) for key, identity in identities.items()}
+        embeddings = [texts[r.negative_prompt] for r in requests] + [texts[r.prompt] for r in requests]
+        tokens = [encoded[id(r.identity)] for r in requests]
+        text = torch.stack([embedding for embedding, _ in embeddings])
+        identity = torch.stack([absent for absent, _ in tokens] + [person for _, person in tokens])
+        projected: processor.Projected = ()
         if self.faster.cache_kv:
             with self.watch("keys"):
-                conditions.projected = self.project(conditions.text, conditions.identity)
-        return conditions, torch.stack([pooled for _, pooled in negative + positive])
+                projected = self.project(text, identity)
+        scales = [self._scale(r) for r in requests]
+        width, height = self.recipe.sampling.width, self.recipe.sampling.height
+        sizes = [height, width, 0, 0, height, width]
+        return processor.Conditions(
+            text=text,
+            pooled=torch.stack([pooled for _, pooled in embeddings]),
+            time_ids=torch.tensor([sizes], device=self.device, dtype=self.dtype),
+            identity=identity,
+            scale=torch.tensor(scales, device=self.device),
+            images=len(requests),
+            # A compiled step takes any scale; without identity attention it would be another graph.
+            has_identity=any(scales) or self.faster.compile,
+            projected=projected,
+            extra=self.adapter.extra_conditioning([r.identity for r in requests]),
+        )
 
     def warm_up(self, *, batch_size: int = 1) -> float:
         """Make pictures of nobody until nothing is compiled or recorded any more; how many seconds it took.
@@ -496,68 +422,16 @@ class Pipeline:
                 pass
         return time.perf_counter() - began
 
-    def project(self, text: Tensor, identity: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
+    def project(self, text: Tensor, identity: Tensor) -> processor.Projected:
         """Keys and values of every layer, from [rows, tokens, width] each."""
-        there = partial(self.there, away=self.level.projections)
-        return attention.project(self.layers, self.processors, text, identity, there)
+        on_device = partial(self.on_device, offloaded=self.level.projections)
+        return processor.project(self.layers, self.processors, text, identity, on_device)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [4, h, w] to a picture [3, H, W] float32 in [0, 1]."""
         config = self.vae.config
         scaled = latents[None].to(self.vae.dtype) / config.scaling_factor
         return self._decode(self.vae, scaled)
-
-
-def denoise(
-    unet: torch.nn.Module,
-    latents: Tensor,
-    time: Tensor,
-    rows: attention.Rows,
-    pooled: Tensor,
-    time_ids: Tensor,
-    numbers: Sequence[float] | Tensor,
-    order: Order,
-    rescale: float,
-    *,
-    renorm: bool,
-) -> Tensor:
-    """One UNet call over all branches of all images, and their guided prediction: what is compiled.
-
-    Args:
-        unet: with `attention.installed`.
-        latents: [images, 4, h, w], as scaled by the scheduler.
-        time: [], float32.
-        rows: what the [branches x images] rows attend to.
-        pooled: [branches x images, width].
-        time_ids: [1, 6].
-        numbers, order, rescale, renorm: of `guidance.mix`.
-
-    Returns:
-        [images, 4, h, w], float32.
-    """
-    predicted = predict(unet, latents, time, rows, pooled, time_ids)
-    return guidance.mix(predicted, numbers, order, rescale, renorm=renorm)
-
-
-def predict(
-    unet: torch.nn.Module,
-    latents: Tensor,
-    time: Tensor,
-    rows: attention.Rows,
-    pooled: Tensor,
-    time_ids: Tensor,
-) -> Tensor:
-    """One UNet call over the branches of `rows`: [branches, images, 4, h, w]; arguments as of `denoise`."""
-    count = len(pooled)
-    branches = count // len(latents)
-    predicted: Tensor = unet(
-        latents.to(pooled.dtype).repeat(branches, 1, 1, 1),
-        time,
-        encoder_hidden_states=rows,
-        added_cond_kwargs={"text_embeds": pooled, "time_ids": time_ids.expand(count, -1)},
-        return_dict=False,
-    )[0]
-    return predicted.reshape(branches, *latents.shape)
 
 
 def vae_decode(vae: Any, scaled: Tensor) -> Tensor:
@@ -603,8 +477,3 @@ def to_pil(image: Tensor) -> Image.Image:
             "the picture holds numbers that are not finite", "try --dtype float32 or bfloat16"
         )
     return Image.fromarray((image * 255).round().byte().permute(1, 2, 0).cpu().numpy())
-
-
-def _is_stochastic(scheduler: Any) -> bool:
-    """Whether a scheduler's step draws noise from a generator."""
-    return isinstance(scheduler, EulerAncestralDiscreteScheduler | LCMScheduler)

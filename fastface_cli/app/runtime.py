@@ -43,7 +43,7 @@ class Runtime:
             UsageError: there is no such dtype, or two choices exclude each other.
         """
         from ..models.acceleration import check
-        from ..models.loading import pick_device, pick_dtype
+        from ..models.device import pick_device, pick_dtype
         from ..models.offload import LEVELS
         from .pipeline import check_level
 
@@ -101,7 +101,7 @@ def check_device(recipe: Recipe, device: str) -> str:
     Raises:
         DeviceError: there is no such device, or a full-size stack and no GPU.
     """
-    from ..models.loading import pick_device
+    from ..models.device import pick_device
 
     chosen = pick_device(device)
     if device == "auto" and chosen.type == "cpu" and is_full_size(recipe):

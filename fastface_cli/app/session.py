@@ -251,7 +251,7 @@ class Session:
     def analyzer(self, recipe: Recipe) -> InsightFaceAnalyzer:
         """The loaded face models of a recipe."""
         from ..identity.analyzer import load_face_models
-        from ..models.loading import pick_device
+        from ..models.device import pick_device
 
         name = str(recipe.model.face)
         if self._analyzer is None or self._analyzer[0] != name:

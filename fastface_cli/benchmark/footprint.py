@@ -24,8 +24,9 @@ from torch.utils._pytree import tree_leaves
 
 from ..app.pipeline import Pipeline, Request
 from ..models.fused import HEAD_WIDTH
-from ..models.loading import Homes, quiet_libraries
+from ..models.loading import Homes
 from ..models.offload import Level
+from ..models.quiet import quiet_libraries
 from ..recipe.schema import Recipe
 from .random_stack import make_models, scheduler, tokenizers
 from .sdxl import PUBLISHED, Stack
@@ -110,7 +111,7 @@ def count(recipe: Recipe, level: Level, stack: Stack = PUBLISHED) -> Footprint:
     fused = patch("torch.nn.functional.scaled_dot_product_attention", _fused_attention)
     with torch.no_grad(), memory, fused:
         trace, _ = pipeline.sample([request], pipeline.plan())
-        with watch("vae"), pipeline.there(pipeline.vae, away=level.models):
+        with watch("vae"), pipeline.on_device(pipeline.vae, offloaded=level.models):
             pipeline.decode(trace.latents[-1][0])
     footprint.stages = stages
     return footprint

@@ -17,10 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..adapters.faceid_plusv2 import settle_adapter
 from ..app.pipeline import Pipeline, check_level
 from ..models.acceleration import DEFAULT, Acceleration, arrange, check
-from ..models.loading import SCHEDULERS, Homes, memory_errors, quiet_libraries, settle_adapter
+from ..models.device import memory_errors
+from ..models.loading import Homes
 from ..models.offload import OFF, Level
+from ..models.quiet import quiet_libraries
+from ..models.schedulers import SCHEDULERS
 from ..recipe.schema import Recipe
 from .reference import PublishedPipeline
 from .sdxl import PADS, PUBLISHED, TURBO_SCHEDULER, ConfigFile, Stack
@@ -154,7 +158,7 @@ def scheduler(recipe: Recipe, stack: Stack) -> Any:
     settings = recipe.model.scheduler
     config: ConfigFile = TURBO_SCHEDULER if settings.kind == "euler_ancestral" else stack.scheduler
     changes = {} if settings.spacing is None else {"timestep_spacing": settings.spacing}
-    return SCHEDULERS[settings.kind].from_config(config, **changes)
+    return SCHEDULERS[settings.kind].scheduler.from_config(config, **changes)
 
 
 def tokenizers(stack: Stack) -> dict[str, Any]:

@@ -21,7 +21,6 @@ noise is ours, so that latents can be compared.
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -32,33 +31,25 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import EulerAncestralDiscreteScheduler, LCMScheduler, StableDiffusionXLPipeline
+from diffusers import StableDiffusionXLPipeline
 from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 from PIL import Image
 from torch import Tensor
 from transformers import CLIPImageProcessorPil
 
-from ..app.pipeline import BLOCKS, Picture, Request, Trace, Watch, to_pil
+from ..adapters.faceid_plusv2 import LORA, read_adapter
+from ..app.pipeline import BLOCKS, Picture, Request, StageTimer, to_pil
 from ..errors import UsageError
 from ..identity.identity import Identity
-from ..models.loading import (
-    fuse_lora,
-    load_image_encoder,
-    load_scheduler,
-    load_text_encoders,
-    load_unet,
-    load_vae,
-    memory_errors,
-    pick_device,
-    pick_dtype,
-    quiet_libraries,
-    read_adapter,
-)
+from ..models.device import memory_errors, pick_device, pick_dtype
+from ..models.loading import load_image_encoder, load_scheduler, load_text_encoders, load_unet, load_vae
+from ..models.lora import fuse_lora
+from ..models.quiet import quiet_libraries
+from ..models.schedulers import is_stochastic, with_steps
 from ..recipe.schema import Block, Recipe
 from ..sampling import attention, guidance
-
-LORA = "faceid_0"
-"""Name that diffusers gives the LoRA inside the adapter."""
+from ..sampling.loop import Trace
+from ..sampling.processor import identity_layers
 
 
 @dataclass
@@ -118,7 +109,7 @@ class PublishedPipeline:
         self.unet, self.vae = parts.unet, parts.vae
         self.device, self.dtype = self.unet.device, self.unet.dtype
         _cast(self.vae, self.dtype)
-        self.watch: Watch = lambda _: nullcontext()
+        self.watch: StageTimer = lambda _: nullcontext()
         size = parts.image_encoder.config.image_size
         self.processor = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=size)
         self.projection = self.unet.encoder_hid_proj.image_projection_layers[0]
@@ -129,7 +120,7 @@ class PublishedPipeline:
             self._patch()
 
     def _patch(self) -> None:
-        for block, layer in attention.identity_layers(self.unet):
+        for block, layer in identity_layers(self.unet):
             if block in self.recipe.attention.blocks:
                 layer.processor = ManipulatedProcessor(layer.processor, block, self._state)
 
@@ -219,7 +210,7 @@ class PublishedPipeline:
             raise ValueError("the published code supports only one adapter scale per batch")
         self.parts.set_ip_adapter_scale(scales.pop())
         text, pooled, embeddings = self._conditions(requests)
-        scheduler = self._fresh_scheduler()
+        scheduler = with_steps(self.scheduler, sampling.steps, self.device)
         steps = guidance.plan(
             self.recipe.guidance, self.recipe.attention, scheduler.timesteps.tolist(), prune=False
         )
@@ -230,8 +221,7 @@ class PublishedPipeline:
         latents = noise.to(self.device, self.dtype) * scheduler.init_noise_sigma
         size = [sampling.height, sampling.width, 0, 0, sampling.height, sampling.width]
         time_ids = torch.tensor([size], device=self.device, dtype=self.dtype).repeat(3 * images, 1)
-        stochastic = isinstance(scheduler, EulerAncestralDiscreteScheduler | LCMScheduler)
-        extra = {"generator": generators} if stochastic else {}
+        extra = {"generator": generators} if is_stochastic(scheduler) else {}
         trace = Trace(latents.clone())
         for step, t in zip(steps, scheduler.timesteps, strict=True):
             with self.watch("step"):
@@ -251,18 +241,10 @@ class PublishedPipeline:
                     return_dict=False,
                 )[0]
                 guided = guide(predicted, step, self.recipe.guidance)
-                latents = scheduler.step(guided, t, latents, **extra, return_dict=False)[0].to(self.dtype)
+            latents = scheduler.step(guided, t, latents, **extra, return_dict=False)[0].to(self.dtype)
             trace.latents.append(latents)
             on_step(images)
         return trace, scheduler.timesteps
-
-    def _fresh_scheduler(self) -> Any:
-        scheduler = copy.deepcopy(self.scheduler)
-        steps, extra = self.recipe.sampling.steps, {}
-        if isinstance(scheduler, LCMScheduler):
-            extra = {"original_inference_steps": max(steps, scheduler.config.original_inference_steps)}
-        scheduler.set_timesteps(steps, device=self.device, **extra)
-        return scheduler
 
     def _conditions(self, requests: Sequence[Request]) -> tuple[Tensor, Tensor, Tensor]:
         """Return text [3 x images, tokens, width], pooled [3 x images, width] and face embeddings.

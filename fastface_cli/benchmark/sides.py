@@ -14,7 +14,7 @@ from ..recipe.schema import Recipe
 if TYPE_CHECKING:
     import torch
 
-    from ..app.pipeline import Picture, Request, Watch
+    from ..app.pipeline import Picture, Request, StageTimer
     from ..identity.analyzer import FaceAnalyzer
     from ..models.offload import LevelName
 
@@ -36,7 +36,7 @@ class BenchmarkEngine(Protocol):
     parts: Any
     device: torch.device
     dtype: torch.dtype
-    watch: Watch
+    watch: StageTimer
 
     def generate(
         self,
@@ -105,7 +105,7 @@ def build(side: Side, source: Source) -> BenchmarkEngine:
         FastFaceError: see `FastFace` and `Pipeline.load`.
     """
     from ..app.pipeline import Pipeline
-    from ..models.loading import pick_device, pick_dtype
+    from ..models.device import pick_device, pick_dtype
     from ..models.offload import LEVELS
     from . import random_stack
     from .reference import PublishedPipeline

@@ -100,7 +100,7 @@ def bench(
     from ..app.pipeline import check_level
     from ..benchmark import run, sides, tables
     from ..models.acceleration import parse
-    from ..models.loading import pick_device, pick_dtype
+    from ..models.device import pick_device, pick_dtype
     from ..models.offload import level_of
 
     pick_dtype(dtype, pick_device(device_name))
@@ -145,7 +145,7 @@ def _device(recipes: list[Recipe], weights: str, requested: str) -> str:
     """
     from ..app.runtime import check_device
     from ..errors import DeviceError
-    from ..models.loading import pick_device
+    from ..models.device import pick_device
 
     if weights == "real":
         devices = [check_device(recipe, requested) for recipe in recipes]

@@ -187,7 +187,7 @@ def local_devices(device: str, workers: int | None) -> list[str]:
     """
     import torch
 
-    from ..models.loading import pick_device
+    from ..models.device import pick_device
 
     chosen = pick_device(device)
     if device in ("auto", "cuda") and chosen.type == "cuda":

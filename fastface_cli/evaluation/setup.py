@@ -53,7 +53,7 @@ def describe(
     plan: EvaluationPlan, worker_setup: WorkerSetup, *, rules: Rules, split: str, metrics: Sequence[str]
 ) -> dict[str, Any]:
     """Return the contents of `run.json`. Only `hardware`, `metrics` and `started` may change later."""
-    from ..models.loading import pick_device, pick_dtype
+    from ..models.device import pick_device, pick_dtype
 
     device = pick_device(worker_setup.device)
     return {
@@ -116,7 +116,7 @@ def check_machine(recipes: Mapping[str, Recipe], worker_setup: WorkerSetup) -> N
         DeviceError: no such device, or a full-size stack without a GPU.
         UsageError: unknown dtype.
     """
-    from ..models.loading import pick_device, pick_dtype
+    from ..models.device import pick_device, pick_dtype
 
     if worker_setup.engine == "local":
         for recipe in recipes.values():
@@ -220,6 +220,6 @@ def _load(names: Sequence[str], context: Context, threads: int) -> list[Metric]:
 
 def _beside(worker_setup: WorkerSetup) -> str:
     """Return the device of scoring and face detection."""
-    from ..models.loading import pick_device
+    from ..models.device import pick_device
 
     return str(pick_device(worker_setup.device if worker_setup.engine == "local" else "auto"))

@@ -6,13 +6,9 @@ in one sentence which file is at fault.
 
 from __future__ import annotations
 
-import gc
 import logging
-import re
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +18,6 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
     DDIMScheduler,
-    EulerAncestralDiscreteScheduler,
-    EulerDiscreteScheduler,
-    LCMScheduler,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
@@ -34,68 +27,22 @@ from transformers import (
     CLIPTokenizer,
     CLIPVisionModelWithProjection,
 )
-from transformers.utils import logging as transformers_logging
 
-from .. import console
-from ..errors import DeviceError, ModelUnavailableError, UsageError
+from ..adapters.faceid_plusv2 import load_adapter
 from ..recipe.schema import Recipe
 from ..store.fused_cache import FusedCache, fused_inputs, fused_key
 from . import fused
+from .device import is_out_of_memory
 from .fused import FusedModels
-from .offload import OFF, Level, next_smaller
+from .lora import TEXT_ENCODERS, fuse_lora
+from .offload import Level
+from .quiet import loading_errors
+from .schedulers import SCHEDULERS
 
-SCHEDULERS = {
-    "ddim": DDIMScheduler,
-    "euler": EulerDiscreteScheduler,
-    "euler_ancestral": EulerAncestralDiscreteScheduler,
-    "lcm": LCMScheduler,
-}
-TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+logger = logging.getLogger(__name__)
+
 DIFFUSION, TRANSFORMER = "diffusion_pytorch_model", "model"
 """How the weight files of diffusers and of transformers are called."""
-NO_MEMORY = "out of memory|ALLOC_FAILED|can't allocate memory"
-"""How MPS, the CUDA libraries and the CPU's allocator say in a plain RuntimeError that memory lacks."""
-
-
-def pick_device(wanted: str) -> torch.device:
-    """The device to run on.
-
-    Args:
-        wanted: `auto` (CUDA, then MPS, then the CPU) or a torch device name.
-
-    Raises:
-        DeviceError: no such device here.
-    """
-    if wanted == "auto":
-        wanted = (
-            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        )
-    try:
-        device = torch.device(wanted)
-    except RuntimeError as error:
-        raise UsageError(f"'{wanted}' is not a device", "use auto, cpu, cuda, cuda:1 or mps") from error
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise DeviceError("there is no CUDA device here", "try --device cpu, or --recipe pocket")
-        if (device.index or 0) >= torch.cuda.device_count():
-            raise DeviceError(
-                f"there is no {device}; this machine has {torch.cuda.device_count()} CUDA devices"
-            )
-    elif device.type == "mps" and not torch.backends.mps.is_available():
-        raise DeviceError("there is no MPS device here", "try --device cpu, or --recipe pocket")
-    elif device.type not in ("cpu", "mps"):
-        raise UsageError(f"device '{wanted}' is not supported", "use auto, cpu, cuda, cuda:1 or mps")
-    return device
-
-
-def pick_dtype(wanted: str | None, device: torch.device) -> torch.dtype:
-    """float16 on a GPU, float32 on a CPU, unless one is named."""
-    if wanted is None:
-        return torch.float32 if device.type == "cpu" else torch.float16
-    if wanted not in DTYPES:
-        raise UsageError(f"dtype '{wanted}' is not supported", f"use one of {', '.join(DTYPES)}")
-    return DTYPES[wanted]
 
 
 def _variant(folder: Path, stem: str) -> str | None:
@@ -104,34 +51,6 @@ def _variant(folder: Path, stem: str) -> str | None:
     In a Hub cache that other programs share, a plain file may lie beside it that was never verified.
     """
     return "fp16" if (folder / f"{stem}.fp16.safetensors").exists() else None
-
-
-@contextmanager
-def _loading(what: str, path: Path) -> Iterator[None]:
-    """Turn whatever a loader raises over a broken file into one sentence that names it."""
-    try:
-        yield
-    except (ModelUnavailableError, MemoryError):
-        raise
-    except Exception as error:
-        if _is_out_of_memory(error):
-            raise
-        raise ModelUnavailableError(
-            f"cannot load the {what} from {path}: {_reason(error)}",
-            "is it whole, and of the right kind? `fastface download --verify` checks what was fetched",
-        ) from error
-
-
-def _reason(error: Exception) -> str:
-    """What a loader says, without its advice to programmers."""
-    if isinstance(error, KeyError):
-        return f"it lacks {error}"
-    if isinstance(error, AttributeError | TypeError):
-        return "its content has another form"
-    lines = [line.strip() for line in str(error).strip().splitlines()]
-    said = " ".join(lines[:2]) if lines and lines[0].endswith(":") else "".join(lines[:1])
-    sentence = re.split(r"\.\s", said, maxsplit=1)[0]
-    return sentence[:300].rstrip(".") or type(error).__name__
 
 
 def _strict(report: Mapping[str, Any], what: str, allowed: tuple[str, ...] = ()) -> None:
@@ -170,7 +89,7 @@ def load_unet(base: Path, unet: Path | None, dtype: torch.dtype) -> UNet2DCondit
         unet: a folder holding `unet/`, one state-dict file (as SDXL-Lightning's), or None for the base's own.
         dtype: of the weights.
     """
-    with _loading("UNet", unet or base):
+    with loading_errors("UNet", unet or base):
         if unet is not None and unet.is_file():
             return load_unet_file(base, unet, dtype)
         return _from_folder(UNet2DConditionModel, (unet or base) / "unet", DIFFUSION, dtype, "UNet")
@@ -193,7 +112,7 @@ def load_text_encoders(
     base: Path, dtype: torch.dtype
 ) -> tuple[CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, CLIPTokenizer]:
     """Both text encoders and their tokenizers."""
-    with _loading("text encoders", base):
+    with loading_errors("text encoders", base):
         models = [
             _from_folder(kind, base / name, TRANSFORMER, dtype, name)
             for name, kind in zip(TEXT_ENCODERS, (CLIPTextModel, CLIPTextModelWithProjection), strict=True)
@@ -221,7 +140,7 @@ def load_vae(base: Path, vae: Path | None, dtype: torch.dtype) -> AutoencoderKL 
     A VAE that says `force_upcast` overflows in float16 and is kept in float32 then.
     """
     folder = vae or base / "vae"
-    with _loading("VAE", folder):
+    with loading_errors("VAE", folder):
         config = AutoencoderKL.load_config(folder, local_files_only=True)
         kind = AutoencoderTiny if config.get("_class_name") == "AutoencoderTiny" else AutoencoderKL
         if config.get("force_upcast", True) and kind is AutoencoderKL and dtype is torch.float16:
@@ -231,95 +150,21 @@ def load_vae(base: Path, vae: Path | None, dtype: torch.dtype) -> AutoencoderKL 
 
 def load_image_encoder(folder: Path, dtype: torch.dtype) -> CLIPVisionModelWithProjection:
     """The CLIP vision tower that sees the aligned face."""
-    with _loading("image encoder", folder):
+    with loading_errors("image encoder", folder):
         return _from_folder(CLIPVisionModelWithProjection, folder, TRANSFORMER, dtype, "image encoder")
 
 
 def load_scheduler(recipe: Recipe, base: Path, config: Path | None) -> Any:
     """A fresh scheduler, from a published configuration and the recipe's spacing."""
     folder = config or base
-    with _loading("scheduler configuration", folder):
+    with loading_errors("scheduler configuration", folder):
         settings = DDIMScheduler.load_config(folder, subfolder="scheduler", local_files_only=True)
         if "beta_schedule" not in settings:
             # The class's own defaults would step in, and with them other noise levels.
             raise ValueError("it does not say its beta_schedule")
         spacing = recipe.model.scheduler.spacing
         changes = {} if spacing is None else {"timestep_spacing": spacing}
-        return SCHEDULERS[recipe.model.scheduler.kind].from_config(settings, **changes)
-
-
-def fuse_lora(pipe: StableDiffusionXLPipeline, file: Path, scale: float) -> set[str]:
-    """Load a LoRA file and melt it into the UNet (and text encoders, if it has parts for them).
-
-    Returns:
-        Names of the models that it changed.
-    """
-    with _loading("LoRA", file):
-        pipe.load_lora_weights(
-            file.parent, weight_name=file.name, adapter_name="fastface", local_files_only=True
-        )
-        return _fuse(pipe, "fastface", scale)
-
-
-def _fuse(pipe: StableDiffusionXLPipeline, adapter: str, scale: float) -> set[str]:
-    touched = [
-        name
-        for name in ("unet", *TEXT_ENCODERS)
-        if adapter in getattr(getattr(pipe, name), "peft_config", {})
-    ]
-    if not touched:
-        raise ValueError("no tensor of it fits this model")
-    pipe.fuse_lora(components=touched, lora_scale=scale, adapter_names=[adapter])
-    pipe.unload_lora_weights()
-    return set(touched)
-
-
-def load_adapter(
-    pipe: StableDiffusionXLPipeline, file: Path, lora_scale: float, *, fuse: bool = True
-) -> torch.nn.Module:
-    """Put the FaceID-PlusV2 adapter of a file into the pipeline's UNet; see `settle_adapter`."""
-    with _loading("identity adapter", file):
-        read_adapter(pipe, file)
-        return settle_adapter(pipe, lora_scale, fuse=fuse)
-
-
-def read_adapter(pipe: StableDiffusionXLPipeline, file: Path) -> None:
-    """Put the adapter of a file into the pipeline's UNet as diffusers does, its LoRA beside the weights."""
-    pipe.load_ip_adapter(
-        str(file.parent),
-        subfolder="",
-        weight_name=file.name,
-        image_encoder_folder=None,
-        local_files_only=True,
-    )
-
-
-def settle_adapter(
-    pipe: StableDiffusionXLPipeline, lora_scale: float, *, fuse: bool = True
-) -> torch.nn.Module:
-    """Weigh the LoRA of an adapter in the UNet, fused unless `fuse` is False, and take its projection.
-
-    The projection is taken off the UNet: it runs once an image and not once a step.
-
-    Returns:
-        The projection from (embedding, image features) to identity tokens.
-    """
-    unet = pipe.unet
-    if "faceid_0" in getattr(unet, "peft_config", {}):
-        if lora_scale and fuse:
-            _fuse(pipe, "faceid_0", lora_scale)
-        elif lora_scale:
-            unet.set_adapters(["faceid_0"], [lora_scale])
-        else:
-            pipe.unload_lora_weights()
-    projection = unet.encoder_hid_proj.image_projection_layers[0]
-    if not hasattr(projection, "shortcut"):
-        raise ValueError("it is not a FaceID-PlusV2 file")
-    unet.encoder_hid_proj = None
-    # With the shortcut the projection is PlusV2; without, it would be Plus.
-    projection.shortcut = True
-    module: torch.nn.Module = projection.eval()
-    return module
+        return SCHEDULERS[recipe.model.scheduler.kind].scheduler.from_config(settings, **changes)
 
 
 def load_single_file(
@@ -333,7 +178,7 @@ def load_single_file(
         dtype: of the weights.
         models: taken in place of those in the file, by name.
     """
-    with _loading("checkpoint", file):
+    with loading_errors("checkpoint", file):
         pipe = StableDiffusionXLPipeline.from_single_file(
             str(file), config=str(config), dtype=dtype, local_files_only=True, add_watermarker=False, **models
         )
@@ -432,10 +277,10 @@ class _Kept:
             self._models = fused.build(self._reading.result())
             return self._models
         except Exception as error:
-            if _is_out_of_memory(error):
+            if is_out_of_memory(error):
                 raise
             self._reading = None
-            console.note(f"the fused models in {self._path} cannot be read and are made anew: {error}")
+            logger.warning("cannot read the fused models in %s; fusing them again: %s", self._path, error)
             if self._cache and self._key:
                 self._cache.remove(self._key)
             return None
@@ -505,48 +350,3 @@ def _fused(
 def configured(paths: Mapping[str, Path]) -> Path:
     """The folder with the base's configurations."""
     return paths["base"] if paths["base"].is_dir() else paths["config"]
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Whether memory is what lacks."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and re.search(NO_MEMORY, str(error)) is not None
-    )
-
-
-@contextmanager
-def memory_errors(device: torch.device, level: Level = OFF) -> Iterator[None]:
-    """Out of memory becomes one sentence and exit code 4, and names the level of saving that is left."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not _is_out_of_memory(error):
-            raise
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-        smaller = next_smaller(level)
-        hint = "try a smaller --size, --batch-size 1 or --dtype float16"
-        if smaller is not None and device.type != "cpu":
-            hint = f"try --low-memory {smaller.name}, which gives the same picture more slowly; or {hint[4:]}"
-        raise DeviceError(f"out of memory on {device}", hint) from error
-
-
-@contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """Loaders warn about what we do on purpose (no image encoder folder), and repeat what they raise."""
-    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
-    levels = [logger.level for logger in loggers]
-    bars = transformers_logging.is_progress_bar_enabled()
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    transformers_logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        if bars:
-            transformers_logging.enable_progress_bar()
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

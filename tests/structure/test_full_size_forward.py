@@ -10,8 +10,7 @@ from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 from fastface_cli.app.pipeline import BLOCKS
 from fastface_cli.benchmark.sdxl import PUBLISHED
 from fastface_cli.recipe.schema import AdaptiveSoftmask, Attention, Blend, Power, Scale
-from fastface_cli.sampling import attention
-from fastface_cli.sampling.attention import Conditions, IdentityAttnProcessor
+from fastface_cli.sampling import attention, processor
 from fastface_cli.sampling.guidance import BRANCHES
 
 META = torch.device("meta")
@@ -57,20 +56,23 @@ def test_attention_shapes_of_two_images_at_1024(
         return identity_attention(query, key, value, chain, count)
 
     monkeypatch.setattr(attention, "identity_attention", spy)
-    conditions = Conditions(
-        text=torch.empty(2 * images, 77, 2048, dtype=torch.float16, device=META),
-        identity=torch.empty(2 * images, 4, 2048, dtype=torch.float16, device=META),
+    layers = processor.identity_layers(unet)
+    processors = processor.identity_processors(layers)
+    text = torch.empty(2 * images, 77, 2048, dtype=torch.float16, device=META)
+    identity = torch.empty(2 * images, 4, 2048, dtype=torch.float16, device=META)
+    conditions = processor.Conditions(
+        text=text,
+        pooled=torch.empty(2 * images, 1280, dtype=torch.float16, device=META),
+        time_ids=torch.empty(1, 6, dtype=torch.float16, device=META),
+        identity=identity,
         scale=torch.empty(images, device=META),
         images=images,
+        projected=processor.project(layers, processors, text, identity),
     )
     rows = branches * images
-    layers = attention.identity_layers(unet)
-    processors = attention.processors(layers)
-    conditions.projected = attention.project(layers, processors, conditions.text, conditions.identity)
-    with torch.no_grad(), attention.installed(layers, processors):
-        installed = sum(
-            isinstance(processor, IdentityAttnProcessor) for processor in unet.attn_processors.values()
-        )
+    with torch.no_grad(), processor.installed(layers, processors):
+        kinds = map(type, unet.attn_processors.values())
+        installed = sum(kind is processor.IdentityAttnProcessor for kind in kinds)
         attended = conditions.select(
             BRANCHES["identity_first"][3 - branches :],
             {block: attention.resolve(METHODS[method], block, 0, 4) for block in BLOCKS},
@@ -80,8 +82,8 @@ def test_attention_shapes_of_two_images_at_1024(
             torch.tensor(999),
             encoder_hidden_states=attended,
             added_cond_kwargs={
-                "text_embeds": torch.empty(rows, 1280, dtype=torch.float16, device=META),
-                "time_ids": torch.empty(rows, 6, dtype=torch.float16, device=META),
+                "text_embeds": attended.pooled,
+                "time_ids": attended.time_ids,
             },
             return_dict=False,
         )

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from fastface_cli.recipe.schema import Attention, Blend
 from fastface_cli.sampling import attention as am
+from fastface_cli.sampling.processor import block_of
 
 
 def maps(seed: int, rows: int = 3, heads: int = 2, positions: int = 16) -> torch.Tensor:
@@ -170,4 +171,4 @@ def test_constant_maps_stay_finite():
     [("down_blocks.1.x", "down"), ("mid_block.attentions.0", "mid"), ("up_blocks.0.attentions.1", "up")],
 )
 def test_block_of(name, block):
-    assert am.block_of(name) == block
+    assert block_of(name) == block

@@ -13,11 +13,12 @@ import torch
 from support.methods import METHODS, assert_same, latents, recipe_of, requests
 from torch._dynamo.utils import counters
 
-from fastface_cli.app.pipeline import Pipeline, denoise, vae_decode
+from fastface_cli.app.pipeline import Pipeline, vae_decode
 from fastface_cli.benchmark.sdxl import MINIATURE
 from fastface_cli.benchmark.structure import write_stack
 from fastface_cli.models.acceleration import Acceleration
 from fastface_cli.models.compilation import Compiled, keep_graphs
+from fastface_cli.sampling.denoiser import denoise
 
 LIMITS = {"am1": 1e-5, "fastface": 1e-5, "am2": 2e-4, "fastface-am2": 2e-4}
 """Golden tolerances."""
@@ -91,9 +92,9 @@ def test_the_second_process_finds_what_the_first_compiled(small, tmp_path):
 import sys, time
 from pathlib import Path
 from support.methods import METHODS
-from fastface_cli.acceleration import Acceleration
-from fastface_cli.compiling import keep_graphs
-from fastface_cli.pipeline import Pipeline
+from fastface_cli.models.acceleration import Acceleration
+from fastface_cli.models.compilation import keep_graphs
+from fastface_cli.app.pipeline import Pipeline
 from torch._dynamo.utils import counters
 base, adapter, encoder, folder = map(Path, sys.argv[1:])
 keep_graphs(folder)

@@ -13,7 +13,7 @@ from fastface_cli.app.pipeline import Pipeline
 from fastface_cli.benchmark.footprint import count
 from fastface_cli.errors import DeviceError, UsageError
 from fastface_cli.models.acceleration import Acceleration
-from fastface_cli.models.loading import memory_errors
+from fastface_cli.models.device import memory_errors
 from fastface_cli.models.offload import (
     DECODING,
     GIB,

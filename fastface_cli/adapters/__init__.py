@@ -1,0 +1,1 @@
+"""Identity adapters: how a face conditions the UNet."""

@@ -1,0 +1,46 @@
+"""The interface between an identity adapter and the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ..sampling.processor import Extra, IdentityAttnProcessor, Layers
+
+if TYPE_CHECKING:
+    from ..identity.identity import Identity
+    from ..recipe.schema import Adapter
+
+Input: TypeAlias = Literal["embedding", "crop"]
+"""What an adapter reads of an identity: the face embedding, the aligned face crop."""
+
+OnDevice: TypeAlias = Callable[..., AbstractContextManager[None]]
+"""Entered with modules around their use: offloaded modules are moved to the device for that time."""
+
+
+class IdentityAdapter(Protocol):
+    """An identity adapter.
+
+    Decoupled guidance needs predictions with and without identity; attention manipulation needs identity
+    tokens with attention of their own. Everything else about an adapter stays behind this interface.
+    """
+
+    inputs: tuple[Input, ...]
+    num_tokens: int
+    """Identity tokens, which attention manipulation selects by number."""
+
+    def configured(self, settings: Adapter) -> IdentityAdapter:
+        """The same models under a recipe's adapter settings."""
+
+    def tokens(self, identity: Identity, on_device: OnDevice) -> tuple[Tensor, Tensor]:
+        """Encode no identity and a person: [num_tokens, width] each."""
+
+    def attention(self, unet: torch.nn.Module) -> tuple[Layers, list[IdentityAttnProcessor]]:
+        """The layers of a UNet that attend to the tokens, and a processor for each."""
+
+    def extra_conditioning(self, identities: Sequence[Identity]) -> Extra | None:
+        """Further conditioning of a batch in every step, such as a ControlNet; None where there is none."""

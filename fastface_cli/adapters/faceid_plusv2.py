@@ -1,0 +1,136 @@
+"""IP-Adapter FaceID-PlusV2: a face embedding and a face crop give four identity tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from diffusers import StableDiffusionXLPipeline
+from PIL import Image
+from torch import Tensor
+from transformers import CLIPImageProcessorPil
+
+from ..models.lora import fuse_loaded
+from ..models.quiet import loading_errors
+from ..recipe.schema import Adapter
+from ..sampling.processor import (
+    Extra,
+    IdentityAttnProcessor,
+    Layers,
+    identity_layers,
+    identity_processors,
+)
+from .base import Input, OnDevice
+
+if TYPE_CHECKING:
+    from ..identity.identity import Identity
+
+LORA = "faceid_0"
+"""The name that diffusers gives the LoRA inside the adapter file."""
+
+
+@dataclass
+class FaceIDPlusV2:
+    """The adapter's encoders; its keys and values are in the UNet."""
+
+    image_encoder: torch.nn.Module
+    projection: torch.nn.Module
+    """From (embedding, image features) to identity tokens."""
+    crop_order: str = "bgr"
+    inputs: tuple[Input, ...] = ("embedding", "crop")
+    num_tokens: int = 4
+    processor: CLIPImageProcessorPil = field(init=False)
+
+    def __post_init__(self) -> None:
+        config: Any = self.image_encoder.config
+        size = config.image_size
+        # The PIL one by name: with torchvision installed the plain class would resize differently.
+        self.processor = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=size)
+
+    def configured(self, settings: Adapter) -> FaceIDPlusV2:
+        """The same models under a recipe's adapter settings."""
+        return replace(self, crop_order=settings.crop_order)
+
+    def tokens(self, identity: Identity, on_device: OnDevice) -> tuple[Tensor, Tensor]:
+        """Encode no identity (a zero embedding and a zero image) and a person: [4, width] each."""
+        crop = identity.crop()
+        if self.crop_order == "rgb":
+            crop = np.ascontiguousarray(crop[..., ::-1])
+        # The published pipeline passes the crop in BGR order as if it were RGB.
+        pixels = self.processor(Image.fromarray(crop), return_tensors="pt").pixel_values
+        encoder: Any = self.image_encoder
+        with on_device(encoder):
+            pixels = pixels.to(encoder.device, encoder.dtype)
+            images = torch.cat([torch.zeros_like(pixels), pixels])
+            features = encoder(images, output_hidden_states=True).hidden_states[-2]
+        embedding = torch.from_numpy(identity.mean()).to(features.device, features.dtype)
+        embeddings = torch.stack([torch.zeros_like(embedding), embedding])
+        projection: Any = self.projection
+        try:
+            projection.clip_embeds = features[:, None]
+            with on_device(projection):
+                tokens = projection(embeddings[:, None])
+        finally:
+            projection.clip_embeds = None
+        return tokens[0], tokens[1]
+
+    def attention(self, unet: torch.nn.Module) -> tuple[Layers, list[IdentityAttnProcessor]]:
+        """Decoupled cross-attention in every cross-attention layer."""
+        layers = identity_layers(unet)
+        return layers, identity_processors(layers)
+
+    def extra_conditioning(self, identities: Sequence[Identity]) -> Extra | None:
+        """None: identity enters by attention alone."""
+        return None
+
+
+def load_adapter(
+    pipe: StableDiffusionXLPipeline, file: Path, lora_scale: float, *, fuse: bool = True
+) -> torch.nn.Module:
+    """Put the FaceID-PlusV2 adapter of a file into the pipeline's UNet; see `settle_adapter`."""
+    with loading_errors("identity adapter", file):
+        read_adapter(pipe, file)
+        return settle_adapter(pipe, lora_scale, fuse=fuse)
+
+
+def read_adapter(pipe: StableDiffusionXLPipeline, file: Path) -> None:
+    """Put the adapter of a file into the pipeline's UNet as diffusers does, its LoRA beside the weights."""
+    pipe.load_ip_adapter(
+        str(file.parent),
+        subfolder="",
+        weight_name=file.name,
+        image_encoder_folder=None,
+        local_files_only=True,
+    )
+
+
+def settle_adapter(
+    pipe: StableDiffusionXLPipeline, lora_scale: float, *, fuse: bool = True
+) -> torch.nn.Module:
+    """Scale the LoRA of an adapter in the UNet, fused unless `fuse` is False, and detach its projection.
+
+    The projection leaves the UNet because it runs once per image, not once per step.
+
+    Returns:
+        The projection from (embedding, image features) to identity tokens.
+    """
+    unet = pipe.unet
+    if LORA in getattr(unet, "peft_config", {}):
+        if lora_scale and fuse:
+            fuse_loaded(pipe, LORA, lora_scale)
+        elif lora_scale:
+            unet.set_adapters([LORA], [lora_scale])
+        else:
+            pipe.unload_lora_weights()
+    projection = unet.encoder_hid_proj.image_projection_layers[0]
+    if not hasattr(projection, "shortcut"):
+        raise ValueError("it is not a FaceID-PlusV2 file")
+    unet.encoder_hid_proj = None
+    # With the shortcut the projection is PlusV2; without, it would be Plus.
+    projection.shortcut = True
+    module: torch.nn.Module = projection.eval()
+    return module

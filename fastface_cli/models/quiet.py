@@ -1,0 +1,63 @@
+"""Logs and errors of diffusers and transformers, reduced to what a user needs."""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from transformers.utils import logging as transformers_logging
+
+from ..errors import ModelUnavailableError
+from .device import is_out_of_memory
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Loaders warn about what we do on purpose (no image encoder folder), and repeat what they raise."""
+    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
+    levels = [logger.level for logger in loggers]
+    bars = transformers_logging.is_progress_bar_enabled()
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        if bars:
+            transformers_logging.enable_progress_bar()
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@contextmanager
+def loading_errors(part: str, path: Path) -> Iterator[None]:
+    """Turn whatever a loader raises over a broken file into one sentence that names it."""
+    try:
+        yield
+    except (ModelUnavailableError, MemoryError):
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise ModelUnavailableError(
+            f"cannot load the {part} from {path}: {_reason(error)}",
+            "is it whole, and of the right kind? `fastface download --verify` checks what was fetched",
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """The message of a loader, without its advice to programmers."""
+    if isinstance(error, KeyError):
+        return f"it lacks {error}"
+    if isinstance(error, AttributeError | TypeError):
+        return "its content has another form"
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    summary = " ".join(lines[:2]) if lines and lines[0].endswith(":") else "".join(lines[:1])
+    sentence = re.split(r"\.\s", summary, maxsplit=1)[0]
+    return sentence[:300].rstrip(".") or type(error).__name__
