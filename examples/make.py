@@ -52,12 +52,12 @@ def draw_portrait(candidates: int = 16) -> None:
     face = FastFace("pocket-base", overrides=["adapter.scale=0", "adapter.lora_scale=0"], device="cpu")
     requests = [Request(FACE, seed, placeholder_identity()) for seed in range(candidates)]
     scored: list[tuple[float, Picture]] = []
-    for picture in face.pipeline.generate(requests, batch_size=8):
+    for result in face.pipeline.generate(requests, batch_size=8):
         score = face.scorer.score(
-            picture.image, identity=placeholder_identity(), prompt=FACE, seed=picture.request.seed
+            result.image, identity=placeholder_identity(), prompt=FACE, seed=result.request.seed
         )
         if score.likeness is not None and score.prompt is not None:
-            scored.append((score.prompt, picture))
+            scored.append((score.prompt, result))
     _, best = max(scored, key=lambda pair: pair[0])
     write(best, PORTRAIT, face.recipe, metadata=True, force=True)
     print(f"{PORTRAIT.relative_to(HERE.parent)}: seed {best.request.seed} of {candidates}")
@@ -129,13 +129,13 @@ def attention_maps(step: int, method: str, *overrides: str) -> tuple[Image.Image
     face = FastFace(f"pocket-{method}", overrides=overrides, device="cpu")
     me = face.identity(PORTRAIT)
     with recorded_attention() as recorded:
-        picture = next(face.pipeline.generate([Request(PROMPTS[0], SEED, me)]))
+        result = next(face.pipeline.generate([Request(PROMPTS[0], SEED, me)]))
     layers = len(recorded) // face.recipe.sampling.steps
     maps = recorded[step * layers : (step + 1) * layers]
     finest = max(layer.shape[2] for layer in maps)
     side = round(finest**0.5)
     mean = np.mean([layer[-1].mean(0) for layer in maps if layer.shape[2] == finest], axis=0)
-    return picture.image, mean.T.reshape(-1, side, side)
+    return result.image, mean.T.reshape(-1, side, side)
 
 
 def draw_attention(step: int = 1) -> None:
