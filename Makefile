@@ -1,9 +1,9 @@
-# `make demo` and `make test` work from nothing; VENV=... uses an environment that exists already.
+# `make demo` and `make test` set up everything; VENV=... uses an existing environment.
 PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(BIN)/fastface
-# Two processes of one thread each beat one process of two threads on small models.
+# On small models two processes with one thread each are faster than one process with two threads.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
 .PHONY: demo test test-slow fuzz lint bench pocket-report clean
@@ -13,17 +13,17 @@ $(READY):
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,dlib,ray]'
 
-demo: $(READY)  ## one picture with the miniature stack; prints its path
+demo: $(READY)  ## generate one image with the pocket stack and print its path
 	$(BIN)/fastface generate --recipe pocket --face examples/portrait.png \
 		--prompt "watercolor; a smiling woman" --seed 3 --force --output out/demo.png
 
-test: $(READY)  ## the suite, at most ten minutes on two cores
+test: $(READY)  ## the test suite, at most ten minutes on two cores
 	$(PYTEST) -n 2
 
-test-slow: $(READY)  ## full-size structure, kills, installs: at most thirty minutes
+test-slow: $(READY)  ## full-size structure, killed runs, installation: at most thirty minutes
 	$(PYTEST) -m slow
 
-fuzz: $(READY)  ## files of somebody else: a thousand examples for each reader, about five minutes
+fuzz: $(READY)  ## untrusted files: a thousand examples for each reader, about five minutes
 	FASTFACE_FUZZ=1000 $(PYTEST) tests/fuzz --hypothesis-show-statistics
 
 lint: $(READY)
@@ -31,10 +31,10 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(READY)  ## what the pocket stack's speed is worth; benchmarks/gpu.sh measures a GPU
+bench: $(READY)  ## speed of the pocket stack; benchmarks/gpu.sh measures a GPU
 	$(BIN)/python benchmarks/bench.py
 
-pocket-report: $(READY)  ## the pocket's numbers; needs the training portraits beside the checkout
+pocket-report: $(READY)  ## quality of the pocket stack; needs the training portraits next to the checkout
 	$(BIN)/python -m training.report
 
 clean:

@@ -1,7 +1,7 @@
-"""Makes every picture that the documentation shows, with the pocket stack: python examples/make.py
+"""Generate every image of the documentation with the pocket stack: python examples/make.py
 
-Run it again after the pocket's weights changed. Nobody real is in any of them: the portrait is drawn by the
-pocket without a reference, and everything else starts from that portrait.
+Run it again after the pocket weights change. The images show no real person: the portrait is generated
+without a reference photo, and everything else is generated from that portrait.
 """
 
 from __future__ import annotations
@@ -37,32 +37,34 @@ PROMPTS = (
 )
 SEED = 3
 PLAIN = {"metadata": {"Software": None}, "dpi": 110, "pil_kwargs": {"optimize": True}}
-"""Options of `savefig`: no version in the file, so that equal pictures are equal bytes."""
+"""Options of `savefig`: no version in the file, so that equal images are equal bytes."""
 
 
-def nobody() -> Identity:
-    """An identity that means nothing; at adapter scale 0 it is never looked at."""
+def placeholder_identity() -> Identity:
+    """An arbitrary identity; at adapter scale 0 it is never used."""
     embedding = np.zeros((1, 512), np.float32)
     embedding[0, 0] = 1
     return Identity(embedding, np.zeros((1, 224, 224, 3), np.uint8), np.ones(1, np.float32))
 
 
 def draw_portrait(candidates: int = 16) -> None:
-    """A person who does not exist: of several the one that follows the description best and shows a face."""
+    """Generate several people who do not exist; keep the face that best matches the description."""
     face = FastFace("pocket-base", overrides=["adapter.scale=0", "adapter.lora_scale=0"], device="cpu")
-    requests = [Request(FACE, seed, nobody()) for seed in range(candidates)]
+    requests = [Request(FACE, seed, placeholder_identity()) for seed in range(candidates)]
     scored: list[tuple[float, Picture]] = []
-    for picture in face.pipeline.generate(requests, batch_size=8):
-        score = face.scorer.score(picture.image, identity=nobody(), prompt=FACE, seed=picture.request.seed)
+    for result in face.pipeline.generate(requests, batch_size=8):
+        score = face.scorer.score(
+            result.image, identity=placeholder_identity(), prompt=FACE, seed=result.request.seed
+        )
         if score.likeness is not None and score.prompt is not None:
-            scored.append((score.prompt, picture))
-    _, best = max(scored, key=lambda one: one[0])
+            scored.append((score.prompt, result))
+    _, best = max(scored, key=lambda pair: pair[0])
     write(best, PORTRAIT, face.recipe, metadata=True, force=True)
     print(f"{PORTRAIT.relative_to(HERE.parent)}: seed {best.request.seed} of {candidates}")
 
 
 def draw_overview() -> None:
-    """The README's picture: the portrait, and what each method makes of it."""
+    """Draw the README's figure: the portrait, and the images of each method."""
     figure, axes = plt.subplots(len(PROMPTS), len(METHODS) + 1, figsize=(9.6, 5.4), layout="constrained")
     portrait = Image.open(PORTRAIT).convert("RGB")
     for column, method in enumerate(METHODS, start=1):
@@ -75,15 +77,15 @@ def draw_overview() -> None:
     axes[1, 0].set_title("the photo", fontsize=10)
     for row, prompt in enumerate(PROMPTS):
         axes[row, 1].set_ylabel(prompt.replace(" of", "\nof").replace(", ", ",\n"), fontsize=8)
-    for place in axes.flat:
-        place.set_xticks([])
-        place.set_yticks([])
-        place.spines[:].set_visible(False)
+    for axis in axes.flat:
+        axis.set_xticks([])
+        axis.set_yticks([])
+        axis.spines[:].set_visible(False)
     save(figure, "overview.png")
 
 
 def draw_people(rows: int = 6) -> None:
-    """People of the example data set, a row each, and what every recipe makes of them."""
+    """Draw people of the example data set, one per row, and the image of every recipe."""
     people = sorted((HERE / "mini" / "id_photos").glob("*.png"))[:rows]
     figure, axes = plt.subplots(rows, len(ALL) + 1, figsize=(9.6, 1.2 * rows + 0.3), layout="constrained")
     for row, photo in enumerate(people):
@@ -94,51 +96,51 @@ def draw_people(rows: int = 6) -> None:
         axes[0, column].set_title("base, 30 steps" if method == "base" else method, fontsize=9)
         for row, photo in enumerate(people):
             axes[row, column].imshow(face.generate(face.identity(photo), "photo; a person", seed=SEED)[0])
-    for place in axes.flat:
-        place.set_xticks([])
-        place.set_yticks([])
+    for axis in axes.flat:
+        axis.set_xticks([])
+        axis.set_yticks([])
     save(figure, "people.png")
 
 
 @contextmanager
-def recorded():
-    """Identity attention after its manipulation, in the order of the layers that ran."""
-    found: list[np.ndarray] = []
-    real = attention.manipulate
+def recorded_attention():
+    """Record identity attention after manipulation, in the order of the layers that ran."""
+    maps: list[np.ndarray] = []
+    original = attention.manipulate
 
     def manipulate(before, chain, images):
-        after = real(before, chain, images)
-        found.append(after.numpy())
+        after = original(before, chain, images)
+        maps.append(after.numpy())
         return after
 
     attention.manipulate = manipulate
     try:
-        yield found
+        yield maps
     finally:
-        attention.manipulate = real
+        attention.manipulate = original
 
 
 def attention_maps(step: int, method: str, *overrides: str) -> tuple[Image.Image, np.ndarray]:
-    """A picture, and its identity attention at one step as the layers used it, [4 tokens, h, w].
+    """Return an image, and its identity attention at one step as the layers used it, [4 tokens, h, w].
 
-    The mean over heads and over the layers of the finest resolution, in the branch that sees both the
-    person and the prompt.
+    The maps are the mean over heads and over the layers of the finest resolution, in the branch with both the
+    identity and the prompt.
     """
     face = FastFace(f"pocket-{method}", overrides=overrides, device="cpu")
     me = face.identity(PORTRAIT)
-    with recorded() as found:
-        picture = next(face.pipeline.generate([Request(PROMPTS[0], SEED, me)]))
-    layers = len(found) // face.recipe.sampling.steps
-    maps = found[step * layers : (step + 1) * layers]
-    finest = max(one.shape[2] for one in maps)
+    with recorded_attention() as recorded:
+        result = next(face.pipeline.generate([Request(PROMPTS[0], SEED, me)]))
+    layers = len(recorded) // face.recipe.sampling.steps
+    maps = recorded[step * layers : (step + 1) * layers]
+    finest = max(layer.shape[2] for layer in maps)
     side = round(finest**0.5)
-    mean = np.mean([one[-1].mean(0) for one in maps if one.shape[2] == finest], axis=0)
-    return picture.image, mean.T.reshape(-1, side, side)
+    mean = np.mean([layer[-1].mean(0) for layer in maps if layer.shape[2] == finest], axis=0)
+    return result.image, mean.T.reshape(-1, side, side)
 
 
 def draw_attention(step: int = 1) -> None:
-    """What attention manipulation does to the four identity tokens, for docs/how-it-works.md."""
-    # Only manipulated attention is recorded: to the power of 1 it is that of the baseline.
+    """Draw the effect of attention manipulation on the four identity tokens, for docs/how-it-works.md."""
+    # Only manipulated attention is recorded; with power 1 it equals the baseline.
     unchanged = "attention.transforms=[{kind: power, p: 1}]"
     rows = [
         ("A as it is (baseline)", *attention_maps(step, "am1", unchanged)),
@@ -148,16 +150,16 @@ def draw_attention(step: int = 1) -> None:
     figure, axes = plt.subplots(3, 5, figsize=(9.6, 5.6), layout="constrained")
     for token in range(4):
         axes[0, token + 1].set_title(f"token {token}", fontsize=10)
-    for line, (name, picture, maps) in zip(axes, rows, strict=True):
-        line[0].imshow(picture)
-        line[0].set_ylabel(name, fontsize=9)
-        for token, place in enumerate(line[1:]):
-            shown = place.imshow(maps[token], cmap="magma", vmin=0, vmax=maps.max())
-        bar = figure.colorbar(shown, ax=line[1:].tolist(), fraction=0.02, pad=0.01)
+    for row_axes, (name, image, maps) in zip(axes, rows, strict=True):
+        row_axes[0].imshow(image)
+        row_axes[0].set_ylabel(name, fontsize=9)
+        for token, axis in enumerate(row_axes[1:]):
+            heat_map = axis.imshow(maps[token], cmap="magma", vmin=0, vmax=maps.max())
+        bar = figure.colorbar(heat_map, ax=row_axes[1:].tolist(), fraction=0.02, pad=0.01)
         bar.ax.tick_params(labelsize=7)
-    for place in axes.flat:
-        place.set_xticks([])
-        place.set_yticks([])
+    for axis in axes.flat:
+        axis.set_xticks([])
+        axis.set_yticks([])
     save(figure, "attention.png")
 
 
@@ -172,7 +174,7 @@ def main() -> None:
     draw_portrait()
     draw_overview()
     draw_attention()
-    # The example data set has a module of its own, because it looks at its people with other metrics.
+    # The example data set has its own module, because it selects its people with other metrics.
     subprocess.run([sys.executable, "-m", "training.mini_set"], check=True, cwd=HERE.parent)
     draw_people()
 

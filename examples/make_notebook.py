@@ -1,6 +1,6 @@
-"""Writes examples/fastface.ipynb, the Python use step by step: python examples/make_notebook.py
+"""Write examples/fastface.ipynb, the Python use step by step: python examples/make_notebook.py
 
-Plain JSON and no outputs: whoever opens the notebook runs it. A test executes its cells in order.
+The notebook is written as plain JSON without outputs. A test executes its cells in order.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ CELLS = [
     """\
 # fastface in Python
 
-Every cell runs on a CPU without a download: the *pocket* is a trained miniature of the stack that ships
-with the package. For the real one write `FastFace("hyper-fastface")`; it needs an NVIDIA GPU and 12 GB of
-models. Install with `pip install .` from the checkout, and start the notebook in the folder `examples/`.""",
+Every cell runs on a CPU without a download, with the *pocket* stack: a trained miniature that is included
+in the package. For full-size models use `FastFace("hyper-fastface")`; it requires an NVIDIA GPU and 12 GB
+of models. Install with `pip install .` in the checkout and start the notebook in the folder `examples/`.""",
     """\
 from fastface_cli import FastFace
 
@@ -24,52 +24,52 @@ face = FastFace("pocket")
 me = face.identity("portrait.png")
 face.generate(me, "watercolor; a smiling woman", seed=3)[0]""",
     """\
-A recipe is loaded once and stays loaded. `identity` takes one or several photos, as paths or Pillow
-images; `generate` gives Pillow images. The same seed gives the same picture.""",
+A recipe is loaded once and stays loaded. `identity` accepts one or several photos, as paths or Pillow
+images. `generate` returns Pillow images. The same seed gives the same image.""",
     """\
 from PIL import Image
 
-pictures = face.generate(me, "pencil drawing; a serious woman", seed=1, count=4)
-row = Image.new("RGB", (128 * len(pictures), 128))
-for place, picture in enumerate(pictures):
-    row.paste(picture, (128 * place, 0))
+images = face.generate(me, "pencil drawing; a serious woman", seed=1, count=4)
+row = Image.new("RGB", (128 * len(images), 128))
+for index, image in enumerate(images):
+    row.paste(image, (128 * index, 0))
 row""",
     """\
-## How strongly the person speaks
+## Strength of the identity adapter
 
-`adapter_scale` weighs the identity half of attention; 0 leaves the person out.""",
+`adapter_scale` scales the identity part of attention; 0 disables it.""",
     """\
 scales = (0.0, 0.4, 0.8, 1.2)
 row = Image.new("RGB", (128 * len(scales), 128))
-for place, scale in enumerate(scales):
-    row.paste(face.generate(me, "a photo of a woman", seed=1, adapter_scale=scale)[0], (128 * place, 0))
+for index, scale in enumerate(scales):
+    row.paste(face.generate(me, "a photo of a woman", seed=1, adapter_scale=scale)[0], (128 * index, 0))
 row""",
     """\
 ## Changing the recipe
 
-Overrides are those of `--set`. The plan says what every step does: weights, and which of the three
-guidance branches are computed.""",
+Overrides work like `--set`. The plan shows the weights of each step and which of the three guidance
+branches are computed.""",
     """\
 gentle = FastFace("pocket", overrides=["guidance.text=[1, 2, 2, 1]", "adapter.scale=0.7"])
 for step in gentle.pipeline.plan():
     print(f"t {step.timestep:.0f}: identity {step.identity}, text {step.text}, branches {step.branches}")
 gentle.generate(me, "watercolor; a smiling woman", seed=3)[0]""",
     """\
-## The best of several
+## Keeping the best image
 
-Several pictures are made, and the one most like the person is kept, among those that follow the prompt.
-dlib judges where it is installed, because it did not condition the pictures.""",
+`best_of` generates several images and keeps the one most similar to the person, among those that follow the
+prompt. It uses dlib if it is installed, because dlib is independent of the models that generate.""",
     """\
 best = face.best_of(me, "watercolor; a smiling woman", n=4, seed=1)
 for score in best.scores:
     print(score)
-print("judged by", best.judge, "- kept seed", best.seed)
+print("scored by", best.judge, "- kept seed", best.seed)
 best.image""",
     """\
-## Keeping a person without the photo
+## Saving an identity
 
-An identity is an embedding and an aligned crop: it says who somebody is, so treat the file like the
-photo.""",
+An identity contains a face embedding and an aligned face crop. It identifies a person, so protect the file
+as you protect the photo.""",
     """\
 import tempfile
 from pathlib import Path
@@ -78,13 +78,12 @@ from fastface_cli.identity.identity import Identity
 
 with tempfile.TemporaryDirectory() as folder:
     file = me.save(Path(folder) / "me.safetensors")
-    again = Identity.load(file)
-face.generate(again, "a photo of a woman", seed=1)[0]""",
+    loaded = Identity.load(file)
+face.generate(loaded, "a photo of a woman", seed=1)[0]""",
     """\
-## When it cannot
+## Errors
 
-Everything that goes wrong is a `FastFaceError` with one sentence, a hint, and the command line's exit
-code.""",
+Errors are raised as `FastFaceError` with a message, a hint, and the exit code of the command line.""",
     """\
 from fastface_cli.errors import FastFaceError
 
@@ -95,11 +94,11 @@ except FastFaceError as error:
     print("hint:", error.hint)
     print("exit code:", error.exit_code)""",
 ]
-"""Text and code in turn; the first is text."""
+"""Text and code cells alternate, starting with text."""
 
 
 def render() -> str:
-    """The whole notebook."""
+    """Return the notebook as JSON."""
     cells = []
     for index, source in enumerate(CELLS):
         cell = {"cell_type": "code" if index % 2 else "markdown", "id": f"cell-{index}", "metadata": {}}
