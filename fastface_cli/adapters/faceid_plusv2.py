@@ -14,8 +14,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPImageProcessorPil
 
-from ..models.lora import fuse_loaded
-from ..models.quiet import loading_errors
+from ..quiet import loading_errors
 from ..recipe.schema import Adapter
 from ..sampling.processor import (
     Extra,
@@ -25,6 +24,7 @@ from ..sampling.processor import (
     identity_processors,
 )
 from .base import Input, OnDevice
+from .lora import fuse_loaded
 
 if TYPE_CHECKING:
     from ..identity.identity import Identity

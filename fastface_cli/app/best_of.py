@@ -217,7 +217,7 @@ def clip_prompt_scorer(folder: Path, pipeline: Pipeline) -> PromptScorer:
     import torch
     from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-    from ..models.quiet import quiet_libraries
+    from ..quiet import quiet_libraries
 
     # Where memory is saved there is no room for it on the card.
     device = torch.device("cpu") if pipeline.level.encoders else pipeline.device

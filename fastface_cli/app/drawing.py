@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..output.images import grid, write_png
-from ..output.metadata import describe_made, marker
+from ..output.metadata import marker
 from ..output.writer import Behind
 from .best_of import Candidates, Scorer, make_candidates
 from .events import Event, ImageFinished, RunFinished, StepFinished
 from .pipeline import Picture, Pipeline, Request
 from .plan import ImageCell, RunPlan
+from .provenance import describe_made
 from .request import GenerateRequest
 
 if TYPE_CHECKING:

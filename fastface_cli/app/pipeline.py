@@ -29,8 +29,8 @@ from ..models.loading import (
     load_scheduler,
 )
 from ..models.offload import OFF, Level, in_blocks, visiting
-from ..models.quiet import quiet_libraries
-from ..models.schedulers import with_steps
+from ..models.schedulers import is_stochastic, with_steps
+from ..quiet import quiet_libraries
 from ..recipe.schema import Block, Recipe
 from ..sampling import attention, guidance, processor
 from ..sampling.denoiser import GuidedDenoiser, denoise
@@ -340,7 +340,8 @@ class Pipeline:
         )
         with processor.installed(self.layers, self.processors), self._unet_on_device():
             timed = self._timed(denoiser)
-            trace = sample(timed, scheduler, noise.to(self.device), steps, generators, on_step)
+            own_noise = generators if is_stochastic(scheduler) else None
+            trace = sample(timed, scheduler, noise.to(self.device), steps, own_noise, on_step)
         return trace, scheduler.timesteps
 
     def _timed(self, denoiser: Denoiser) -> Denoiser:

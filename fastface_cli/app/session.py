@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..console import download_bars
 from ..errors import FastFaceError, UsageError
 from ..recipe.schema import Recipe
 from ..settings import Settings, load_settings
@@ -360,7 +361,9 @@ def fetch(
     if not faces:
         artifacts.pop("face")
     distinct = {artifact.name: artifact for artifact in artifacts.values()}
-    paths = Store(settings, offline=offline).ensure(list(distinct.values()), progress=progress)
+    store = Store(settings, offline=offline)
+    with download_bars(quiet=not progress) as observer:
+        paths = store.ensure(list(distinct.values()), progress=observer)
     return {role: paths[artifact.name] for role, artifact in artifacts.items()}
 
 

@@ -7,8 +7,6 @@ import sys
 import time
 from pathlib import Path
 
-from ..console import line
-
 
 def main() -> None:
     """Read the request, run it once, and print the seconds since the process was started."""
@@ -36,7 +34,7 @@ def main() -> None:
         "loading_peak_bytes": loading,
         "device_peak_bytes": device_peak(engine.device),
     }
-    line(json.dumps(measurements))
+    print(json.dumps(measurements), flush=True)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from ..app.pipeline import Pipeline, Request
 from ..models.fused import HEAD_WIDTH
 from ..models.loading import Homes
 from ..models.offload import Level
-from ..models.quiet import quiet_libraries
+from ..quiet import quiet_libraries
 from ..recipe.schema import Recipe
 from .random_stack import make_models, scheduler, tokenizers
 from .sdxl import PUBLISHED, Stack

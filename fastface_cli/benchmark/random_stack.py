@@ -23,8 +23,8 @@ from ..models.acceleration import DEFAULT, Acceleration, arrange, check
 from ..models.device import memory_errors
 from ..models.loading import Homes
 from ..models.offload import OFF, Level
-from ..models.quiet import quiet_libraries
 from ..models.schedulers import SCHEDULERS
+from ..quiet import quiet_libraries
 from ..recipe.schema import Recipe
 from .reference import PublishedPipeline
 from .sdxl import PADS, PUBLISHED, TURBO_SCHEDULER, ConfigFile, Stack

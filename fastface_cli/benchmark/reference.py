@@ -38,14 +38,14 @@ from torch import Tensor
 from transformers import CLIPImageProcessorPil
 
 from ..adapters.faceid_plusv2 import LORA, read_adapter
+from ..adapters.lora import fuse_lora
 from ..app.pipeline import BLOCKS, Picture, Request, StageTimer, to_pil
 from ..errors import UsageError
 from ..identity.identity import Identity
 from ..models.device import memory_errors, pick_device, pick_dtype
 from ..models.loading import load_image_encoder, load_scheduler, load_text_encoders, load_unet, load_vae
-from ..models.lora import fuse_lora
-from ..models.quiet import quiet_libraries
 from ..models.schedulers import is_stochastic, with_steps
+from ..quiet import quiet_libraries
 from ..recipe.schema import Block, Recipe
 from ..sampling import attention, guidance
 from ..sampling.loop import Trace

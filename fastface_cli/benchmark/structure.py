@@ -10,9 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -20,6 +20,14 @@ import torch
 from torch import Tensor
 from torch.serialization import skip_data
 
+from ..models.tensor_file import (
+    Shape,
+    TensorLayout,
+    numel,
+    safetensors_header,
+    safetensors_length,
+    safetensors_pieces,
+)
 from .sdxl import (
     BEGIN,
     END,
@@ -33,59 +41,10 @@ from .sdxl import (
     tokenizer_config,
 )
 
-Shape = tuple[int, ...]
 Fill = Literal["sparse", "random"]
 
 PT = {"format": "pt"}
 """The metadata that diffusers and transformers write."""
-
-_NAMES = {
-    torch.uint8: "U8",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int32: "I32",
-    torch.float32: "F32",
-    torch.float64: "F64",
-    torch.int64: "I64",
-}
-_ORDER = list(_NAMES)  # the format stores wider types first, and these in this order
-
-
-@dataclass(frozen=True)
-class TensorLayout:
-    """One checkpoint file: name to (shape, dtype), and the metadata of its header (None: none)."""
-
-    tensors: Mapping[str, tuple[Shape, torch.dtype]]
-    metadata: Mapping[str, str] | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """Return the total bytes of all tensors."""
-        return sum(_nbytes(shape, dtype) for shape, dtype in self.tensors.values())
-
-    @property
-    def parameters(self) -> int:
-        """Return the number of parameters of all tensors."""
-        return sum(_numel(shape) for shape, _ in self.tensors.values())
-
-    def cast(self, dtype: torch.dtype) -> TensorLayout:
-        """Return the layout with another data type for floating-point tensors."""
-        return replace(
-            self,
-            tensors={
-                name: (shape, dtype if old.is_floating_point else old)
-                for name, (shape, old) in self.tensors.items()
-            },
-        )
-
-
-def _numel(shape: Shape) -> int:
-    return int(torch.Size(shape).numel())
-
-
-def _nbytes(shape: Shape, dtype: torch.dtype) -> int:
-    return _numel(shape) * dtype.itemsize
-
 
 # --------------------------------------------------------------------------------------------- the files
 
@@ -261,44 +220,6 @@ def _projection(stack: Stack) -> Iterator[tuple[str, Shape]]:
 # ------------------------------------------------------------------------------------------- safetensors
 
 
-def _ordered(layout: TensorLayout) -> list[tuple[str, Shape, torch.dtype]]:
-    """The order in the file: wider types first, then by name."""
-    items = [(name, shape, dtype) for name, (shape, dtype) in layout.tensors.items()]
-    return sorted(items, key=lambda item: (-_ORDER.index(item[2]), item[0].encode()))
-
-
-def safetensors_header(layout: TensorLayout) -> bytes:
-    """Return the start of the file: the header length, then the header as JSON, padded to 8 bytes."""
-    header: dict[str, Any] = {}
-    if layout.metadata is not None:
-        header["__metadata__"] = dict(layout.metadata)
-    offset = 0
-    for name, shape, dtype in _ordered(layout):
-        end = offset + _nbytes(shape, dtype)
-        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
-def safetensors_length(layout: TensorLayout) -> int:
-    """Return the bytes of the complete file."""
-    return len(safetensors_header(layout)) + layout.nbytes
-
-
-def safetensors_pieces(layout: TensorLayout, tensor: Callable[[str], Tensor]) -> Iterator[memoryview]:
-    """Yield the file piece by piece, so that only one tensor is in memory at a time.
-
-    Args:
-        layout: layout of the file.
-        tensor: returns the tensor of a name, on the CPU, with the layout's shape and data type.
-    """
-    yield memoryview(safetensors_header(layout))
-    for name, _, _ in _ordered(layout):
-        yield tensor(name).contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
 def _write_safetensors(file: BinaryIO, layout: TensorLayout, fill: Fill, seed: int, scale: float) -> None:
     if fill == "sparse":
         file.write(safetensors_header(layout))
@@ -320,8 +241,8 @@ def _write_pickle(path: Path, layout: TensorLayout, fill: Fill, seed: int, scale
     parts: dict[str, dict[str, Tensor]] = {}
     offset = 0
     for name, (shape, _) in layout.tensors.items():
-        view = storage[offset : offset + _numel(shape)].view(shape)
-        offset += _numel(shape)
+        view = storage[offset : offset + numel(shape)].view(shape)
+        offset += numel(shape)
         if fill == "random":
             view.copy_(random_tensor(name, shape, dtype, seed, scale))
         part, _, key = name.partition(".")
@@ -341,7 +262,7 @@ def random_tensor(name: str, shape: Shape, dtype: torch.dtype, seed: int, scale:
     rank, which exposes a loader that omits alpha / rank. `scale` multiplies the matrices.
     """
     if not dtype.is_floating_point:
-        return torch.arange(_numel(shape), dtype=dtype).reshape(shape)
+        return torch.arange(numel(shape), dtype=dtype).reshape(shape)
     if name.endswith(".alpha"):
         return torch.full(shape, 2.0, dtype=dtype)
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
@@ -354,7 +275,7 @@ def random_tensor(name: str, shape: Shape, dtype: torch.dtype, seed: int, scale:
         noise = noise.mul_(0.02)
     else:
         is_up = name.endswith(("lora_up.weight", "lora.up.weight"))
-        noise = noise.mul_((0.1 if is_up else 1.0) * scale * _numel(shape[1:]) ** -0.5)
+        noise = noise.mul_((0.1 if is_up else 1.0) * scale * numel(shape[1:]) ** -0.5)
     return noise.to(dtype)
 
 

@@ -233,7 +233,6 @@ def score(
             recipe=recipe,
             rules=rules,
             split=split,
-            log=console.note,
         )
         folder = output
     with Run.reopen(folder) as opened:

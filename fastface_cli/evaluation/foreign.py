@@ -5,8 +5,8 @@ INDEX = position of the person in the program's order x number of prompts + posi
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -57,6 +57,9 @@ def read_order(file: Path, dataset: Dataset) -> list[str]:
     return order
 
 
+log = logging.getLogger(__name__)
+
+
 def adopt(
     images: Path,
     folder: Path,
@@ -67,7 +70,6 @@ def adopt(
     recipe: Recipe,
     rules: Rules,
     split: str,
-    log: Callable[[str], None],
 ) -> None:
     """Create a run from existing images. Images are copied and not scored.
 
@@ -80,7 +82,6 @@ def adopt(
         recipe: recipe whose face models score them.
         rules: evaluation protocol.
         split: prompt set, for the record.
-        log: receives messages about photos that cannot be read.
 
     Raises:
         UsageError: there are no images, or RUN contains something else.
@@ -105,7 +106,7 @@ def adopt(
     }
     plan = EvaluationPlan({name: recipe}, dataset)
     with Run.open(folder, info) as run:
-        photos = People(folder, {}, log)
+        photos = People(folder, {}, log.warning)
         for subject in dataset.subjects:
             photos.keep_photos(subject)
         known = run.rows()

@@ -76,8 +76,8 @@ class Maker:
             FastFaceError: the models cannot be loaded, so that no image of the recipe can be generated.
         """
         from ..app.pipeline import Request
+        from ..app.provenance import describe_made
         from ..output.images import encode_png
-        from ..output.metadata import describe_made
 
         recipe = self.setup.recipes[task.row.recipe]
         pipeline = self._ready(recipe, task)

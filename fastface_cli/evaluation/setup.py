@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ..app.licensing import artifacts_of
 from ..app.runtime import check_device
 from ..app.session import fetch
+from ..console import download_bars
 from ..errors import UsageError
 from ..files import content_mark
 from ..output.metadata import installed_versions
@@ -180,7 +181,9 @@ def scoring(
     roles = {role for metric in metrics for role in metric.needs.roles}
     by_role = _roles(roles, recipes)
     artifacts = {name: resolve(name) for metric in metrics for name in metric.needs.artifacts} | by_role
-    paths = Store(settings, offline=worker_setup.offline).ensure(list(artifacts.values()), progress=True)
+    store = Store(settings, offline=worker_setup.offline)
+    with download_bars() as observer:
+        paths = store.ensure(list(artifacts.values()), progress=observer)
     context = Context(
         {name: paths[artifact.name] for name, artifact in artifacts.items()}, _beside(worker_setup), rules
     )

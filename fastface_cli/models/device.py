@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import gc
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
 from ..errors import DeviceError, UsageError
+from ..quiet import is_out_of_memory
 from .offload import OFF, Level, next_smaller
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-NO_MEMORY = "out of memory|ALLOC_FAILED|can't allocate memory"
-"""How MPS, the CUDA libraries and the CPU allocator report a lack of memory in a plain RuntimeError."""
 
 
 def pick_device(name: str) -> torch.device:
@@ -53,13 +51,6 @@ def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
     if name not in DTYPES:
         raise UsageError(f"dtype '{name}' is not supported", f"use one of {', '.join(DTYPES)}")
     return DTYPES[name]
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error is a lack of memory."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and re.search(NO_MEMORY, str(error)) is not None
-    )
 
 
 @contextmanager

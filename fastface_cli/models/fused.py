@@ -21,9 +21,9 @@ from diffusers.models.embeddings import IPAdapterFaceIDPlusImageProjection
 from safetensors import safe_open
 from torch import Tensor
 
-from ..benchmark.structure import TensorLayout, safetensors_length, safetensors_pieces
 from ..recipe.schema import Recipe
 from ..store.fused_cache import FusedCache
+from .tensor_file import TensorLayout, safetensors_length, safetensors_pieces
 
 HEAD_WIDTH = 64
 """Of the identity projection's attention, in every FaceID-PlusV2 file."""

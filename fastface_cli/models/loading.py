@@ -29,14 +29,13 @@ from transformers import (
 )
 
 from ..adapters.faceid_plusv2 import load_adapter
+from ..adapters.lora import TEXT_ENCODERS, fuse_lora
+from ..quiet import is_out_of_memory, loading_errors
 from ..recipe.schema import Recipe
 from ..store.fused_cache import FusedCache, fused_inputs, fused_key
 from . import fused
-from .device import is_out_of_memory
 from .fused import FusedModels
-from .lora import TEXT_ENCODERS, fuse_lora
 from .offload import Level
-from .quiet import loading_errors
 from .schedulers import SCHEDULERS
 
 logger = logging.getLogger(__name__)

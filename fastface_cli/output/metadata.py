@@ -11,10 +11,10 @@ import functools
 import importlib.metadata
 import json
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 from xml.sax.saxutils import quoteattr
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -24,9 +24,6 @@ from ..errors import UsageError
 from ..files import content_mark
 from ..recipe.schema import Recipe, Weight, WeightFunction
 from ..store.manifest import load_manifest
-
-if TYPE_CHECKING:
-    from ..app.pipeline import Picture
 
 SCHEMA = 1
 """Version of the JSON in `fastface`; readers refuse newer versions."""
@@ -190,33 +187,6 @@ def describe(provenance: Provenance) -> dict[str, str]:
         )
     software = f"fastface {provenance.versions.get('fastface', __version__)}"
     return {"parameters": _parameters(provenance, software), KEYWORD: data, **marker(software)}
-
-
-def describe_made(
-    recipe: Recipe, image: Picture, *, best_of: Mapping[str, Any] | None = None
-) -> dict[str, str]:
-    """Return the text chunks of an image that the pipeline generated.
-
-    Args:
-        recipe: as resolved for the run.
-        image: the image.
-        best_of: the fields of `BestOf`, if the image was selected from several candidates.
-    """
-    request = image.request
-    return describe(
-        Provenance(
-            recipe=recipe,
-            prompt=request.prompt,
-            negative_prompt=request.negative_prompt,
-            seed=request.seed,
-            adapter_scale=image.adapter_scale,
-            identity_digest=request.identity.digest(),
-            unet_samples=image.unet_samples,
-            versions=installed_versions(),
-            best_of=BestOf(**best_of) if best_of else None,
-            lossy=dict(image.lossy) or None,
-        )
-    )
 
 
 def marker(software: str = f"fastface {__version__}") -> dict[str, str]:

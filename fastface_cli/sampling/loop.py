@@ -9,7 +9,6 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ..models.schedulers import is_stochastic
 from .guidance import Step
 
 Denoiser: TypeAlias = Callable[[Tensor, Step], Tensor]
@@ -31,7 +30,7 @@ def sample(
     scheduler: Any,
     noise: Tensor,
     steps: Sequence[Step],
-    generators: Sequence[torch.Generator],
+    generators: Sequence[torch.Generator] | None,
     on_step: Callable[[int], None] = lambda _: None,
 ) -> Trace:
     """Sample a batch with FastFace (arXiv 2505.21144, section 3).
@@ -45,12 +44,12 @@ def sample(
         scheduler: a diffusers scheduler with its timesteps set.
         noise: [images, C, h, w], standard normal.
         steps: one per timestep.
-        generators: one per image; stochastic schedulers draw from them.
+        generators: one per image for a stochastic scheduler, which draws from them; None for the others.
         on_step: called with the number of images after each step.
     """
     latents = noise * scheduler.init_noise_sigma
     trace = Trace(latents.clone())
-    extra = {"generator": list(generators)} if is_stochastic(scheduler) else {}
+    extra = {"generator": list(generators)} if generators else {}
     for step, t in zip(steps, scheduler.timesteps, strict=True):
         prediction = denoiser(scheduler.scale_model_input(latents, t), step)
         latents = scheduler.step(prediction, t, latents, **extra, return_dict=False)[0]

@@ -89,13 +89,13 @@ class Store:
         self,
         artifacts: Sequence[Artifact],
         *,
-        progress: ProgressObserver | bool = False,
+        progress: ProgressObserver = ignore,
     ) -> dict[str, Path]:
         """Fetch missing files and verify them.
 
         Args:
             artifacts: the artifacts; duplicates are ignored.
-            progress: receives progress events; True shows progress bars on a terminal.
+            progress: receives progress events.
 
         Returns:
             `path` of each artifact, by name.
@@ -107,8 +107,8 @@ class Store:
         distinct = _unique(artifacts)
         for artifact in distinct:
             _check_local(artifact)
-        with _writing(self.settings.home), _observing(progress) as observer:
-            fetcher = Fetcher(self.layout, observer)
+        with _writing(self.settings.home):
+            fetcher = Fetcher(self.layout, progress)
             for artifact in distinct:
                 self._list(artifact)
                 self._check_present(artifact, fetcher)
@@ -118,16 +118,16 @@ class Store:
                     raise offline_error(missing)
                 self._check_room(missing)
                 self._announce(missing)
-                observer(DownloadStarted(tuple(missing)))
+                progress(DownloadStarted(tuple(missing)))
                 fetch_all(fetcher, self._tasks(missing))
         return {artifact.name: self.path(artifact) for artifact in distinct}
 
-    def verify(self, artifact: Artifact, *, progress: ProgressObserver | bool = False) -> list[FileStatus]:
+    def verify(self, artifact: Artifact, *, progress: ProgressObserver = ignore) -> list[FileStatus]:
         """Hash every file of an artifact; a file with wrong bytes is quarantined and reported as bad."""
         if artifact.local is not None:
             return self.status(artifact)
-        with _writing(self.settings.home), _observing(progress) as observer:
-            fetcher = Fetcher(self.layout, observer)
+        with _writing(self.settings.home):
+            fetcher = Fetcher(self.layout, progress)
             return [self._verify_file(artifact, file, fetcher) for file in self._files(artifact)]
 
     def remove(self, artifact: Artifact) -> int:
@@ -382,14 +382,3 @@ def _writing(home: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise transfer.disk_error(error, f"cannot store models in {home}") from error
-
-
-@contextlib.contextmanager
-def _observing(progress: ProgressObserver | bool) -> Iterator[ProgressObserver]:
-    if progress is True:
-        from ..console import download_bars
-
-        with download_bars() as observer:
-            yield observer
-    else:
-        yield progress or ignore

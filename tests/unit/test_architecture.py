@@ -14,9 +14,10 @@ PACKAGE = Path(__file__).parents[2] / "fastface_cli"
 LAYERS = (
     ("cli",),
     ("commands",),
-    ("console",),
-    ("evaluation", "benchmark", "doctor"),
+    ("evaluation", "benchmark"),
+    ("doctor",),
     ("app",),
+    ("console",),
     ("models",),
     ("adapters",),
     ("sampling",),
@@ -24,7 +25,7 @@ LAYERS = (
     ("output",),
     ("store",),
     ("recipe",),
-    ("settings", "files", "pocket"),
+    ("settings", "files", "pocket", "quiet"),
     ("errors",),
 )
 """From top to bottom; what shares a line does not import one another."""
@@ -47,7 +48,7 @@ def imported_parts(path: Path, tree: ast.Module) -> Iterator[str]:
 
 def test_every_part_of_the_package_has_a_layer():
     parts = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path, _ in modules()}
-    assert parts - {"__init__"} == set(RANK)
+    assert parts - {"__init__"} == set(RANK), "add new folders to LAYERS"
 
 
 def test_folders_import_only_from_folders_below_them():
@@ -57,7 +58,7 @@ def test_folders_import_only_from_folders_below_them():
         if part == "__init__":
             continue
         for imported in imported_parts(path, tree):
-            if imported not in RANK or imported == part:
+            if imported in ("__version__", part):
                 continue
             if RANK[imported] <= RANK[part]:
                 wrong.append(f"{path.relative_to(PACKAGE)} imports {imported}")
@@ -92,6 +93,7 @@ def test_functions_fit_a_screen(limit):
 
 
 def test_functions_take_at_most_eight_parameters():
+    """Constructors are not counted: their options are their documentation too."""
     wide = []
     for path, tree in modules():
         if path.parent.name == "commands":
@@ -101,6 +103,6 @@ def test_functions_take_at_most_eight_parameters():
                 continue
             arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
             count = len([a for a in arguments if a.arg not in ("self", "cls")])
-            if count > 8:
+            if count > 8 and node.name != "__init__":
                 wide.append(f"{path.relative_to(PACKAGE)}:{node.name} {count}")
     assert wide == []

@@ -273,7 +273,6 @@ def take(theirs, published, folder):
         recipe=load_recipe("pocket").recipe,
         rules="published",
         split="full",
-        log=print,
     )
 
 

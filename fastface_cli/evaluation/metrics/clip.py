@@ -187,7 +187,7 @@ def _strictly(kind: Any, folder: Path, device: str, **options: Any) -> Any:
 
 
 def _loaded(load: Callable[[], Clip], folder: Path) -> Clip:
-    from ...models.quiet import quiet_libraries
+    from ...quiet import quiet_libraries
 
     try:
         with quiet_libraries():

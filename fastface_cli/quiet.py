@@ -9,10 +9,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from transformers.utils import logging as transformers_logging
 
-from ..errors import ModelUnavailableError
-from .device import is_out_of_memory
+from .errors import ModelUnavailableError
+
+NO_MEMORY = "out of memory|ALLOC_FAILED|can't allocate memory"
+"""How MPS, the CUDA libraries and the CPU allocator report a lack of memory in a plain RuntimeError."""
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error is a lack of memory."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and re.search(NO_MEMORY, str(error)) is not None
+    )
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from diffusers import StableDiffusionXLPipeline
 
-from .quiet import loading_errors
+from ..quiet import loading_errors
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 

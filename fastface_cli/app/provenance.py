@@ -1,0 +1,37 @@
+"""How an image of the pipeline was made, as its file records it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..output.metadata import BestOf, Provenance, describe, installed_versions
+from ..recipe.schema import Recipe
+from .pipeline import Picture
+
+
+def describe_made(
+    recipe: Recipe, image: Picture, *, best_of: Mapping[str, Any] | None = None
+) -> dict[str, str]:
+    """Return the text chunks of an image that the pipeline generated.
+
+    Args:
+        recipe: as resolved for the run.
+        image: the image.
+        best_of: the fields of `BestOf`, if the image was selected from several candidates.
+    """
+    request = image.request
+    return describe(
+        Provenance(
+            recipe=recipe,
+            prompt=request.prompt,
+            negative_prompt=request.negative_prompt,
+            seed=request.seed,
+            adapter_scale=image.adapter_scale,
+            identity_digest=request.identity.digest(),
+            unet_samples=image.unet_samples,
+            versions=installed_versions(),
+            best_of=BestOf(**best_of) if best_of else None,
+            lossy=dict(image.lossy) or None,
+        )
+    )
