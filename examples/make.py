@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from fastface_cli import FastFace
-from fastface_cli.app.pipeline import Picture, Request
+from fastface_cli.app.pipeline import GeneratedImage, Request
 from fastface_cli.commands.generate import write
 from fastface_cli.identity.identity import Identity
 from fastface_cli.sampling import attention
@@ -51,7 +51,7 @@ def draw_portrait(candidates: int = 16) -> None:
     """Generate several people who do not exist; keep the face that best matches the description."""
     face = FastFace("pocket-base", overrides=["adapter.scale=0", "adapter.lora_scale=0"], device="cpu")
     requests = [Request(FACE, seed, placeholder_identity()) for seed in range(candidates)]
-    scored: list[tuple[float, Picture]] = []
+    scored: list[tuple[float, GeneratedImage]] = []
     for result in face.pipeline.generate(requests, batch_size=8):
         score = face.scorer.score(
             result.image, identity=placeholder_identity(), prompt=FACE, seed=result.request.seed

@@ -1,4 +1,4 @@
-"""FastFace: put a person into a picture in four diffusion steps."""
+"""FastFace: put a person into an image in four diffusion steps."""
 
 import os
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,4 @@
-"""The Typer app: flags in, one function call out. Nothing heavy is imported here."""
+"""The Typer app. No heavy package is imported here."""
 
 from __future__ import annotations
 
@@ -17,17 +17,19 @@ from .errors import FastFaceError, UsageError, unexpected
 
 app = typer.Typer(
     name="fastface",
-    help="Put a person into a picture in four diffusion steps.",
+    help="Put a person into an image in four diffusion steps.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # boxes take longer to import than all the rest of --help
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command(name="generate", short_help="Put a person into a picture.")(generate.generate)
-app.command(name="download", short_help="Fetch and check models.")(download.download)
-app.command(name="bench", short_help="Measure how long pictures take.")(bench.bench)
-app.command(name="doctor", short_help="Say what is wrong here and what mends it.")(doctor.doctor)
-app.command(name="licenses", short_help="Say what the licenses of a recipe allow.")(licenses.licenses)
+app.command(name="generate", short_help="Put a person into an image.")(generate.generate)
+app.command(name="download", short_help="Download and verify models.")(download.download)
+app.command(name="bench", short_help="Measure the time per image.")(bench.bench)
+app.command(name="doctor", short_help="Check this machine and print the command that fixes each problem.")(
+    doctor.doctor
+)
+app.command(name="licenses", short_help="Show the licenses of a recipe's models.")(licenses.licenses)
 app.add_typer(evaluate.app, name="eval")
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(cache.app, name="cache")
@@ -38,7 +40,7 @@ class _Interrupted(BaseException):
 
 
 class _StoppedError(FastFaceError):
-    """What is told of it."""
+    """How an interrupted command is reported."""
 
     exit_code = 130
     kind = "interrupted"
@@ -77,7 +79,7 @@ def run(argv: list[str] | None = None) -> int:
     except SystemExit as exit_:
         code = exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
         if code == UsageError.exit_code and "--json" in arguments:
-            _print_failure(arguments, UsageError(_said(exit_)), {})
+            _print_failure(arguments, UsageError(_typer_message(exit_)), {})
         return code
     except BrokenPipeError:
         return _closed_pipe()
@@ -92,14 +94,14 @@ def run(argv: list[str] | None = None) -> int:
                 console.note("interrupted")
             else:
                 console.print_error(failure)
-        except OSError:  # nobody reads, or the disk is full: there is no way left to tell
+        except OSError:  # stdout is closed or the disk is full: nothing can be reported
             _closed_pipe()
         return failure.exit_code
     return 0
 
 
 def _failure(error: BaseException) -> FastFaceError:
-    """What to tell of whatever was raised."""
+    """Any exception as the error that is reported."""
     if isinstance(error, FastFaceError):
         return error
     if isinstance(error, _Interrupted):
@@ -108,15 +110,15 @@ def _failure(error: BaseException) -> FastFaceError:
 
 
 def _print_failure(arguments: list[str], error: FastFaceError, partial: dict[str, Any]) -> None:
-    """The one JSON object of a failed command; that of `generate` always lists the pictures it made."""
+    """The one JSON object of a failed command; that of `generate` always lists its images."""
     empty: dict[str, Any] = {"images": []} if arguments[:1] == ["generate"] else {}
     console.print_json({"ok": False, **empty, **partial, "error": error.record()})
 
 
-def _said(exit_: SystemExit) -> str:
-    """What Typer has said on stderr about the arguments, in one line."""
-    say = getattr(exit_.__context__, "format_message", None)
-    return " ".join(str(say()).split()) if say else "the arguments are not valid"
+def _typer_message(exit_: SystemExit) -> str:
+    """Typer's message about the arguments, in one line."""
+    format_message = getattr(exit_.__context__, "format_message", None)
+    return " ".join(str(format_message()).split()) if format_message else "the arguments are not valid"
 
 
 def _closed_pipe() -> int:
@@ -128,14 +130,14 @@ def _closed_pipe() -> int:
 def main() -> None:
     """Entry point of the `fastface` command."""
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by whoever started us
+        if getattr(sys, name) is None:  # closed by the parent process
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  for the rest of the process
     if sys.stdout.errors == "strict" and isinstance(sys.stdout, io.TextIOWrapper):
-        # A picture is there before its name is printed: a name that is no text must not end the run.
+        # An image is written before its name is printed: a name that is not text must not end the run.
         utf8 = sys.stdout.encoding.lower().replace("-", "") == "utf8"
         sys.stdout.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")
     signal.signal(signal.SIGINT, _interrupt)
-    # Libraries say while they are imported what only a developer wants to know.
+    # Libraries print messages for developers while they are imported.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     sys.exit(run())

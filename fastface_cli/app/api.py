@@ -183,7 +183,7 @@ class FastFace:
             raise UsageError(f"best of {n}: choose 1 to {MOST} candidates")
         requests = self._requests(identity, prompt, seed, n, negative_prompt, adapter_scale)
         candidates = make_candidates(self.pipeline, self.scorer, requests, **options)
-        kept = candidates.pictures[candidates.kept]
+        kept = candidates.images[candidates.kept]
         return Best(kept.image, kept.request.seed, candidates.scores, candidates.judge)
 
     def _requests(

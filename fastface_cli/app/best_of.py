@@ -1,4 +1,4 @@
-"""Best of several: who a picture shows, whether it follows its prompt, and which one to keep.
+"""Best of several: who an image shows, whether it follows its prompt, and which one to keep.
 
 The recognizer that conditions the adapter is a poor judge of its own work: it scores what the adapter was
 trained to repeat. dlib's network never took part, so it judges where it is installed.
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
     from ..identity.analyzer import FaceAnalyzer
     from ..identity.identity import Identity
-    from .pipeline import Picture, Pipeline, Request
+    from .pipeline import GeneratedImage, Pipeline, Request
 
 MOST = 1000
-"""Candidates of one picture."""
+"""Candidates of one image."""
 
 PROMPT_SCORER = "clip-vit-large-patch14"
 """Artifact that scores prompts where a stack has no matched pair of encoders of its own."""
@@ -36,24 +36,24 @@ _FACE_IN_CROP = (32, 63, 192, 223)
 
 @dataclass(frozen=True)
 class Score:
-    """What is known of one candidate; higher is better."""
+    """The scores of one candidate; higher is better."""
 
     seed: int
     likeness: float | None
     """By the judge; None where no face was found."""
     prompt: float | None
-    """Cosine of picture and prompt; None where nothing could score it."""
+    """Cosine of image and prompt; None where nothing could score it."""
 
     def record(self) -> dict[str, Any]:
-        """As JSON tells it."""
+        """Plain data for JSON."""
         return {"seed": self.seed, "likeness": _rounded(self.likeness), "prompt": _rounded(self.prompt)}
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """Several pictures of one prompt, and what the choice among them is made from."""
+    """Several images of one prompt, and their scores."""
 
-    pictures: tuple[Picture, ...]
+    images: tuple[GeneratedImage, ...]
     scores: tuple[Score, ...]
     judge: str
 
@@ -63,7 +63,7 @@ class Candidates:
         return choose(self.scores)
 
     def summary(self) -> dict[str, Any]:
-        """What the kept picture says of its choice; plain data, nothing of the person."""
+        """How the image was chosen, for its metadata; contains nothing about the person."""
         kept = self.scores[self.kept]
         return {
             "count": len(self.scores),
@@ -76,12 +76,12 @@ class Candidates:
 
 @dataclass(frozen=True)
 class Best:
-    """The picture that was kept, and what the choice was made from."""
+    """The image that was kept, and the scores of all candidates."""
 
     image: Image.Image
     """8-bit RGB."""
     seed: int
-    """Of the picture that was kept."""
+    """Of the image that was kept."""
     scores: tuple[Score, ...]
     """Of every candidate, in the order of their seeds."""
     judge: str
@@ -94,16 +94,22 @@ class Judge(Protocol):
     name: str
     """As messages call it."""
 
-    def describe(self, picture: np.ndarray, crop: np.ndarray, face: Any) -> np.ndarray:
-        """A face in numbers: of a picture in BGR, its aligned crop [224, 224, 3] BGR, and the face found."""
+    def describe(self, image: np.ndarray, crop: np.ndarray, face: Any) -> np.ndarray:
+        """The embedding of a face.
+
+        Args:
+            image: [height, width, 3] uint8, BGR.
+            crop: the aligned face, [224, 224, 3] BGR.
+            face: the detected face.
+        """
         ...
 
     def reference(self, identity: Identity) -> np.ndarray:
-        """A person in the same numbers."""
+        """The embedding of a person."""
         ...
 
-    def likeness(self, found: np.ndarray, reference: np.ndarray) -> float:
-        """How alike two descriptions are; higher is more."""
+    def likeness(self, embedding: np.ndarray, reference: np.ndarray) -> float:
+        """Similarity of two embeddings; higher is more similar."""
         ...
 
 
@@ -130,7 +136,7 @@ class DlibJudge:
             str(folder / "dlib_face_recognition_resnet_model_v1.dat")
         )
 
-    def describe(self, picture: np.ndarray, crop: np.ndarray, face: Any) -> np.ndarray:
+    def describe(self, image: np.ndarray, crop: np.ndarray, face: Any) -> np.ndarray:
         """See `Judge`: [128] float64."""
         rgb = np.ascontiguousarray(crop[..., ::-1])
         points = self._points(rgb, self._dlib.rectangle(*_FACE_IN_CROP))
@@ -141,34 +147,34 @@ class DlibJudge:
         each = [self.describe(crop, crop, None) for crop in identity.face_crop_bgr]
         return np.average(each, axis=0, weights=identity.weight)
 
-    def likeness(self, found: np.ndarray, reference: np.ndarray) -> float:
+    def likeness(self, embedding: np.ndarray, reference: np.ndarray) -> float:
         """One minus the distance; dlib takes two faces for one person's from 0.4 on."""
-        return 1.0 - float(np.linalg.norm(found - reference))
+        return 1.0 - float(np.linalg.norm(embedding - reference))
 
 
 class ConditioningJudge:
-    """The recognizer that conditioned the picture: cosine of its embeddings. Better than nothing."""
+    """The recognizer that conditioned the image: cosine of its embeddings. Better than nothing."""
 
     name = "the conditioning recognizer"
 
     def __init__(self, analyzer: FaceAnalyzer) -> None:
         self._analyzer = analyzer
 
-    def describe(self, picture: np.ndarray, crop: np.ndarray, face: Any) -> np.ndarray:
+    def describe(self, image: np.ndarray, crop: np.ndarray, face: Any) -> np.ndarray:
         """See `Judge`: [512] float32, unit norm."""
-        return self._analyzer.embed(picture, face)
+        return self._analyzer.embed(image, face)
 
     def reference(self, identity: Identity) -> np.ndarray:
         """The embedding that conditions."""
         return identity.mean()
 
-    def likeness(self, found: np.ndarray, reference: np.ndarray) -> float:
+    def likeness(self, embedding: np.ndarray, reference: np.ndarray) -> float:
         """Cosine."""
-        return float(found.astype(np.float64) @ reference.astype(np.float64))
+        return float(embedding.astype(np.float64) @ reference.astype(np.float64))
 
 
 def pick_judge(analyzer: FaceAnalyzer, log: Callable[[str], None] = lambda _: None) -> Judge:
-    """dlib where it is installed, else the conditioning recognizer, and then says so.
+    """dlib where it is installed, else the conditioning recognizer, with a notice.
 
     Args:
         analyzer: the face models of the stack.
@@ -178,14 +184,14 @@ def pick_judge(analyzer: FaceAnalyzer, log: Callable[[str], None] = lambda _: No
         return DlibJudge()
     except ImportError:
         log(
-            "likeness is judged by the recognizer that conditions the picture, which favours copies; "
+            "likeness is judged by the recognizer that conditions the image, which favours copies; "
             "for an independent judge: pip install 'fastface-cli[dlib]'"
         )
         return ConditioningJudge(analyzer)
 
 
 PromptScorer = Callable[[str, "Image.Image"], float]
-"""Prompt and picture -> cosine of their CLIP embeddings."""
+"""Prompt and image -> cosine of their CLIP embeddings."""
 
 
 def own_prompt_scorer(pipeline: Pipeline) -> PromptScorer | None:
@@ -255,24 +261,24 @@ def _cosine(
     import torch
     from torch.nn import functional
 
-    told: dict[str, Any] = {}
+    encoded: dict[str, Any] = {}
 
     @torch.inference_mode()
-    def score(prompt: str, picture: Image.Image) -> float:
-        if prompt not in told:
+    def score(prompt: str, image: Image.Image) -> float:
+        if prompt not in encoded:
             ids = words(
                 prompt, padding="max_length", truncation=True, max_length=77, return_tensors="pt"
             ).input_ids
-            told[prompt] = text(ids.to(device)).float()
-        pixels = processor(picture, return_tensors="pt").pixel_values.to(device, dtype)
-        return float(functional.cosine_similarity(told[prompt], vision(pixels).float()))
+            encoded[prompt] = text(ids.to(device)).float()
+        pixels = processor(image, return_tensors="pt").pixel_values.to(device, dtype)
+        return float(functional.cosine_similarity(encoded[prompt], vision(pixels).float()))
 
     return score
 
 
 @dataclass
 class Scorer:
-    """Measures candidates: the face against the person, the picture against its prompt."""
+    """Scores candidates: the face against the person, the image against its prompt."""
 
     analyzer: FaceAnalyzer
     judge: Judge
@@ -281,44 +287,44 @@ class Scorer:
     def __post_init__(self) -> None:
         self._references: dict[str, np.ndarray] = {}
 
-    def score(self, picture: Image.Image, *, identity: Identity, prompt: str, seed: int) -> Score:
-        """Measure one picture; of several faces the largest counts."""
+    def score(self, image: Image.Image, *, identity: Identity, prompt: str, seed: int) -> Score:
+        """Score one image by its largest face."""
         from ..identity.analyzer import align
         from ..identity.search import bgr, find_faces
 
-        told = self.prompt(prompt, picture) if self.prompt else None
-        pixels = bgr(picture)
+        prompt_score = self.prompt(prompt, image) if self.prompt else None
+        pixels = bgr(image)
         faces = find_faces(pixels, self.analyzer)
         if not faces:
-            return Score(seed, None, told)
+            return Score(seed, None, prompt_score)
         key = identity.digest()
         if key not in self._references:
             self._references[key] = self.judge.reference(identity)
-        found = self.judge.describe(pixels, align(pixels, faces[0]), faces[0])
-        likeness = self.judge.likeness(found, self._references[key])
-        return Score(seed, likeness if math.isfinite(likeness) else None, told)
+        embedding = self.judge.describe(pixels, align(pixels, faces[0]), faces[0])
+        likeness = self.judge.likeness(embedding, self._references[key])
+        return Score(seed, likeness if math.isfinite(likeness) else None, prompt_score)
 
 
 def make_candidates(
     pipeline: Pipeline, scorer: Scorer, requests: Sequence[Request], **options: Any
 ) -> Candidates:
-    """Make and measure the candidates of one picture.
+    """Generate and score the candidates of one image.
 
     Args:
         requests: one prompt and one person with several seeds.
         options: of `Pipeline.generate`.
     """
-    pictures = tuple(pipeline.generate(requests, **options))
+    images = tuple(pipeline.generate(requests, **options))
     scores = tuple(
         scorer.score(
-            picture.image,
-            identity=picture.request.identity,
-            prompt=picture.request.prompt,
-            seed=picture.request.seed,
+            image.image,
+            identity=image.request.identity,
+            prompt=image.request.prompt,
+            seed=image.request.seed,
         )
-        for picture in pictures
+        for image in images
     )
-    return Candidates(pictures, scores, scorer.judge.name)
+    return Candidates(images, scores, scorer.judge.name)
 
 
 def choose(scores: Sequence[Score]) -> int:

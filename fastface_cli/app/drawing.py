@@ -13,7 +13,7 @@ from ..output.metadata import marker
 from ..output.writer import Behind
 from .best_of import Candidates, Scorer, make_candidates
 from .events import Event, ImageFinished, RunFinished, StepFinished
-from .pipeline import Picture, Pipeline, Request
+from .pipeline import GeneratedImage, Pipeline, Request
 from .plan import ImageCell, RunPlan
 from .provenance import describe_made
 from .request import GenerateRequest
@@ -38,7 +38,7 @@ class Drawing:
     check_cancelled: Callable[[], None]
     """Raises where the run was cancelled; called after every sampling step."""
     steps_done: int = 0
-    with_latents: list[Picture] = field(default_factory=list)
+    with_latents: list[GeneratedImage] = field(default_factory=list)
     sheet: list[tuple[Image.Image, str]] = field(default_factory=list)
 
     def run(self) -> None:
@@ -73,12 +73,12 @@ class Drawing:
                 on_step=self._on_step,
             )
             kept = candidates.kept
-            self._write(candidates.pictures[kept], cell.paths[kept], candidates)
+            self._write(candidates.images[kept], cell.paths[kept], candidates)
             if self.request.output.save_latents:
-                self.with_latents.append(candidates.pictures[kept])
+                self.with_latents.append(candidates.images[kept])
             if self.request.output.grid:
                 labels = _candidate_labels(candidates)
-                self.sheet += zip((each.image for each in candidates.pictures), labels, strict=True)
+                self.sheet += zip((each.image for each in candidates.images), labels, strict=True)
 
     def _request(self, cell: ImageCell, candidate: int) -> Request:
         negative, scale = self.plan.negative_prompt, cell.adapter_scale
@@ -90,19 +90,19 @@ class Drawing:
         total = len(self.plan.cells) * self.request.best_of * self.plan.recipe.sampling.steps
         self.emit(StepFinished(images, self.steps_done, total))
 
-    def _write(self, image: Picture, path: Path, candidates: Candidates | None = None) -> None:
+    def _write(self, image: GeneratedImage, path: Path, candidates: Candidates | None = None) -> None:
         summary = candidates.summary() if candidates else None
         output = self.request.output
         text = describe_made(self.plan.recipe, image, best_of=summary) if output.metadata else None
         written = write_png(image.image, path, text=text, force=output.force)
         record = image_record(image, written)
         if candidates:
-            seconds = round(sum(each.seconds for each in candidates.pictures), 3)
+            seconds = round(sum(each.seconds for each in candidates.images), 3)
             scores = [score.record() for score in candidates.scores]
             record["best_of"] = {**candidates.summary(), "candidates": scores, "seconds": seconds}
         self.emit(ImageFinished(written, image.image, record, candidates))
 
-    def _keep(self, image: Picture, label: str) -> None:
+    def _keep(self, image: GeneratedImage, label: str) -> None:
         if self.request.output.save_latents:
             self.with_latents.append(image)
         if self.request.output.grid:
@@ -122,7 +122,7 @@ class Drawing:
         return write_png(sheet, self.plan.grid, text=text, force=output.force)
 
 
-def image_record(image: Picture, path: Path) -> dict[str, Any]:
+def image_record(image: GeneratedImage, path: Path) -> dict[str, Any]:
     """An image as `--json` and job records describe it."""
     return {
         "path": str(path),
@@ -141,7 +141,7 @@ def _candidate_labels(candidates: Candidates) -> Iterator[str]:
         yield f"{'* ' if index == candidates.kept else ''}{score.seed}  {likeness}"
 
 
-def _save_latents(path: Path, images: Sequence[Picture], *, force: bool) -> None:
+def _save_latents(path: Path, images: Sequence[GeneratedImage], *, force: bool) -> None:
     import torch
 
     from ..output.latents import save_latents

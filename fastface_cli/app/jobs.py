@@ -1,4 +1,4 @@
-"""Jobs as JSON lines, one picture a line, and prompts as plain lines.
+"""Jobs as JSON lines, one image a line, and prompts as plain lines.
 
 A job is a JSON object; every key may be left out, and then the command line decides:
 
@@ -56,7 +56,7 @@ class Job(BaseModel):
     """Changes to the recipe, `field=VALUE`, as `--set`; a JSON object of fields is turned into these."""
     adapter_scale: Annotated[float, Field(ge=-5, le=5)] | None = None
     best_of: Annotated[int, Field(ge=1, le=1000)] | None = None
-    """Pictures made for the one that is kept, as `--best-of`."""
+    """Images made for the one that is kept, as `--best-of`."""
 
     @field_validator("face", mode="before")
     @classmethod
@@ -213,7 +213,7 @@ def record(line: int, result: Mapping[str, Any] | FastFaceError) -> dict[str, An
 
     Args:
         line: its line number.
-        result: the record of the picture (path, prompt, seed, ...), or why there is none.
+        result: the record of the image (path, prompt, seed, ...), or why there is none.
     """
     if isinstance(result, FastFaceError):
         return {"line": line, "ok": False, "error": result.record()}

@@ -48,7 +48,7 @@ StageTimer = Callable[[str], AbstractContextManager[None]]
 
 @dataclass(frozen=True)
 class Request:
-    """One picture to make."""
+    """One image to make."""
 
     prompt: str
     seed: int
@@ -59,14 +59,14 @@ class Request:
 
 
 @dataclass
-class Picture:
-    """One picture made."""
+class GeneratedImage:
+    """One image made."""
 
     image: Image.Image
     request: Request
     adapter_scale: float
     unet_samples: int
-    """UNet samples that this picture took, over all steps."""
+    """UNet samples that this image took, over all steps."""
     seconds: float
     """Its share of the wall time of its batch."""
     initial_latents: Tensor
@@ -76,7 +76,7 @@ class Picture:
     timesteps: Tensor
     """[steps]"""
     lossy: Mapping[str, Any] = field(default_factory=dict)
-    """Items of speed that cost precision, as `Acceleration.lossy` tells them."""
+    """Items of speed that cost precision, as in `Acceleration.lossy`."""
 
 
 class Pipeline:
@@ -271,16 +271,16 @@ class Pipeline:
         batch_size: int = 1,
         prune: bool | None = None,
         on_step: Callable[[int], None] = lambda _: None,
-    ) -> Iterator[Picture]:
-        """Make pictures, in order.
+    ) -> Iterator[GeneratedImage]:
+        """Make images, in order.
 
-        Every picture has its own CPU generator, so that it comes out the same alone or in a batch.
+        Every image has its own CPU generator, so that it comes out the same alone or in a batch.
 
         Args:
             requests: what to make.
-            batch_size: how many pictures share a UNet call.
+            batch_size: how many images share a UNet call.
             prune: leave out branches that cannot change the result; None asks the acceleration.
-            on_step: called with the number of pictures that have just finished a step.
+            on_step: called with the number of images that have just finished a step.
 
         Raises:
             DeviceError: out of memory.
@@ -291,12 +291,12 @@ class Pipeline:
             with torch.inference_mode(), memory_errors(self.device, self.level):
                 steps = self.plan(prune=prune)
                 trace, timesteps = self.sample(group, steps, on_step=on_step)
-                # Pictures on the CPU end the wait for the device, which the time below must contain.
+                # Images on the CPU end the wait for the device, which the time below must contain.
                 with self.watch("vae"), self.on_device(self.vae, offloaded=self.level.models):
                     images = [to_pil(self.decode(latents)) for latents in trace.latents[-1]]
             seconds = (time.perf_counter() - began) / len(group)
             for index, (request, image) in enumerate(zip(group, images, strict=True)):
-                yield Picture(
+                yield GeneratedImage(
                     image=image,
                     request=request,
                     adapter_scale=self._scale(request),
@@ -402,10 +402,10 @@ class Pipeline:
         )
 
     def warm_up(self, *, batch_size: int = 1) -> float:
-        """Make pictures of nobody until nothing is compiled or recorded any more; how many seconds it took.
+        """Make images of nobody until nothing is compiled or recorded any more; how many seconds it took.
 
         Args:
-            batch_size: how many pictures share a UNet call.
+            batch_size: how many images share a UNet call.
         """
         from ..identity.identity import Identity
 
@@ -429,14 +429,14 @@ class Pipeline:
         return processor.project(self.layers, self.processors, text, identity, on_device)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents [4, h, w] to a picture [3, H, W] float32 in [0, 1]."""
+        """Latents [4, h, w] to an image [3, H, W] float32 in [0, 1]."""
         config = self.vae.config
         scaled = latents[None].to(self.vae.dtype) / config.scaling_factor
         return self._decode(self.vae, scaled)
 
 
 def vae_decode(vae: Any, scaled: Tensor) -> Tensor:
-    """What is compiled of the VAE: scaled latents [1, 4, h, w] to a picture [3, H, W] float32 in [0, 1]."""
+    """What is compiled of the VAE: scaled latents [1, 4, h, w] to an image [3, H, W] float32 in [0, 1]."""
     decoded: Tensor = vae.decode(scaled, return_dict=False)[0][0]
     return (decoded.float() / 2 + 0.5).clamp(0, 1)
 
@@ -454,7 +454,7 @@ def check_level(level: Level, faster: Acceleration) -> None:
         )
     if level.projections and not faster.cache_kv:
         raise UsageError(
-            f"--low-memory {level.name} projects keys and values once a picture", "leave out cache_kv=off"
+            f"--low-memory {level.name} projects keys and values once an image", "leave out cache_kv=off"
         )
     if level.moves_unet and not faster.fuse_lora:
         raise UsageError(f"--low-memory {level.name} moves a fused UNet", "leave out fuse_lora=off")
@@ -468,13 +468,11 @@ def _loaded_parts(recipe: Recipe) -> tuple[Any, ...]:
 
 
 def to_pil(image: Tensor) -> Image.Image:
-    """[3, H, W] in [0, 1] to an 8-bit RGB picture.
+    """[3, H, W] in [0, 1] to an 8-bit RGB image.
 
     Raises:
-        FastFaceError: the picture holds numbers that are not finite.
+        FastFaceError: the image holds numbers that are not finite.
     """
     if not image.isfinite().all():
-        raise FastFaceError(
-            "the picture holds numbers that are not finite", "try --dtype float32 or bfloat16"
-        )
+        raise FastFaceError("the image holds numbers that are not finite", "try --dtype float32 or bfloat16")
     return Image.fromarray((image * 255).round().byte().permute(1, 2, 0).cpu().numpy())

@@ -7,11 +7,11 @@ from typing import Any
 
 from ..output.metadata import BestOf, Provenance, describe, installed_versions
 from ..recipe.schema import Recipe
-from .pipeline import Picture
+from .pipeline import GeneratedImage
 
 
 def describe_made(
-    recipe: Recipe, image: Picture, *, best_of: Mapping[str, Any] | None = None
+    recipe: Recipe, image: GeneratedImage, *, best_of: Mapping[str, Any] | None = None
 ) -> dict[str, str]:
     """Return the text chunks of an image that the pipeline generated.
 

@@ -39,7 +39,7 @@ from transformers import CLIPImageProcessorPil
 
 from ..adapters.faceid_plusv2 import LORA, read_adapter
 from ..adapters.lora import fuse_lora
-from ..app.pipeline import BLOCKS, Picture, Request, StageTimer, to_pil
+from ..app.pipeline import BLOCKS, GeneratedImage, Request, StageTimer, to_pil
 from ..errors import UsageError
 from ..identity.identity import Identity
 from ..models.device import memory_errors, pick_device, pick_dtype
@@ -175,7 +175,7 @@ class PublishedPipeline:
         *,
         batch_size: int = 1,
         on_step: Callable[[int], None] = lambda _: None,
-    ) -> Iterator[Picture]:
+    ) -> Iterator[GeneratedImage]:
         """Generate images in order, like `Pipeline.generate`."""
         for start in range(0, len(requests), batch_size):
             group = requests[start : start + batch_size]
@@ -186,7 +186,7 @@ class PublishedPipeline:
                     images = [to_pil(self.decode(latents)) for latents in trace.latents[-1]]
             seconds = (time.perf_counter() - began) / len(group)
             for index, (request, image) in enumerate(zip(group, images, strict=True)):
-                yield Picture(
+                yield GeneratedImage(
                     image=image,
                     request=request,
                     adapter_scale=self._scale(request),

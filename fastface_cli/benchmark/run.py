@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ..app.pipeline import Picture, Pipeline, Request
+from ..app.pipeline import GeneratedImage, Pipeline, Request
 from ..errors import FastFaceError
 from ..identity.identity import Identity, make_identity
 from ..output.images import encode_png
@@ -150,7 +150,7 @@ def by_stage(spans: Sequence[tuple[str, float]]) -> dict[str, float]:
     return totals
 
 
-def check(output: Picture) -> None:
+def check(output: GeneratedImage) -> None:
     """Refuse an output whose time would be meaningless.
 
     Raises:

@@ -14,7 +14,7 @@ from ..recipe.schema import Recipe
 if TYPE_CHECKING:
     import torch
 
-    from ..app.pipeline import Picture, Request, StageTimer
+    from ..app.pipeline import GeneratedImage, Request, StageTimer
     from ..identity.analyzer import FaceAnalyzer
     from ..models.offload import LevelName
 
@@ -44,7 +44,7 @@ class BenchmarkEngine(Protocol):
         *,
         batch_size: int = 1,
         on_step: Callable[[int], None] = ...,
-    ) -> Iterator[Picture]:
+    ) -> Iterator[GeneratedImage]:
         """Generate images, in order."""
         ...
 

@@ -1,4 +1,4 @@
-"""`fastface generate`: a photo and a sentence in, that person in that scene out."""
+"""`fastface generate`: flags in, events of a session out."""
 
 from __future__ import annotations
 
@@ -30,83 +30,99 @@ def generate(
     ] = None,
     prompt: Annotated[
         list[str] | None,
-        typer.Option("--prompt", "-p", metavar="TEXT", help="What to make; repeat for several pictures."),
+        typer.Option(
+            "--prompt", "-p", metavar="TEXT", help="What the image shows; repeat for several images."
+        ),
     ] = None,
     recipe: RecipeOption = None,
     output: Annotated[
-        str | None, typer.Option("--output", "-o", help="File, folder or template as '{recipe}-{seed}.png'.")
+        str | None,
+        typer.Option("--output", "-o", help="File, folder or template such as '{recipe}-{seed}.png'."),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the first picture; random when left out.")] = None,
-    count: Annotated[int, typer.Option(min=1, max=10000, help="Pictures a prompt: seed, seed+1, ...")] = 1,
+    seed: Annotated[int | None, typer.Option(help="Seed of the first image; random by default.")] = None,
+    count: Annotated[
+        int, typer.Option(min=1, max=10000, help="Number of images per prompt: seed, seed+1, ...")
+    ] = 1,
     best_of: Annotated[
         int,
-        typer.Option(min=1, max=1000, help="Make N pictures for each and keep the one most like the person."),
+        typer.Option(min=1, max=1000, help="Generate N candidates per image and keep the best likeness."),
     ] = 1,
-    prompts_file: Annotated[Path | None, typer.Option(help="A file with one prompt a line.")] = None,
-    negative_prompt: Annotated[str | None, typer.Option(help="What to stay away from.")] = None,
-    identity: Annotated[Path | None, typer.Option(help="A saved identity in place of photos.")] = None,
-    save_identity: Annotated[Path | None, typer.Option(help="Keep the person as FILE.safetensors.")] = None,
+    prompts_file: Annotated[Path | None, typer.Option(help="File with one prompt per line.")] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What the image must not show.")] = None,
+    identity: Annotated[Path | None, typer.Option(help="A saved identity instead of photos.")] = None,
+    save_identity: Annotated[Path | None, typer.Option(help="Save the identity as FILE.safetensors.")] = None,
     face_index: Annotated[
-        int | None, typer.Option(min=0, help="Which face of the photo, 0 being the largest.")
+        int | None, typer.Option(min=0, help="Which face in the photo; 0 is the largest.")
     ] = None,
-    face_box: Annotated[str | None, typer.Option(help="Which face: a box 'x1,y1,x2,y2' in pixels.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Diffusion steps; picks the checkpoint.")] = None,
-    size: Annotated[str | None, typer.Option(help="Picture size in pixels, as 1024x1024.")] = None,
+    face_box: Annotated[
+        str | None, typer.Option(help="Which face: a box 'x1,y1,x2,y2' in pixels of the photo.")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Diffusion steps; selects the distilled checkpoint.")
+    ] = None,
+    size: Annotated[str | None, typer.Option(help="Image size in pixels, such as 1024x1024.")] = None,
     adapter_scale: Annotated[
-        str | None, typer.Option(help="How strongly the identity speaks; a list '0.4,0.8' sweeps.")
+        str | None, typer.Option(help="Strength of the identity adapter; a list '0.4,0.8' sweeps it.")
     ] = None,
-    lora_scale: Annotated[float | None, typer.Option(help="Weight of the LoRA inside the adapter.")] = None,
+    lora_scale: Annotated[
+        float | None, typer.Option(help="Weight of the LoRA inside the adapter file.")
+    ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option(
             "--set",
             metavar="FIELD=VALUE",
-            help="Change the recipe: guidance.text=[1,2,2,1].",
+            help="Change a recipe field: guidance.text=[1,2,2,1].",
             autocompletion=complete_field,
         ),
     ] = None,
     stack: Annotated[
-        Path | None, typer.Option(help="Folder of local weights for the recipe's models.")
+        Path | None, typer.Option(help="Folder of local weights instead of the recipe's models.")
     ] = None,
     from_: Annotated[
-        Path | None, typer.Option("--from", help="Make a picture again as this PNG says it was made.")
+        Path | None,
+        typer.Option("--from", help="Replay a PNG made by fastface: its recipe, prompt and seed."),
     ] = None,
-    jobs: Annotated[str | None, typer.Option(help="JSON lines, one picture each; - reads stdin.")] = None,
-    grid: Annotated[bool, typer.Option("--grid", help="Also a contact sheet of all pictures.")] = False,
-    save_latents: Annotated[Path | None, typer.Option(help="Keep the latents as FILE.safetensors.")] = None,
-    no_metadata: Annotated[bool, typer.Option("--no-metadata", help="Write nothing into the PNG.")] = False,
+    jobs: Annotated[
+        str | None, typer.Option(help="File of JSON lines, one image each; - reads stdin.")
+    ] = None,
+    grid: Annotated[bool, typer.Option("--grid", help="Also write a contact sheet of all images.")] = False,
+    save_latents: Annotated[Path | None, typer.Option(help="Save the latents as FILE.safetensors.")] = None,
+    no_metadata: Annotated[
+        bool, typer.Option("--no-metadata", help="Write no metadata into the PNG.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace existing files.")] = False,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures that share a UNet call.")] = 1,
+    batch_size: Annotated[int, typer.Option(min=1, help="Number of images per UNet call.")] = 1,
     low_memory: Annotated[
         str | None,
         typer.Option(
-            help="auto, off, 12, 8 or 6: GB of the card that the models must fit into.",
+            help="Offload to CPU to fit a card of 12, 8 or 6 GB; auto or off.",
             show_default="auto",
             autocompletion=complete_saving,
         ),
     ] = None,
     compile_: Annotated[
-        bool, typer.Option("--compile", help="Compile the models first: worth it for many pictures.")
+        bool, typer.Option("--compile", help="Compile the models first; pays off for many images.")
     ] = False,
     accelerate: Annotated[
         list[str] | None,
-        typer.Option(metavar="ITEM=VALUE", help="Change an item of speed: channels_last=on, vae=half."),
+        typer.Option(metavar="ITEM=VALUE", help="Change an optimization: channels_last=on, vae=half."),
     ] = None,
     remember: Annotated[
-        bool, typer.Option("--remember", help="Keep the measured face, so that it is measured once.")
+        bool, typer.Option("--remember", help="Keep the face embedding on disk for later runs.")
     ] = False,
-    offline: Annotated[bool, typer.Option("--offline", help="Fetch nothing.")] = False,
+    offline: Annotated[bool, typer.Option("--offline", help="Download nothing.")] = False,
     commercial: Annotated[
         bool, typer.Option("--commercial", help="Refuse models whose license forbids commercial use.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
     verbose: Annotated[
-        int, typer.Option("--verbose", "-v", count=True, show_default=False, help="Say what is done.")
+        int, typer.Option("--verbose", "-v", count=True, show_default=False, help="Print progress details.")
     ] = 0,
 ) -> None:
-    """Put a person into a picture: a photo and a sentence in, that person in that scene out.
+    """Put a person into an image: from a photo and a prompt, generate that person in that scene.
 
     Examples:
 
@@ -114,9 +130,9 @@ def generate(
 
       fastface generate --face me.jpg --prompt "an astronaut in a cafe" --count 4 --seed 7 -o out/
 
-      fastface generate --face me.jpg --prompt "a sailor" --best-of 4 -o picture.png
+      fastface generate --face me.jpg --prompt "a sailor" --best-of 4 -o image.png
 
-      fastface generate --from picture.png --face me.jpg
+      fastface generate --from image.png --face me.jpg
     """
     from ..app.request import GenerateRequest, OutputPlan, RecipeChange
     from ..app.runtime import Runtime
@@ -270,7 +286,7 @@ def _print_scores(candidates: Candidates) -> None:
         numbers = ["" if value is None else f"{value:.3f}" for value in (score.likeness, score.prompt)]
         rows.append([str(score.seed), *numbers, verdict])
     columns = ("seed", f"likeness by {candidates.judge}", "prompt", "")
-    prompt = candidates.pictures[0].request.prompt
+    prompt = candidates.images[0].request.prompt
     console.print_table(f"best of {len(rows)}: {prompt}", columns, rows, aside=True)
 
 
@@ -308,7 +324,7 @@ def _saving(text: str | None) -> Saving | None:
 def _size(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"(\d{1,5})(?:[xX×](\d{1,5}))?", text.strip())
     if match is None:
-        raise UsageError(f"--size '{text}' is not a size", "write it as 1024x1024")
+        raise UsageError(f"--size '{text}' is not a size", "use a form such as 1024x1024")
     width = int(match[1])
     return width, int(match[2] or width)
 

@@ -1,7 +1,7 @@
-"""What makes a picture fast: every item has a name, can be turned off, and says whether it is exact.
+"""What makes an image fast: every item has a name, can be turned off, and says whether it is exact.
 
 Exact items change no result beyond rounding. Lossy ones are never on unless they are asked for by name, and
-a picture that one was used for says so. A tiny VAE is lossy too, and part of the recipe: `model.vae`.
+an image that one was used for says so. A tiny VAE is lossy too, and part of the recipe: `model.vae`.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ VaePrecision: TypeAlias = Literal["auto", "half", "float32"]
 
 @dataclass(frozen=True)
 class Acceleration:
-    """What is done to make pictures faster. The defaults are exact."""
+    """What is done to make images faster. The defaults are exact."""
 
     fuse_lora: bool = True
-    """The LoRA inside the adapter is melted into the UNet; False leaves it beside the weights (PEFT)."""
+    """The LoRA inside the adapter is fused into the UNet; False leaves it beside the weights (PEFT)."""
     prune: bool = True
     """Branches that cannot change the guided result are left out."""
     cache_kv: bool = True
-    """Keys and values of text and identity are projected once a picture; False: in every step again."""
+    """Keys and values of text and identity are projected once an image; False: in every step again."""
     compile: bool = False
     """A step and the VAE's decoding are each compiled to one static graph a shape (torch.compile)."""
     cuda_graphs: bool = True
@@ -50,7 +50,7 @@ class Acceleration:
         return {item.name: getattr(self, item.name) for item in fields(self)}
 
     def lossy(self) -> Mapping[str, Any]:
-        """The items that cost precision beyond rounding, and are on: what a picture's metadata says."""
+        """The items that cost precision beyond rounding, and are on: what an image's metadata says."""
         found: dict[str, Any] = {"fp8": True} if self.fp8 else {}
         return found | ({"vae": self.vae} if self.vae == "half" else {})
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import DeviceError
 
 GRAPHS = 64
-"""Graphs of one function that a process may hold: picture sizes times branches times recipes."""
+"""Graphs of one function that a process may hold: image sizes times branches times recipes."""
 
 
 def keep_graphs(folder: Path) -> Path:

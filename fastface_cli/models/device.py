@@ -67,5 +67,5 @@ def memory_errors(device: torch.device, level: Level = OFF) -> Iterator[None]:
         smaller = next_smaller(level)
         hint = "try a smaller --size, --batch-size 1 or --dtype float16"
         if smaller is not None and device.type != "cpu":
-            hint = f"try --low-memory {smaller.name}, which gives the same picture more slowly; or {hint[4:]}"
+            hint = f"try --low-memory {smaller.name}, which gives the same image more slowly; or {hint[4:]}"
         raise DeviceError(f"out of memory on {device}", hint) from error

@@ -1,6 +1,6 @@
 """The fused models of a stack as one file: written after the first build, read in place of a build.
 
-A file holds the UNet with every LoRA melted in and the adapter's keys and values in its processors
+A file holds the UNet with every LoRA fused in and the adapter's keys and values in its processors
 (`unet.NAME`), the identity projection (`projection.NAME`), and a text encoder that a LoRA spoke to. Its
 metadata holds the UNet's configuration, so that nothing but the file is needed.
 """

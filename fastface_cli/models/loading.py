@@ -330,7 +330,7 @@ def _fused(
     *,
     fuse: bool,
 ) -> FusedModels:
-    """Every LoRA melted into the pipeline's models, and the adapter put into its UNet."""
+    """Every LoRA fused into the pipeline's models, and the adapter put into its UNet."""
     if pipe.unet is None:  # what was kept could not be read
         pipe.unet = load_unet(paths["base"], paths.get("unet"), number)
     pipe.unet.to(homes.unet).requires_grad_(False)

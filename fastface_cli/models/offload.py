@@ -53,10 +53,10 @@ LEVELS: Mapping[LevelName, Level] = {
 OFF = LEVELS["off"]
 
 PEAKS: Mapping[LevelName, float] = {"off": 10.1, "12": 7.1, "8": 4.4, "6": 2.4}
-"""GiB of tensors on the device at most: the published stack, one picture of 1024x1024, half precision.
+"""GiB of tensors on the device at most: the published stack, one image of 1024x1024, half precision.
 Counted without numbers (`python benchmarks/footprint.py`), not measured."""
 DECODING = 1.5
-"""GiB that decoding takes for each further 1024x1024 pixels of a picture, counted likewise."""
+"""GiB that decoding takes for each further 1024x1024 pixels of an image, counted likewise."""
 HEADROOM = 1.2
 """GiB for what is not tensors: CUDA's context, workspaces, gaps between tensors. An estimate."""
 
@@ -66,7 +66,7 @@ def need(level: Level, pixels: int, *, half: bool = True) -> int:
 
     Args:
         level: of saving.
-        pixels: of all pictures that are made at once.
+        pixels: of all images that are made at once.
         half: 16-bit numbers; else 32-bit ones.
     """
     tensors = PEAKS[level.name] + DECODING * max(0.0, pixels / 1024**2 - 1)

@@ -148,13 +148,13 @@ def test_side_survives_json_round_trip():
 def test_invalid_outputs_are_refused(person):
     from PIL import Image
 
-    from fastface_cli.app.pipeline import Picture, Request
+    from fastface_cli.app.pipeline import GeneratedImage, Request
     from fastface_cli.benchmark.run import check
     from fastface_cli.errors import FastFaceError
 
     def output(noise, latents):
         image = Image.new("RGB", (8, 8))
-        return Picture(image, Request("x", 0, person), 0.8, 4, 0.1, noise, latents, torch.zeros(1))
+        return GeneratedImage(image, Request("x", 0, person), 0.8, 4, 0.1, noise, latents, torch.zeros(1))
 
     ones = torch.ones(1, 4, 2, 2)
     check(output(ones[0], ones))
