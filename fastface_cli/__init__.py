@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .app.api import FastFace
 
-# Both report to their makers unless told not to, ONNX Runtime from its import on and with a number for this
-# machine in the home folder. Photos of people pass through them: nothing is told unless the user asks for it.
+# Both send telemetry by default, ONNX Runtime from its import on. They process photos of people, so
+# telemetry is disabled unless the user enables it.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 

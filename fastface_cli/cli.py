@@ -47,7 +47,7 @@ class _StoppedError(FastFaceError):
 
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends the process where it stands
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends the process immediately
     raise _Interrupted
 
 

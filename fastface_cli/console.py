@@ -87,7 +87,7 @@ def print_json(value: dict[str, Any]) -> None:
 def print_table(
     title: str, columns: Iterable[str], rows: Iterable[Iterable[str]], *, aside: bool = False
 ) -> None:
-    """A table on stdout, or `aside` on stderr; whole cells even when piped. A `[` in a name is a `[`."""
+    """A table on stdout, or with `aside` on stderr. Cells are never cut, and `[` is not markup."""
     from rich.table import Table
     from rich.text import Text
 

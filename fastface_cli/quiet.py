@@ -57,7 +57,7 @@ def loading_errors(part: str, path: Path) -> Iterator[None]:
             raise
         raise ModelUnavailableError(
             f"cannot load the {part} from {path}: {_reason(error)}",
-            "is it whole, and of the right kind? `fastface download --verify` checks what was fetched",
+            "check that the file is complete and of the right kind: `fastface download --verify`",
         ) from error
 
 

@@ -1,1 +1,1 @@
-"""The application: requests, sessions and what runs on them. Every caller stands on this package."""
+"""The application: requests, sessions and what runs on them. Every caller uses this package."""

@@ -148,7 +148,7 @@ class Pipeline:
 
         Args:
             recipe: what to run.
-            paths: where each of `recipe.references()` lies.
+            paths: path of each of `recipe.references()`.
             device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`.
             dtype: `float32`, `float16`, `bfloat16`; None chooses by device.
             log: takes one line of notice.
@@ -189,7 +189,7 @@ class Pipeline:
         ):
             if mine != other:
                 raise RecipeError(
-                    f"{name} differs from that of the models that are loaded", "run it by itself"
+                    f"{name} differs from that of the models that are loaded", "run it in a separate session"
                 )
         with quiet_libraries():
             scheduler = load_scheduler(recipe, configured(paths), paths.get("scheduler"))

@@ -1,7 +1,7 @@
-"""What makes an image fast: every item has a name, can be turned off, and says whether it is exact.
+"""Optimizations. Each one has a name, can be disabled, and is exact or lossy.
 
-Exact items change no result beyond rounding. Lossy ones are never on unless they are asked for by name, and
-an image that one was used for says so. A tiny VAE is lossy too, and part of the recipe: `model.vae`.
+Exact optimizations change no result beyond rounding. Lossy optimizations are off by default, and the metadata
+of an image names those that were used. A tiny VAE is lossy too, but part of the recipe: `model.vae`.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ VaePrecision: TypeAlias = Literal["auto", "half", "float32"]
 
 @dataclass(frozen=True)
 class Acceleration:
-    """What is done to make images faster. The defaults are exact."""
+    """Which optimizations are enabled. The defaults are exact."""
 
     fuse_lora: bool = True
-    """The LoRA inside the adapter is fused into the UNet; False leaves it beside the weights (PEFT)."""
+    """Fuse the LoRA inside the adapter into the UNet; False keeps it as separate layers (PEFT)."""
     prune: bool = True
-    """Branches that cannot change the guided result are left out."""
+    """Skip branches that cannot change the guided result."""
     cache_kv: bool = True
-    """Keys and values of text and identity are projected once an image; False: in every step again."""
+    """Project keys and values of text and identity once per image; False: in every step."""
     compile: bool = False
-    """A step and the VAE's decoding are each compiled to one static graph a shape (torch.compile)."""
+    """Compile a step, and decoding, to one static graph per shape (torch.compile)."""
     cuda_graphs: bool = True
-    """What is compiled is replayed as a CUDA graph; on CUDA only."""
+    """Replay compiled code as CUDA graphs; CUDA only."""
     channels_last: bool = False
-    """Convolutions keep channels innermost in memory, as tensor cores want them."""
+    """Store convolution inputs channels-last, the layout of tensor cores."""
     vae: VaePrecision = "auto"
     """`auto`: the type of the other models, or float32 where the VAE says that it overflows in float16.
     `half`: bfloat16 there instead, which is faster and rounds colors more coarsely. `float32`: always."""
@@ -42,15 +42,15 @@ class Acceleration:
 
     @classmethod
     def none(cls) -> Acceleration:
-        """Every item turned off: the baseline of an ablation."""
+        """Every optimization disabled: the baseline of an ablation."""
         return cls(fuse_lora=False, prune=False, cache_kv=False, cuda_graphs=False)
 
     def describe(self) -> Mapping[str, Any]:
-        """Every item and its value, for a benchmark's records."""
+        """Every optimization and its value, for benchmark records."""
         return {item.name: getattr(self, item.name) for item in fields(self)}
 
     def lossy(self) -> Mapping[str, Any]:
-        """The items that cost precision beyond rounding, and are on: what an image's metadata says."""
+        """The enabled optimizations that cost precision beyond rounding, as image metadata records them."""
         found: dict[str, Any] = {"fp8": True} if self.fp8 else {}
         return found | ({"vae": self.vae} if self.vae == "half" else {})
 

@@ -1,4 +1,4 @@
-"""Static graphs: a function compiled whole, once for a shape, kept on disk, replayed as a CUDA graph."""
+"""Static graphs: a function is compiled once per shape, cached on disk, and replayed as a CUDA graph."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def keep_graphs(folder: Path) -> Path:
         The folder in use.
     """
     named = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", ""))
-    # torch names a temporary folder there by itself, the first time that it asks.
+    # torch sets this to a temporary folder when it first needs it.
     if named == Path() or (named.parent == Path(gettempdir()) and named.name.startswith("torchinductor_")):
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
         return folder
@@ -48,7 +48,7 @@ class Compiled:
         self, function: Callable[..., Tensor], *, cuda_graphs: bool = False, backend: str = "inductor"
     ) -> None:
         self.cuda_graphs = cuda_graphs
-        # Beyond the limit a whole graph is an error and not just slow.
+        # With fullgraph=True, exceeding the limit is an error and not only slow.
         torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
         mode = "reduce-overhead" if cuda_graphs else None
         # Sizes are exact: one graph that fits several would be slower in each.

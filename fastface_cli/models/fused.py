@@ -51,7 +51,7 @@ class FusedModels:
 def keep(
     cache: FusedCache, key: str, recipe: Recipe, inputs: Mapping[str, list[Path]], models: FusedModels
 ) -> Path | None:
-    """Keep models for the next start; where that cannot be, it is said and nothing is lost.
+    """Save fused models for the next start; a failure is logged and changes nothing else.
 
     Args:
         cache: where.
@@ -74,8 +74,8 @@ def keep(
         return digest.hexdigest()
 
     scales = [f"{role} {files[0].name}" for role, files in inputs.items() if role != "base"]
-    told = [*scales, f"lora_scale {recipe.adapter.lora_scale:g}"]
-    return cache.keep(key, recipe.name, told, safetensors_length(layout), write)
+    description = [*scales, f"lora_scale {recipe.adapter.lora_scale:g}"]
+    return cache.keep(key, recipe.name, description, safetensors_length(layout), write)
 
 
 @dataclass

@@ -64,7 +64,7 @@ def _strict(report: Mapping[str, Any], what: str, allowed: tuple[str, ...] = ())
 
 
 def _from_folder(kind: Any, folder: Path, stem: str, dtype: torch.dtype, what: str) -> Any:
-    """A model of a folder, whole or not at all; `stem` tells whose loader it is."""
+    """Load a model from a folder, and refuse incomplete weights; `stem` selects the library."""
     # Told to ignore mismatched sizes, transformers leaves naming them to _strict instead of writing a page.
     ours = {"ignore_mismatched_sizes": True} if stem == TRANSFORMER else {}
     model, report = kind.from_pretrained(
@@ -212,11 +212,11 @@ def load_parts(
     *,
     fuse: bool = True,
 ) -> tuple[StableDiffusionXLPipeline, torch.nn.Module]:
-    """The whole stack of a recipe, every LoRA fused and the identity adapter in its UNet.
+    """Load the complete stack of a recipe, with every LoRA fused and the identity adapter in its UNet.
 
     Args:
         recipe: what to load.
-        paths: where each of `recipe.references()` lies.
+        paths: path of each of `recipe.references()`.
         homes: where to load to.
         number: type of the weights.
         cache: keeps what was fused, and gives it back the next time; None always fuses.
@@ -269,7 +269,7 @@ class _Kept:
         self._pool.shutdown()
 
     def models(self) -> FusedModels | None:
-        """The models; None where there are none, or they cannot be read: then they are made anew."""
+        """The models; None where they are missing or unreadable: then they are fused again."""
         if self._reading is None or self._models is not None:
             return self._models
         try:

@@ -1,7 +1,7 @@
-"""How a stack is fitted into a small card: levels of saving, each exact and slower than the one before.
+"""Offload to CPU, so that the stack fits into a small card: each level is exact, and slower than the last.
 
-A level says which models are on the device only while they are used; between two uses their numbers lie in
-the memory of the process. Nothing here changes a pixel beyond rounding.
+A level defines which models are on the device only while they are used; between two uses they are in CPU
+memory. No level changes a pixel beyond rounding.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Level:
-    """What leaves the device, and when."""
+    """Which models are offloaded."""
 
     name: LevelName
-    """Of the card that it is made for, in GB; `off`: everything stays."""
+    """Memory of the intended card in GB; `off`: nothing is offloaded."""
     encoders: bool = False
-    """Text encoders, image encoder and identity projection are there only while they encode."""
+    """Text encoders, image encoder and identity projection are on the device only while they encode."""
     models: bool = False
     """UNet and VAE too: one model at a time."""
     projections: bool = False
-    """The weights behind the keys and values of text and identity are there only while they project."""
+    """The projections of keys and values are on the device only while they project."""
     one_branch: bool = False
-    """Branches that do not see each other go through the UNet one by one."""
+    """Independent branches run through the UNet one after another."""
     blocks: bool = False
-    """Of the UNet only the block at work is there."""
+    """Only the active block of the UNet is on the device."""
 
     @property
     def moves_unet(self) -> bool:
-        """Whether the UNet, or a part of it, comes and goes: it cannot be compiled then."""
+        """Whether the UNet, or a part of it, is offloaded; then it cannot be compiled."""
         return self.models or self.projections or self.blocks
 
 
@@ -58,7 +58,7 @@ Counted without numbers (`python benchmarks/footprint.py`), not measured."""
 DECODING = 1.5
 """GiB that decoding takes for each further 1024x1024 pixels of an image, counted likewise."""
 HEADROOM = 1.2
-"""GiB for what is not tensors: CUDA's context, workspaces, gaps between tensors. An estimate."""
+"""GiB in addition to tensors: CUDA's context, workspaces, gaps between tensors. An estimate."""
 
 
 def need(level: Level, pixels: int, *, half: bool = True) -> int:
@@ -74,7 +74,7 @@ def need(level: Level, pixels: int, *, half: bool = True) -> int:
 
 
 def choose(free: int, pixels: int, *, half: bool = True) -> Level:
-    """The fastest level that fits into so many bytes, or the smallest one."""
+    """The fastest level that fits into `free` bytes, or the smallest level."""
     for level in LEVELS.values():
         if need(level, pixels, half=half) <= free:
             return level
@@ -96,7 +96,7 @@ def level_of(name: str) -> Level:
 
 
 def next_smaller(level: Level) -> Level | None:
-    """The level to try where this one is not enough."""
+    """The next level, which needs less memory; None after the last one."""
     names = list(LEVELS)
     following = names[names.index(level.name) + 1 :]
     return LEVELS[following[0]] if following else None
@@ -107,7 +107,7 @@ Absent: TypeAlias = Collection[torch.nn.Module]
 
 @contextmanager
 def visiting(device: torch.device, *modules: torch.nn.Module, without: Absent = ()) -> Iterator[None]:
-    """Modules are on the device for the time of the block. What lies elsewhere is copied there and dropped
+    """Keep modules on the device within the context. Offloaded tensors are copied there and dropped
     afterwards: its own numbers stay where they are, so that nothing is ever copied back.
 
     Args:

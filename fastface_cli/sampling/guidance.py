@@ -138,25 +138,12 @@ def mixing(step: Step, guidance: Guidance) -> tuple[float, ...]:
     return tuple(scaled[branch] for branch in step.branches)
 
 
-def combine(predictions: Tensor, step: Step, guidance: Guidance) -> Tensor:
-    """The guided prediction.
-
-    Args:
-        predictions: [branches, images, C, H, W], the branches of `step` in order.
-        step: what was planned.
-        guidance: order, renorm and rescale.
-
-    Returns:
-        [images, C, H, W], in float32.
-    """
-    numbers = mixing(step, guidance)
-    return mix(predictions, numbers, guidance.order, guidance.rescale, renorm=is_renormed(step, guidance))
-
-
 def mix(
     predictions: Tensor, numbers: Sequence[float] | Tensor, order: Order, rescale: float, *, renorm: bool
 ) -> Tensor:
-    """`combine` with its numbers given, as a tensor where a compiled step must not be bound to their values.
+    """The guided prediction, [images, C, H, W] float32.
+
+    Numbers are a tensor where a compiled step must not be bound to their values.
 
     Args:
         predictions: [branches, images, C, H, W]; e1 and e2 come last where there is a rescale.

@@ -64,7 +64,13 @@ def test_pruned_combination_is_the_formula(order, identity, text, renorm, rescal
     generator = torch.Generator().manual_seed(seed)
     e = torch.randn(3, 2, 4, 8, 8, generator=generator, dtype=torch.float32)
     step = guidance.plan(g, OFF, [500.0])[0]
-    found = guidance.combine(e[list(step.branches)], step, g)
+    found = guidance.mix(
+        e[list(step.branches)],
+        guidance.mixing(step, g),
+        g.order,
+        g.rescale,
+        renorm=guidance.is_renormed(step, g),
+    )
     for image in range(2):
         wanted = plainly(*e[:, image].double(), g, identity, text).float()
         torch.testing.assert_close(found[image], wanted, rtol=1e-4, atol=1e-4)

@@ -1,4 +1,4 @@
-"""How pleasing a picture is said to be: the LAION aesthetic predictor."""
+"""Aesthetic score by the LAION aesthetic predictor."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def broken(file: Path, what: str, error: Exception) -> ModelUnavailableError:
 
 
 class Aesthetic:
-    """LAION aesthetic predictor on CLIP ViT-L/14, trained on AVA and LAION-Logos (METHOD: evaluation)."""
+    """LAION aesthetic predictor on CLIP ViT-L/14, trained on AVA and LAION-Logos."""
 
     name = "aesthetic"
     summary = "LAION aesthetic predictor on CLIP ViT-L/14"

@@ -196,7 +196,7 @@ def identity_columns(name: str, title: str, by: str) -> tuple[Column, ...]:
 
 
 class ConditioningIdentity(IdentityMetric):
-    """ID similarity by the recognizer that conditions, detection rate and face ratio (METHOD: evaluation)."""
+    """ID similarity by the recognizer that conditions, detection rate and face ratio."""
 
     name = "id"
     summary = "ID similarity by the recognizer that conditions, detection rate, face ratio"

@@ -130,8 +130,8 @@ class Towers:
             [n, width] at the first token.
         """
         seen = self.vision(pixel_values=pixels).last_hidden_state
-        told = self.text(input_ids=ids, attention_mask=mask, encoder_hidden_states=seen)
-        first: torch.Tensor = told.last_hidden_state[:, 0]
+        states = self.text(input_ids=ids, attention_mask=mask, encoder_hidden_states=seen)
+        first: torch.Tensor = states.last_hidden_state[:, 0]
         return first
 
 
@@ -151,7 +151,7 @@ def our_name(name: str) -> str:
 
 
 class ImageReward:
-    """ImageReward v1.0 (METHOD: evaluation)."""
+    """ImageReward v1.0."""
 
     name = "image-reward"
     summary = "ImageReward v1.0: which picture people would prefer for the prompt"
