@@ -15,7 +15,7 @@ $(READY):
 
 demo: $(READY)  ## generate one image with the pocket stack and print its path
 	$(BIN)/fastface generate --recipe pocket --face examples/portrait.png \
-		--prompt "watercolor; a smiling woman" --seed 3 --force --output out/demo.png
+		--prompt "watercolour; a smiling woman" --seed 3 --force --output out/demo.png
 
 test: $(READY)  ## the test suite, at most ten minutes on two cores
 	$(PYTEST) -n 2

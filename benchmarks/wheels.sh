@@ -8,7 +8,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 packages="diffusers pydantic pydantic_core annotated-types typing-inspection typing_extensions
-          platformdirs pooch importlib_metadata zipp nvidia-ml-py"
+          platformdirs httpx2 httpcore2 cachetools importlib_metadata zipp nvidia-ml-py"
 
 requirements=()
 for name in $packages; do

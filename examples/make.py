@@ -32,7 +32,7 @@ METHODS = ("baseline", "dcg", "am1", "fastface", "fastface-am2")
 ALL = ("baseline", "dcg", "am1", "am2", "fastface", "fastface-am2", "base")
 PROMPTS = (
     "a photo of a smiling woman",
-    "watercolor painting of a woman, white background",
+    "watercolour painting of a woman, white background",
     "pencil drawing of a serious woman",
 )
 SEED = 3

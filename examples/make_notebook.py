@@ -22,7 +22,7 @@ from fastface_cli import FastFace
 
 face = FastFace("pocket")
 me = face.identity("portrait.png")
-face.generate(me, "watercolor; a smiling woman", seed=3)[0]""",
+face.generate(me, "watercolour; a smiling woman", seed=3)[0]""",
     """\
 A recipe is loaded once and stays loaded. `identity` accepts one or several photos, as paths or Pillow
 images. `generate` returns Pillow images. The same seed gives the same image.""",
@@ -53,14 +53,14 @@ branches are computed.""",
 gentle = FastFace("pocket", overrides=["guidance.text=[1, 2, 2, 1]", "adapter.scale=0.7"])
 for step in gentle.pipeline.plan():
     print(f"t {step.timestep:.0f}: identity {step.identity}, text {step.text}, branches {step.branches}")
-gentle.generate(me, "watercolor; a smiling woman", seed=3)[0]""",
+gentle.generate(me, "watercolour; a smiling woman", seed=3)[0]""",
     """\
 ## Keeping the best image
 
 `best_of` generates several images and keeps the one most similar to the person, among those that follow the
 prompt. It uses dlib if it is installed, because dlib is independent of the models that generate.""",
     """\
-best = face.best_of(me, "watercolor; a smiling woman", n=4, seed=1)
+best = face.best_of(me, "watercolour; a smiling woman", n=4, seed=1)
 for score in best.scores:
     print(score)
 print("scored by", best.judge, "- kept seed", best.seed)

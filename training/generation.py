@@ -35,7 +35,7 @@ RECIPES = ("baseline", "dcg", "am1", "am2", "fastface", "fastface-am2", "base")
 STYLE_PROMPTS = {
     "photo": "photo",
     "pencil": "pencil drawing",
-    "watercolor": "watercolor painting",
+    "watercolour": "watercolour painting",
     "comic": "comic book style",
     "black_and_white": "black and white photograph",
     "pixel_art": "pixel art",

@@ -36,7 +36,7 @@ PEOPLE = {
     "liam": "a portrait of a middle-aged man with short blond hair, brown background",
 }
 REALISTIC = ("a person smiling, white background", "a surprised person, blue background")
-STYLED = ("pencil drawing; a person smiling", "watercolor; a person")
+STYLED = ("pencil drawing; a person smiling", "watercolour; a person")
 STRANGERS = 0.6
 """Cosine that two people of the set stay below, in the pocket's recognizer."""
 NEIGHBOURS = 0.4

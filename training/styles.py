@@ -26,7 +26,7 @@ def pencil(picture: Picture) -> Picture:
     return np.repeat(drawn[..., None], 3, axis=2)
 
 
-def watercolor(picture: Picture) -> Picture:
+def watercolour(picture: Picture) -> Picture:
     """Flat washes: repeated edge-keeping smoothing, paler and more saturated, on paper."""
     washed = picture
     for _ in range(3):
@@ -96,13 +96,13 @@ STYLES: dict[str, tuple[Callable[[Picture], Picture], tuple[str, ...]]] = {
         pencil,
         ("pencil drawing", "a pencil sketch", "graphite drawing on paper", "hand-drawn sketch"),
     ),
-    "watercolor": (
-        watercolor,
+    "watercolour": (
+        watercolour,
         (
-            "watercolor painting",
-            "watercolor",
-            "a soft watercolor on paper",
-            "watercolor painting, pale washes",
+            "watercolour painting",
+            "watercolour",
+            "a soft watercolour on paper",
+            "watercolour painting, pale washes",
         ),
     ),
     "comic": (

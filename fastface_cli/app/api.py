@@ -4,7 +4,7 @@ from fastface_cli import FastFace
 
 face = FastFace("pocket")
 me = face.identity("me.jpg")
-face.generate(me, "a woman smiling, watercolor", seed=1)[0].save("out.png")
+face.generate(me, "a woman smiling, watercolour", seed=1)[0].save("out.png")
 """
 
 from __future__ import annotations

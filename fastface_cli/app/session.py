@@ -4,7 +4,7 @@ from fastface_cli.app.request import GenerateRequest
 from fastface_cli.app.session import Session
 
 with Session("pocket") as session:
-    request = GenerateRequest(photos=("me.jpg",), prompts=("a woman smiling, watercolor",), seed=1)
+    request = GenerateRequest(photos=("me.jpg",), prompts=("a woman smiling, watercolour",), seed=1)
     for event in session.run(request):
         print(event)
 """

@@ -47,7 +47,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     build_run(
         folder,
         identities=("ann", "bob", "cai", HOSTILE_NAME),
-        prompts=("a smiling woman in a garden", "watercolor; a man reading", HOSTILE_PROMPT),
+        prompts=("a smiling woman in a garden", "watercolour; a man reading", HOSTILE_PROMPT),
         stresses=(None, "blur"),
         held_out=True,
         fail=[FAILED],
@@ -165,7 +165,7 @@ def test_failures_are_listed_and_filterable(reader: Reader) -> None:
     failures.locator("summary").click()
     assert failures.get_by_text(FAILED).is_visible()
     reader.choose("Show", "failed")
-    assert reader.lines() == ["cai: watercolor; a man reading"]
+    assert reader.lines() == ["cai: watercolour; a man reading"]
     assert reader.page.locator("#lines .failed").text_content() == "out of memory on cuda:0"
     reader.choose("Show", "missing")
     assert len(reader.lines()) == 2
@@ -221,7 +221,7 @@ def test_viewer_works_by_keyboard(reader: Reader) -> None:
     assert shown.count() == 2
     assert viewer.locator("dl").get_by_text("CLIP L/14").is_visible()
     page.keyboard.press("ArrowDown")
-    assert viewer.locator(".prompt").text_content() == "watercolor; a man reading"
+    assert viewer.locator(".prompt").text_content() == "watercolour; a man reading"
     for _ in range(3):
         page.keyboard.press("ArrowUp")  # the first row stays
     page.keyboard.press("ArrowDown")

@@ -30,7 +30,7 @@ def two(tmp_path_factory):
     (folder / "id_photos").mkdir()
     for name in ("anna", "joel"):
         shutil.copy(MINI / "id_photos" / f"{name}.png", folder / "id_photos")
-    (folder / "prompts.txt").write_text("A person smiling\nwatercolor; a person\n")
+    (folder / "prompts.txt").write_text("A person smiling\nwatercolour; a person\n")
     return folder
 
 
@@ -81,7 +81,7 @@ def test_eval_writes_table_summary_csv_and_page(run):
 def test_run_json_records_the_inputs(run, two):
     info = json.loads((run / "run.json").read_text())
     assert info["dataset"]["identities"] == ["anna", "joel"]
-    assert info["dataset"]["prompts"] == ["A person smiling", "watercolor; a person"]
+    assert info["dataset"]["prompts"] == ["A person smiling", "watercolour; a person"]
     assert info["recipes"]["pocket-fastface"]["guidance"]["text"] == [1, 3, 3, 1]
     assert info["options"]["dtype"] == "float32"
     assert {"torch", "diffusers", "fastface"} <= info["versions"].keys()

@@ -42,7 +42,7 @@ check() {  # name, command
     "$2" --version
     "$2" recipes list --json | grep --only-matching --max-count 1 'hyper-fastface"' >/dev/null
     "$2" licenses --recipe hyper-fastface >licenses.txt
-    "$2" generate --recipe pocket --face "$root/examples/portrait.png" --prompt "watercolor; a smiling woman" \
+    "$2" generate --recipe pocket --face "$root/examples/portrait.png" --prompt "watercolour; a smiling woman" \
         --seed 3 --output "$1.png" --json
     test -s "$1.png"
     "$2" doctor --recipe pocket

@@ -30,7 +30,7 @@ COLUMNS = {
 RECIPES = ("baseline", "am1", "fastface")
 PROMPTS = (
     "a smiling woman in a garden",
-    "watercolor; a man reading",
+    "watercolour; a man reading",
     "an astronaut on a horse",
     "a portrait at night",
 )

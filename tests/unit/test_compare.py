@@ -24,7 +24,7 @@ def before(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def after(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One person and one prompt fewer, the prompts in another order, recipes 0.02 apart more."""
     folder = tmp_path_factory.mktemp("after")
-    prompts = ("a portrait at night", "watercolor; a man reading", "a smiling woman in a garden")
+    prompts = ("a portrait at night", "watercolour; a man reading", "a smiling woman in a garden")
     people = ("ann", "bob", "cai", "dee", "eli")
     build_run(folder, effect=0.06, stresses=(None, "blur"), identities=people, prompts=prompts, resamples=50)
     return folder
