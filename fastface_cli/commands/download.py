@@ -140,7 +140,7 @@ def _show(store: Store, artifacts: list[Artifact], *, json: bool) -> None:
                         "bytes": _size(artifact, states[artifact.name]),
                         "missing_bytes": missing.get(artifact.name, 0),
                         "licence": artifact.license,
-                        "license_link": artifact.license_link,
+                        "licence_link": artifact.license_link,
                         "commercial": artifact.commercial,
                         "commercial_note": artifact.commercial_note,
                         "path": str(store.path(artifact)),

@@ -42,7 +42,7 @@ def licenses(
                         "role": role,
                         "name": part.name,
                         "licence": part.license,
-                        "license_link": part.license_link,
+                        "licence_link": part.license_link,
                         "commercial": part.commercial,
                         "commercial_note": part.commercial_note,
                     }
