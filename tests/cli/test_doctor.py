@@ -183,7 +183,7 @@ def test_offline(shop: Shop, recipe: str, monkeypatch: pytest.MonkeyPatch, capsy
     code, findings = examined(capsys, "--recipe", recipe)
     assert code == 3
     (finding,) = findings["Models"]
-    assert "offline mode is on" in finding["message"]
+    assert "the network is disabled" in finding["message"]
     assert finding["mend"] == f"env -u HF_HUB_OFFLINE -u TRANSFORMERS_OFFLINE fastface download {recipe}"
     assert findings["Network"][0]["level"] == "ok"
     assert shop.hub.log == []

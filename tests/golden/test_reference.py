@@ -21,7 +21,7 @@ CASES = sorted(p.stem for p in (Path(__file__).parents[1] / "data" / "golden" / 
 def test_golden_case(case: str, golden: Path) -> None:
     source = golden / "cases" / f"{case}.json"
     recipe = load_recipe(str(source), stack=golden).recipe
-    paths = fetch(recipe, load_settings(), faces=False, progress=False)
+    paths = fetch(recipe, load_settings(), faces=False)
     reference = PublishedPipeline.load(recipe, paths, device="cpu", dtype="float32")
     identity = Identity.load(golden / "identity.safetensors")
     assert recipe.prompt is not None

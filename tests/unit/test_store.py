@@ -45,7 +45,7 @@ def states(store: Store, shop: Shop, name: str) -> list[str]:
 
 def failure(store: Store, *artifacts) -> ModelUnavailableError:
     with pytest.raises(ModelUnavailableError) as caught:
-        store.ensure(artifacts, progress=False)
+        store.ensure(artifacts)
     assert caught.value.exit_code == 3
     assert caught.value.hint
     return caught.value
@@ -58,7 +58,7 @@ def test_fetches_everything_and_the_second_time_nothing(shop: Shop) -> None:
     store = shop.store()
     wanted = [shop[name] for name in ("lora", "base", "unet", "open", "face", "url", "package")]
     assert [one.artifact.name for one in store.missing(wanted)] == [one.name for one in wanted[:-1]]
-    paths = store.ensure(wanted, progress=False)
+    paths = store.ensure(wanted)
     assert paths["tiny-lora"].read_bytes() == BIG
     assert paths["tiny-lora"].name == "lora.safetensors"
     assert (paths["tiny-base"] / "unet/config.json").read_bytes() == CONFIG
@@ -70,17 +70,17 @@ def test_fetches_everything_and_the_second_time_nothing(shop: Shop) -> None:
     shop.hub.log.clear()
     again = shop.store()
     assert again.missing(wanted) == []
-    assert again.ensure(wanted, progress=False) == paths
+    assert again.ensure(wanted) == paths
     assert shop.hub.log == []
 
 
 def test_a_file_that_two_artifacts_share_is_fetched_once(shop: Shop) -> None:
-    shop.store().ensure([shop["base"], shop["unet"], shop["unet"]], progress=False)
+    shop.store().ensure([shop["base"], shop["unet"], shop["unet"]])
     assert len(shop.hub.asked("GET", "config.json")) == 1
 
 
 def test_small_files_come_first(shop: Shop) -> None:
-    shop.store().ensure([shop["lora"], shop["base"]], progress=False)
+    shop.store().ensure([shop["lora"], shop["base"]])
     assert [one.path.rsplit("/", 1)[-1] for one in shop.hub.asked("HEAD")] == [
         "config.json",
         "model.safetensors",
@@ -92,7 +92,7 @@ def test_the_cache_has_the_layout_of_the_hub(shop: Shop, tmp_path: Path) -> None
     from huggingface_hub import try_to_load_from_cache
 
     cache = tmp_path / "hub-cache"
-    path = shop.store(hub_cache=cache).ensure([shop["lora"]], progress=False)["tiny-lora"]
+    path = shop.store(hub_cache=cache).ensure([shop["lora"]])["tiny-lora"]
     found = try_to_load_from_cache("tiny/lora", "lora.safetensors", cache_dir=cache, revision=COMMIT)
     assert Path(str(found)) == path
     assert (cache / "models--tiny--lora" / "blobs" / sha256(BIG)).is_file()
@@ -111,7 +111,7 @@ def test_files_of_another_program_are_checked_and_used(shop: Shop, tmp_path: Pat
     store = shop.store(hub_cache=tmp_path / "c")
     assert states(store, shop, "lora") == ["unverified"]
     assert store.missing([shop["lora"]]) == []
-    store.ensure([shop["lora"]], progress=False)
+    store.ensure([shop["lora"]])
     assert states(store, shop, "lora") == ["present"]
     assert shop.hub.log == []
 
@@ -119,7 +119,7 @@ def test_files_of_another_program_are_checked_and_used(shop: Shop, tmp_path: Pat
 def test_the_token_goes_to_the_hub_alone(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_right")
     shop.hub.token = "hf_right"
-    shop.store().ensure([shop["lora"]], progress=False)
+    shop.store().ensure([shop["lora"]])
     assert {one.authorization for one in shop.hub.log if not one.cdn} == {"Bearer hf_right"}
     assert [one.authorization for one in shop.hub.log if one.cdn] == [None]
 
@@ -128,12 +128,12 @@ def test_licenses_and_sizes_are_logged_once(
     shop: Shop, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     caplog.set_level("INFO", "fastface_cli")
-    shop.store().ensure([shop["open"], shop["lora"]], progress=True)
+    shop.store().ensure([shop["open"], shop["lora"]])
     assert "fetching 2 models, 4 MB" in caplog.text
     assert "research only (https://example.org/terms): no commercial use, for non-commercial" in caplog.text
     assert "tiny-lora  4 MB  MIT" in caplog.text
     caplog.clear()
-    shop.store().ensure([shop["open"], shop["lora"]], progress=True)
+    shop.store().ensure([shop["open"], shop["lora"]])
     assert caplog.text == ""
     assert capsys.readouterr() == ("", "")
 
@@ -164,7 +164,7 @@ def test_an_observer_receives_the_missing_artifacts_and_every_byte(shop: Shop) -
 
 def test_a_cut_transfer_goes_on_within_one_run(shop: Shop) -> None:
     shop.hub.cuts = [2_000_000]
-    path = shop.store().ensure([shop["lora"]], progress=False)["tiny-lora"]
+    path = shop.store().ensure([shop["lora"]])["tiny-lora"]
     assert path.read_bytes() == BIG
     first, second = shop.hub.asked("GET", "/cdn/")
     assert first.range is None
@@ -184,20 +184,20 @@ def test_the_next_run_goes_on_where_the_last_one_gave_up(shop: Shop) -> None:
     assert store.missing([shop["lora"]])[0].bytes == len(BIG) - status.here
     shop.hub.cuts = []
     shop.hub.log.clear()
-    assert store.ensure([shop["lora"]], progress=False)["tiny-lora"].read_bytes() == BIG
+    assert store.ensure([shop["lora"]])["tiny-lora"].read_bytes() == BIG
     assert [one.range for one in shop.hub.asked("GET", "/cdn/")] == [f"bytes={status.here}-"]
 
 
 def test_a_server_without_ranges_starts_over(shop: Shop) -> None:
     shop.hub.cuts, shop.hub.ranges = [2_000_000], False
-    assert shop.store().ensure([shop["lora"]], progress=False)["tiny-lora"].read_bytes() == BIG
+    assert shop.store().ensure([shop["lora"]])["tiny-lora"].read_bytes() == BIG
 
 
 def test_a_damaged_partial_file_is_fetched_again(shop: Shop, caplog: pytest.LogCaptureFixture) -> None:
     blobs = shop.home / "hub/models--tiny--lora/blobs"
     blobs.mkdir(parents=True)
     (blobs / f"{sha256(BIG)}.incomplete").write_bytes(bytes(1_000_000))
-    assert shop.store().ensure([shop["lora"]], progress=False)["tiny-lora"].read_bytes() == BIG
+    assert shop.store().ensure([shop["lora"]])["tiny-lora"].read_bytes() == BIG
     assert [one.range for one in shop.hub.asked("GET", "/cdn/")] == ["bytes=1000000-", None]
     assert "fetching it again from the start" in caplog.text
 
@@ -206,7 +206,7 @@ def test_a_partial_file_that_is_too_long_is_dropped(shop: Shop) -> None:
     blobs = shop.home / "hub/models--tiny--lora/blobs"
     blobs.mkdir(parents=True)
     (blobs / f"{sha256(BIG)}.incomplete").write_bytes(bytes(len(BIG) + 1))
-    assert shop.store().ensure([shop["lora"]], progress=False)["tiny-lora"].read_bytes() == BIG
+    assert shop.store().ensure([shop["lora"]])["tiny-lora"].read_bytes() == BIG
 
 
 CHILD = """
@@ -247,7 +247,7 @@ def test_killed_in_the_middle_then_resumed(shop: Shop, tmp_path: Path) -> None:
     assert not shop.store().path(shop["lora"]).exists()
     shop.hub.pause = 0.0
     shop.hub.log.clear()
-    assert shop.store().ensure([shop["lora"]], progress=False)["tiny-lora"].read_bytes() == BIG
+    assert shop.store().ensure([shop["lora"]])["tiny-lora"].read_bytes() == BIG
     assert [one.range for one in shop.hub.asked("GET", "/cdn/")] == [f"bytes={kept}-"]
 
 
@@ -278,7 +278,7 @@ def test_wrong_bytes_are_moved_aside_and_never_loaded(shop: Shop) -> None:
     assert not store.path(shop["lora"]).exists()
     assert states(store, shop, "lora") == ["missing"]
     shop.hub.served.clear()
-    assert store.ensure([shop["lora"]], progress=False)["tiny-lora"].read_bytes() == BIG
+    assert store.ensure([shop["lora"]])["tiny-lora"].read_bytes() == BIG
 
 
 def test_what_the_server_announces_otherwise_is_refused_before_it_is_fetched(shop: Shop) -> None:
@@ -290,24 +290,24 @@ def test_what_the_server_announces_otherwise_is_refused_before_it_is_fetched(sho
 
 def test_a_file_that_changed_on_disk_is_replaced(shop: Shop, caplog: pytest.LogCaptureFixture) -> None:
     store = shop.store()
-    path = store.ensure([shop["lora"]], progress=False)["tiny-lora"]
+    path = store.ensure([shop["lora"]])["tiny-lora"]
     caplog.clear()
     with path.open("r+b") as file:
         file.write(b"!!!!")
     assert states(store, shop, "lora") == ["unverified"]
-    assert store.ensure([shop["lora"]], progress=False)["tiny-lora"].read_bytes() == BIG
+    assert store.ensure([shop["lora"]])["tiny-lora"].read_bytes() == BIG
     assert "wrong bytes" in caplog.text
 
 
 def test_verify_hashes_again_and_reports(shop: Shop) -> None:
     store = shop.store()
-    path = store.ensure([shop["base"]], progress=False)["tiny-base"] / "vae/model.safetensors"
-    assert [one.state for one in store.verify(shop["base"], progress=False)] == ["present", "present"]
+    path = store.ensure([shop["base"]])["tiny-base"] / "vae/model.safetensors"
+    assert [one.state for one in store.verify(shop["base"])] == ["present", "present"]
     stat = path.stat()
     path.write_bytes(bytes(len(MODEL)))
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert states(store, shop, "base") == ["present", "present"]  # cheap: size and time say so
-    found = store.verify(shop["base"], progress=False)
+    found = store.verify(shop["base"])
     assert [one.state for one in found] == ["present", "bad"]
     assert sha256(MODEL) in found[1].detail
     assert states(store, shop, "base") == ["present", "missing"]
@@ -315,7 +315,7 @@ def test_verify_hashes_again_and_reports(shop: Shop) -> None:
 
 def test_a_hash_seen_once_must_stay(shop: Shop) -> None:
     store = shop.store()
-    store.ensure([shop["open"]], progress=False)
+    store.ensure([shop["open"]])
     assert store.remove(shop["open"]) == len(CONFIG) + len(MODEL)
     shop.hub.files["tiny/open/model.safetensors"] = MODEL[::-1]
     error = failure(shop.store(), shop["open"])
@@ -338,7 +338,7 @@ def test_a_file_of_a_url_with_wrong_bytes(shop: Shop) -> None:
     assert "wrong bytes" in failure(store, shop["url"]).message
     assert not store.path(shop["url"]).exists()
     shop.hub.plain["/release/a+b.pth"] = MODEL
-    assert store.ensure([shop["url"]], progress=False)["tiny-url"].read_bytes() == MODEL
+    assert store.ensure([shop["url"]])["tiny-url"].read_bytes() == MODEL
 
 
 # Refused
@@ -374,7 +374,7 @@ def test_gated_without_and_with_a_wrong_token(shop: Shop, monkeypatch: pytest.Mo
 def test_a_busy_server_is_asked_again(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
     shop.hub.status["tiny/lora"] = 503
     monkeypatch.setattr("fastface_cli.store.transfer.time.sleep", lambda _: shop.hub.status.clear())
-    assert shop.store().ensure([shop["lora"]], progress=False)["tiny-lora"].read_bytes() == BIG
+    assert shop.store().ensure([shop["lora"]])["tiny-lora"].read_bytes() == BIG
 
 
 @pytest.mark.parametrize("status", [429, 500, 502, 503, 504])
@@ -445,8 +445,8 @@ def test_offline_by_the_environment(shop: Shop, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_offline_is_enough_when_everything_is_here(shop: Shop) -> None:
-    shop.store().ensure([shop["lora"]], progress=False)
-    shop.store(offline=True).ensure([shop["lora"]], progress=False)
+    shop.store().ensure([shop["lora"]])
+    shop.store(offline=True).ensure([shop["lora"]])
 
 
 def test_a_disk_that_is_too_small(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -502,7 +502,7 @@ def test_what_the_file_system_refuses(shop: Shop, number: int, message: str) -> 
     assert error.message.startswith("cannot store models")
     assert message in error.message
     shop.hub.log.clear()
-    shop.store().ensure([shop["lora"]], progress=False)
+    shop.store().ensure([shop["lora"]])
     assert shop.hub.asked("GET") == []  # what had arrived whole is used
 
 
@@ -522,7 +522,7 @@ def pack(prefix: str) -> bytes:
 def test_the_archive_stands_in_for_the_repository(shop: Shop, prefix: str) -> None:
     shop.hub.status["tiny/face"] = 404
     shop.hub.plain["/release/tiny_l.zip"] = pack(prefix)
-    folder = shop.store().ensure([shop["face"]], progress=False)["tiny-face"]
+    folder = shop.store().ensure([shop["face"]])["tiny-face"]
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
         "det.onnx": DETECTOR,
         "rec.onnx": RECOGNISER,
@@ -544,7 +544,7 @@ def test_a_broken_archive(shop: Shop, content: bytes) -> None:
     shop.hub.plain["/release/tiny_l.zip"] = content
     assert "is not a complete zip" in failure(shop.store(), shop["face"]).message
     shop.hub.plain["/release/tiny_l.zip"] = pack("")
-    shop.store().ensure([shop["face"]], progress=False)
+    shop.store().ensure([shop["face"]])
 
 
 def test_an_archive_with_other_bytes(shop: Shop) -> None:
@@ -573,7 +573,7 @@ def test_local_references(shop: Shop, tmp_path: Path, monkeypatch: pytest.Monkey
     file = tmp_path / "mine.safetensors"
     file.write_bytes(b"12345")
     artifact = resolve("~/mine.safetensors")
-    assert shop.store(offline=True).ensure([artifact], progress=False) == {"~/mine.safetensors": file}
+    assert shop.store(offline=True).ensure([artifact]) == {"~/mine.safetensors": file}
     (status,) = shop.store().status(artifact)
     assert (status.state, status.bytes) == ("present", 5)
     gone = resolve("./gone.safetensors")
@@ -587,7 +587,7 @@ def test_a_hub_file_by_reference(shop: Shop) -> None:
     assert artifact.license == "MIT"
     same = resolve(HubReference(repo="tiny/lora", commit=COMMIT, file="lora.safetensors"), shop.known)
     assert same == artifact
-    path = shop.store().ensure([artifact], progress=False)[artifact.name]
+    path = shop.store().ensure([artifact])[artifact.name]
     assert path.read_bytes() == BIG
 
 
@@ -603,7 +603,7 @@ def test_a_whole_repository_by_reference(shop: Shop) -> None:
     artifact = resolve(f"hub:tiny/base@{COMMIT}")
     store = shop.store()
     assert store.status(artifact)[0].state == "missing"
-    folder = store.ensure([artifact], progress=False)[artifact.name]
+    folder = store.ensure([artifact])[artifact.name]
     assert sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()) == [
         "model_index.json",
         "unet/config.json",
@@ -611,14 +611,14 @@ def test_a_whole_repository_by_reference(shop: Shop) -> None:
         "vae/model.safetensors",
     ]
     shop.hub.log.clear()
-    assert shop.store(offline=True).ensure([artifact], progress=False) == {artifact.name: folder}
+    assert shop.store(offline=True).ensure([artifact]) == {artifact.name: folder}
     assert shop.hub.log == []
 
 
 def test_a_folder_by_reference(shop: Shop) -> None:
     artifact = resolve(f"hub:tiny/face@{COMMIT}:models/tiny_l", shop.known)
     shop.hub.files["tiny/face/models/tiny_l/readme.txt"] = b"hello"
-    folder = shop.store().ensure([artifact], progress=False)[artifact.name]
+    folder = shop.store().ensure([artifact])[artifact.name]
     assert folder.parts[-2:] == ("models", "tiny_l")
     assert {path.name for path in folder.iterdir()} == {"readme.txt", "det.onnx", "rec.onnx"}
 
@@ -648,7 +648,7 @@ def test_a_reference_cannot_leave_its_folder(shop: Shop) -> None:
 
 def test_remove_frees_what_it_says_and_keeps_what_others_need(shop: Shop) -> None:
     store = shop.store()
-    store.ensure([shop["base"], shop["unet"], shop["url"]], progress=False)
+    store.ensure([shop["base"], shop["unet"], shop["url"]])
     stranger = shop.home / "hub/models--other--repo/blobs/theirs"
     stranger.parent.mkdir(parents=True)
     stranger.write_bytes(b"theirs")
@@ -681,7 +681,7 @@ def test_hub_references_are_listed_and_removed(shop: Shop) -> None:
     store = shop.store()
     shop.hub.files["other/style/pastel.safetensors"] = MODEL
     artifact = resolve(f"hub:other/style@{COMMIT}:pastel.safetensors")
-    store.ensure([artifact], progress=False)
+    store.ensure([artifact])
     (entry,) = store.entries()
     assert entry.artifact.name == f"hub:other/style@{COMMIT}"
     assert entry.bytes == len(MODEL)
@@ -691,12 +691,12 @@ def test_hub_references_are_listed_and_removed(shop: Shop) -> None:
 
 def test_records_survive_nonsense(shop: Shop) -> None:
     store = shop.store()
-    store.ensure([shop["lora"]], progress=False)
+    store.ensure([shop["lora"]])
     for record in (shop.home / "records").iterdir():
         assert json.loads(record.read_text())["sha256"] == sha256(BIG)
         record.write_text("{nonsense")
     assert states(store, shop, "lora") == ["unverified"]
-    store.ensure([shop["lora"]], progress=False)
+    store.ensure([shop["lora"]])
     assert states(store, shop, "lora") == ["present"]
 
 
@@ -713,7 +713,7 @@ def test_a_server_that_is_not_a_hub(shop: Shop, monkeypatch: pytest.MonkeyPatch)
 def test_a_relative_home(shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     shop.home = Path("home")
-    shop.store().ensure([shop["lora"]], progress=False)
+    shop.store().ensure([shop["lora"]])
     shop.hub.log.clear()
     shop.home = tmp_path / "home"
     assert states(shop.store(), shop, "lora") == ["present"]
@@ -721,10 +721,10 @@ def test_a_relative_home(shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_snapshot_found_offline_is_completed_online(shop: Shop) -> None:
     """What happens to lie in the cache stands in for the whole only as long as nobody can be asked."""
-    shop.store().ensure([shop["base"]], progress=False)
+    shop.store().ensure([shop["base"]])
     artifact = resolve(f"hub:tiny/base@{COMMIT}", shop.known)
-    shop.store(offline=True).ensure([artifact], progress=False)
-    folder = shop.store().ensure([artifact], progress=False)[artifact.name]
+    shop.store(offline=True).ensure([artifact])
+    folder = shop.store().ensure([artifact])[artifact.name]
     assert (folder / "unet/model.safetensors").read_bytes() == MODEL
 
 
@@ -732,9 +732,9 @@ def test_a_mirror_with_etags_of_its_own(shop: Shop) -> None:
     """An etag that is no hash names the blob without becoming a path or a hash."""
     shop.hub.etags["tiny/open/config.json"] = "../../../W:weak/strange"
     store = shop.store()
-    store.ensure([shop["open"]], progress=False)
+    store.ensure([shop["open"]])
     (blob,) = (shop.home / "hub/models--tiny--open/blobs").glob("etag-*")
     assert blob.read_bytes() == CONFIG
     for record in (shop.home / "records").iterdir():
         record.unlink()
-    assert [one.state for one in store.verify(shop["open"], progress=False)] == ["present", "present"]
+    assert [one.state for one in store.verify(shop["open"])] == ["present", "present"]
