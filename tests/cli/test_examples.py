@@ -45,7 +45,7 @@ MORE = {
 """Flags that make it short, or answer for the user."""
 MADE = {
     "out/": "out/*.png",
-    "picture.png": "picture.png",
+    "image.png": "image.png",
     "run/": "run/report.html",
     "results/": "results/bench.md",
 }
@@ -76,7 +76,7 @@ def test_every_command_has_an_example(path: tuple[str, ...]) -> None:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a user: a photo, a small data set, a run of it whole and in two shards, and a picture."""
+    """The folder of a user: a photo, a small data set, a run of it whole and in two shards, and an image."""
     folder = tmp_path_factory.mktemp("examples")
     with Image.open(ROOT / "examples" / "portrait.png") as portrait:
         portrait.convert("RGB").save(folder / "me.jpg", quality=95)
@@ -90,7 +90,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         at(folder, patch)
         eval_ = ["eval", "--recipe", "pocket-fastface", "--dataset", "examples/mini", "--metrics", "id"]
         for arguments in (
-            ["generate", "--face", "me.jpg", "--prompt", "a", "-o", "picture.png"],
+            ["generate", "--face", "me.jpg", "--prompt", "a", "-o", "image.png"],
             [*eval_, "-o", "run"],
             [*eval_, "--shard", "1/2", "-o", "shard1"],
             [*eval_, "--shard", "2/2", "-o", "shard2"],
@@ -100,7 +100,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(folder / "run", folder / "after")
     (folder / "theirs").mkdir()
     for index in range(2):
-        shutil.copy(folder / "picture.png", folder / "theirs" / f"{index}.png")
+        shutil.copy(folder / "image.png", folder / "theirs" / f"{index}.png")
     (folder / "order.txt").write_text("anna.png\njoel.png\n")
     return folder
 
@@ -131,7 +131,7 @@ def test_runs(
     target = words[words.index("-o") + 1] if "-o" in words else None
     if target == "run/":
         shutil.rmtree(folder / target)
-    elif target == "picture.png":
+    elif target == "image.png":
         (folder / target).unlink()
     for name in set(words) & set(load_manifest()) if words[:2] == ["cache", "remove"] else ():
         model = load_manifest()[name]
