@@ -80,7 +80,7 @@ class ImageFinished:
     def record(self) -> dict[str, Any]:
         """The image as `--json` and job records describe it."""
         made = self.provenance
-        record = {
+        record: dict[str, Any] = {
             "path": None if self.path is None else str(self.path),
             "prompt": made.prompt,
             "seed": made.seed,
@@ -89,7 +89,12 @@ class ImageFinished:
             "seconds": round(self.seconds, 3),
         }
         if self.candidates is not None:
-            record["best_of"] = self.candidates.record()
+            candidates = self.candidates
+            record["best_of"] = {
+                **candidates.summary(),
+                "candidates": [score.record() for score in candidates.scores],
+                "seconds": round(sum(image.seconds for image in candidates.images), 3),
+            }
         return record
 
 

@@ -8,7 +8,7 @@ import pytest
 from safetensors.torch import load_file
 
 from fastface_cli.app.pipeline import Request
-from fastface_cli.app.session import fetch
+from fastface_cli.app.stack import fetch
 from fastface_cli.benchmark.reference import PublishedPipeline
 from fastface_cli.identity.identity import Identity
 from fastface_cli.recipe.files import load_recipe
