@@ -1,4 +1,4 @@
-"""How an image of the pipeline was made, as its file records it."""
+"""The provenance of an image of the pipeline."""
 
 from __future__ import annotations
 
