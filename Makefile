@@ -6,7 +6,7 @@ INSTALLED := $(BIN)/fastface
 DEV_MODULES := pytest xdist hypothesis mypy playwright dlib ray
 # Without an NVIDIA GPU, a CPU build of PyTorch saves a download of several gigabytes on Linux.
 TORCH_INDEX ?= $(if $(filter Linux,$(shell uname -s)),$(if $(shell command -v nvidia-smi),,https://download.pytorch.org/whl/cpu))
-PIP_INSTALL := PIP_RETRIES=1 $(BIN)/python -m pip install --constraint constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+PIP_INSTALL := $(BIN)/python -m pip install --constraint constraints.txt
 # On small models two processes with one thread each are faster than one process with two threads.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
@@ -14,6 +14,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
 $(INSTALLED):
 	$(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) --retries 1 torch $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 	$(PIP_INSTALL) --editable .
 
 ready: | $(INSTALLED)

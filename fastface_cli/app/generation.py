@@ -61,7 +61,7 @@ class Generation:
         images = self.pipeline.generate(requests, batch_size=self.request.batch_size, on_step=self._on_step)
         for image, cell in zip(images, self.plan.cells, strict=True):
             writer.do(partial(self._finish, image, cell.path(0)))
-            self._keep(image, f"{image.request.seed}  {image.request.prompt}")
+            self._keep(image, self._label(image))
 
     def _generate_best(self, scorer: Scorer) -> None:
         """Only the best candidate of each image is written; the contact sheet shows them all."""
@@ -104,6 +104,18 @@ class Generation:
     def _saves_latents(self) -> bool:
         output = self.request.output
         return output is not None and output.save_latents is not None
+
+    def _label(self, image: GeneratedImage) -> str:
+        """What distinguishes an image in the contact sheet; its prompt if nothing does."""
+        cells = self.plan.cells
+        parts = []
+        if len({cell.adapter_scale for cell in cells}) > 1:
+            parts.append(f"scale {image.adapter_scale:g}")
+        if len({cell.seed for cell in cells}) > 1:
+            parts.append(f"seed {image.request.seed}")
+        if len({cell.prompt for cell in cells}) > 1 or not parts:
+            parts.append(image.request.prompt)
+        return "  ".join(parts)
 
     def _keep(self, image: GeneratedImage, label: str) -> None:
         if self._saves_latents:
