@@ -15,12 +15,13 @@ LONGEST_NAME = 255
 """Maximum bytes of a file name in common file systems."""
 
 
-def check_target(path: Path, *, force: bool) -> None:
+def check_target(path: Path, *, force: bool, folder: bool = True) -> None:
     """Check, before any work is done, that a file can be written.
 
     Args:
         path: the file to write; its folder may not exist yet.
         force: whether an existing file may be replaced.
+        folder: also check the folder, which is unnecessary for further files in it.
 
     Raises:
         UsageError: the name is taken or invalid, or the folder is not writable.
@@ -38,7 +39,8 @@ def check_target(path: Path, *, force: bool) -> None:
         )
     try:
         _check_free(path, force)
-        _check_folder(path.parent)
+        if folder:
+            _check_folder(path.parent)
     except OSError as error:
         raise UsageError(
             f"cannot write {path}: {error.strerror or error}", "choose another folder"

@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from cachetools import LRUCache
 
 from ..errors import UsageError
 from ..files import check_target
@@ -25,6 +27,45 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
+class OutputNames:
+    """The paths of all images of a run.
+
+    Names may contain the seed, so that they depend on which candidate is kept. Only the names of first
+    candidates are planned and checked before the run; planning all of them would take minutes.
+    """
+
+    def __init__(
+        self, output: OutputPlan, recipe: Recipe, contents: Sequence[tuple[str, int, float]]
+    ) -> None:
+        self._output = output
+        self._recipe = recipe
+        self._contents = contents
+        self._planned = LRUCache[int, list[Path]](16)
+        self.first = self._plan(0, force=output.force)
+
+    def path(self, index: int, candidate: int) -> Path:
+        """The path of an image (counted from 0) if this candidate is kept."""
+        if candidate == 0:
+            return self.first[index]
+        if candidate not in self._planned:
+            # A name that is taken by then gets a number when the image is written.
+            self._planned[candidate] = self._plan(candidate, force=True)
+        return self._planned[candidate][index]
+
+    def _plan(self, candidate: int, *, force: bool) -> list[Path]:
+        fields: list[Mapping[str, str | int | float]] = [
+            {
+                "recipe": self._recipe.name,
+                "prompt": prompt,
+                "scale": scale,
+                "index": index,
+                "seed": seed + candidate,
+            }
+            for index, (prompt, seed, scale) in enumerate(self._contents, start=1)
+        ]
+        return plan_paths(self._output.path, count=len(fields), fields=fields, force=force)
+
+
 @dataclass(frozen=True)
 class ImageCell:
     """One image of a run."""
@@ -33,12 +74,8 @@ class ImageCell:
     seed: int
     """Seed of the first candidate."""
     adapter_scale: float
-    paths: tuple[Path, ...] = ()
-    """Path of the image, per candidate, because names may contain the seed; empty without an output."""
-
-    def path(self, candidate: int) -> Path | None:
-        """The path of the image if this candidate is kept; None without an output."""
-        return self.paths[candidate] if self.paths else None
+    index: int
+    """Position in the run, counted from 0."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +87,8 @@ class RunPlan:
     """None: zero embeddings, which is not the encoding of an empty text."""
     seeds: tuple[int, ...]
     cells: tuple[ImageCell, ...]
+    names: OutputNames | None
+    """None if the request has no output."""
     grid: Path | None
     expected_identity: str | None
     """Digest of the identity that the replayed image was made with."""
@@ -81,14 +120,17 @@ def plan_run(request: GenerateRequest, default: str | Recipe, lossy: Mapping[str
         raise UsageError("there is no prompt", 'describe the image: --prompt "a portrait in a garden"')
     seeds = _seeds(request, defaults.seed)
     negative = defaults.negative_prompt if request.negative_prompt is None else request.negative_prompt
-    cells = _cells(request, recipe, prompts, seeds, request.adapter_scales or (defaults.adapter.scale,))
-    grid = None
+    scales = request.adapter_scales or (defaults.adapter.scale,)
+    contents = [(prompt, seed, scale) for prompt in prompts for seed in seeds for scale in scales]
+    cells = tuple(ImageCell(*content, index) for index, content in enumerate(contents))
+    names = grid = None
     if request.output is not None:
-        first = cells[0].paths[0]
+        names = OutputNames(request.output, recipe, contents)
+        first = names.first[0]
         grid = first.with_name(f"{first.stem}-grid.png") if request.output.grid else None
-        _check_targets(request.output, cells, grid)
+        _check_targets(request.output, names.first, grid)
     expected = provenance.identity_digest if provenance else None
-    return RunPlan(recipe, negative, seeds, cells, grid, expected)
+    return RunPlan(recipe, negative, seeds, cells, names, grid, expected)
 
 
 def _load(request: GenerateRequest, base: str | Recipe) -> Recipe:
@@ -119,38 +161,8 @@ def _seeds(request: GenerateRequest, default: int | None) -> tuple[int, ...]:
     return tuple(first + index * request.best_of for index in range(request.count))
 
 
-def _cells(
-    request: GenerateRequest,
-    recipe: Recipe,
-    prompts: tuple[str, ...],
-    seeds: tuple[int, ...],
-    scales: tuple[float, ...],
-) -> tuple[ImageCell, ...]:
-    contents = [(prompt, seed, scale) for prompt in prompts for seed in seeds for scale in scales]
-    output = request.output
-    if output is None:
-        return tuple(ImageCell(*content) for content in contents)
-
-    def fields(candidate: int) -> Iterator[Mapping[str, str | int | float]]:
-        for index, (prompt, seed, scale) in enumerate(contents, start=1):
-            named: dict[str, str | int | float] = {
-                "recipe": recipe.name,
-                "prompt": prompt,
-                "scale": scale,
-                "index": index,
-            }
-            yield {**named, "seed": seed + candidate}
-
-    by_candidate = [
-        plan_paths(output.path, count=len(contents), fields=list(fields(candidate)), force=output.force)
-        for candidate in range(request.best_of)
-    ]
-    paths = zip(*by_candidate, strict=True)
-    return tuple(ImageCell(*content, each) for content, each in zip(contents, paths, strict=True))
-
-
-def _check_targets(output: OutputPlan, cells: tuple[ImageCell, ...], grid: Path | None) -> None:
-    taken = {os.path.abspath(path) for cell in cells for path in cell.paths}
+def _check_targets(output: OutputPlan, paths: Sequence[Path], grid: Path | None) -> None:
+    taken = {os.path.abspath(path) for path in paths}
     extras = {
         "--save-identity": output.save_identity,
         "--save-latents": output.save_latents,
