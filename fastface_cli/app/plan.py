@@ -14,10 +14,12 @@ from cachetools import LRUCache
 
 from ..errors import UsageError
 from ..files import check_target
+from ..models.acceleration import LOSSY
 from ..output.images import plan_paths
 from ..output.metadata import Provenance
 from ..output.replay import read as read_provenance
 from ..recipe.files import Flag, load_recipe, load_recipe_data
+from ..store.manifest import load_manifest
 from .licensing import artifacts_of, check_commercial
 from .request import GenerateRequest, OutputPlan
 
@@ -181,15 +183,39 @@ def _replayed_recipe(request: GenerateRequest, provenance: Provenance, lossy: Ma
     overridden = [override.partition("=")[0].strip() for override in request.overrides]
     provenance.require_local_parts(overridden + (["model"] if request.stack else []))
     recipe = _changed(request, provenance.recipe)
+    _check_repositories(request, recipe, overridden)
     for part in provenance.changed_local_parts(recipe):
         log.warning("warning: %s is not the file '%s' that the image was made with", part.field, part.name)
-    missing = {name: value for name, value in (provenance.lossy or {}).items() if lossy.get(name) != value}
+    # Known names only: the metadata of an image is not trusted, and this is printed.
+    recorded = {name: value for name, value in (provenance.lossy or {}).items() if name in LOSSY}
+    missing = {name: value for name, value in recorded.items() if lossy.get(name) != value}
     if missing:
         items = [f"--accelerate {name}={'on' if value is True else value}" for name, value in missing.items()]
         log.warning(
             "warning: the image was made with %s; without it this one differs slightly", " ".join(items)
         )
     return recipe
+
+
+def _check_repositories(request: GenerateRequest, recipe: Recipe, overridden: Sequence[str]) -> None:
+    """Refuse Hub repositories that only the image names: its author chose what would be downloaded.
+
+    Raises:
+        UsageError: there is one, and neither `allow_hub` nor an override names it.
+    """
+    if request.allow_hub or request.stack is not None:
+        return
+    pinned = {(artifact.repo, artifact.commit) for artifact in load_manifest().values()}
+    for role, artifact in artifacts_of(recipe).items():
+        is_chosen = any(
+            field.startswith(("model." + role.partition(".")[0], "model=")) for field in overridden
+        )
+        if artifact.repo is None or (artifact.repo, artifact.commit) in pinned or is_chosen:
+            continue
+        raise UsageError(
+            f"{request.replay} was made with {artifact.name}, which fastface does not know",
+            "pass --allow-hub to download it if you trust the author of the image, or --set another model",
+        )
 
 
 def _changed(request: GenerateRequest, recipe: Recipe) -> Recipe:

@@ -172,7 +172,7 @@ def _decoded(image: Image.Image, name: str) -> Photo:
 
 
 def _shrunk(image: Image.Image) -> Image.Image:
-    """Scale to `MAX_SIDE`. Deep modes and transparency are averaged over blocks, because it needs less memory."""
+    """Scale to `MAX_SIDE`. Deep modes and transparency are averaged over blocks, which needs less memory."""
     factor = -(-max(image.size) // MAX_SIDE)
     orientation = image.getexif().get(ORIENTATION)
     if image.mode.startswith("I;16"):
