@@ -88,7 +88,7 @@ def count(recipe: Recipe, level: Level, stack: Stack = PUBLISHED) -> Footprint:
         level: which models are offloaded.
         stack: the model configurations.
     """
-    from .run import synthetic_person
+    from ..identity.identity import random_identity
 
     with quiet_libraries():
         pipeline = _pipeline(recipe, level, stack)
@@ -107,12 +107,12 @@ def count(recipe: Recipe, level: Level, stack: Stack = PUBLISHED) -> Footprint:
         stages[stage] = max(stages.get(stage, 0), memory.peak)
 
     pipeline.watch = watch
-    request = Request("a portrait of a person", 0, synthetic_person())
+    request = Request("a portrait of a person", 0, random_identity())
     fused = patch("torch.nn.functional.scaled_dot_product_attention", _fused_attention)
     with torch.no_grad(), memory, fused:
         trace, _ = pipeline.sample([request], pipeline.plan())
-        with watch("vae"), pipeline.on_device(pipeline.vae, offloaded=level.models):
-            pipeline.decode(trace.latents[-1][0])
+        with watch("vae"), pipeline.backbone.on_device(pipeline.vae, offloaded=level.models):
+            pipeline.backbone.decode(trace.latents[-1][0])
     footprint.stages = stages
     return footprint
 

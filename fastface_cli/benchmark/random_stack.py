@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from ..adapters.faceid_plusv2 import settle_adapter
-from ..app.pipeline import Pipeline, check_level
+from ..app.pipeline import Pipeline
 from ..models.acceleration import DEFAULT, Acceleration, arrange, check
 from ..models.device import memory_errors
 from ..models.loading import Homes
-from ..models.offload import OFF, Level
+from ..models.offload import OFF, Level, check_level
 from ..models.schedulers import SCHEDULERS
 from ..quiet import quiet_libraries
 from ..recipe.schema import Recipe
@@ -62,7 +62,9 @@ def random_pipeline(
         for encoder in (parts.text_encoder, parts.text_encoder_2, parts.image_encoder, projection):
             encoder.to(homes.encoders)
         steps = scheduler(recipe, stack)
-        return Pipeline(recipe, parts, projection, steps, lambda _: None, acceleration, level, device)
+        return Pipeline(
+            recipe, parts, projection, steps, acceleration=acceleration, level=level, device=device
+        )
 
 
 def random_reference(

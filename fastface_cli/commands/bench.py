@@ -97,11 +97,10 @@ def bench(
     recipes = [_load(name, set_ or []) for name in recipe or [settings.recipe]]
     device_name = _device(recipes, weights, device or settings.device)
 
-    from ..app.pipeline import check_level
     from ..benchmark import run, sides, tables
     from ..models.acceleration import parse
     from ..models.device import pick_device, pick_dtype
-    from ..models.offload import level_of
+    from ..models.offload import check_level, level_of
 
     pick_dtype(dtype, pick_device(device_name))
     source: WeightSource = weights  # type: ignore[assignment]  # one of WEIGHTS

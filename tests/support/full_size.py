@@ -20,6 +20,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file
 
+from fastface_cli.adapters.faceid_plusv2 import load_adapter
 from fastface_cli.app import pipeline
 from fastface_cli.benchmark.sdxl import PADS, PUBLISHED, config_text
 from fastface_cli.benchmark.structure import (
@@ -128,7 +129,7 @@ def distillation(part: str) -> Callable[[Path], dict[str, Any]]:
 def adapter(folder: Path) -> dict[str, Any]:
     path = write_stack(folder, parts=["adapter"], fill="random")["adapter"]
     pipe = shell(loading.load_unet(base(folder), None, HALF))
-    projection = loading.load_adapter(pipe, path, 0.8)
+    projection = load_adapter(pipe, path, 0.8)
     file = torch.load(path, weights_only=True, mmap=True)
     state = pipe.unet.state_dict()
     layers = [name.removesuffix(".processor") for name in pipe.unet.attn_processors]
