@@ -25,8 +25,8 @@ def miniature(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A random stack in the published files' form, float32, as `write_stack` names its parts."""
     import torch
 
+    from benchmarks.published_files import write_stack
     from fastface_cli.benchmark.sdxl import MINIATURE
-    from fastface_cli.benchmark.structure import write_stack
 
     folder = tmp_path_factory.mktemp("stack")
     return write_stack(folder, MINIATURE, fill="random", dtype=torch.float32, seed=5)

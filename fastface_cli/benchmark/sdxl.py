@@ -155,20 +155,6 @@ _SCHEDULER: ConfigFile = {
     "use_karras_sigmas": False,
 }
 
-_MODEL_INDEX: ConfigFile = {
-    "_class_name": "StableDiffusionXLPipeline",
-    "_diffusers_version": "0.19.0.dev0",
-    "force_zeros_for_empty_prompt": True,
-    "add_watermarker": None,
-    "scheduler": ["diffusers", "EulerDiscreteScheduler"],
-    "text_encoder": ["transformers", "CLIPTextModel"],
-    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
-    "tokenizer": ["transformers", "CLIPTokenizer"],
-    "tokenizer_2": ["transformers", "CLIPTokenizer"],
-    "unet": ["diffusers", "UNet2DConditionModel"],
-    "vae": ["diffusers", "AutoencoderKL"],
-}
-
 TURBO_SCHEDULER: ConfigFile = {
     "_class_name": "EulerAncestralDiscreteScheduler",
     "_diffusers_version": "0.24.0.dev0",
@@ -235,24 +221,10 @@ class Stack:
     vae: ConfigFile
     image_encoder: ConfigFile
     scheduler: ConfigFile = field(default_factory=lambda: _SCHEDULER)
-    model_index: ConfigFile = field(default_factory=lambda: _MODEL_INDEX)
     lora_rank: int = 64
     """Rank of the distillation LoRAs."""
     adapter_rank: int = 128
     """Rank of the LoRA inside the adapter file."""
-
-    def base_configs(self) -> dict[str, ConfigFile]:
-        """Return the configuration files of the base folder by path, including those of the tokenizers."""
-        return {
-            "model_index.json": self.model_index,
-            "scheduler/scheduler_config.json": self.scheduler,
-            "text_encoder/config.json": self.text_encoder,
-            "text_encoder_2/config.json": self.text_encoder_2,
-            "unet/config.json": self.unet,
-            "vae/config.json": self.vae,
-            **{f"{name}/special_tokens_map.json": special_tokens(pad) for name, pad in PADS.items()},
-            **{f"{name}/tokenizer_config.json": tokenizer_config(pad) for name, pad in PADS.items()},
-        }
 
 
 PUBLISHED = Stack(_UNET, _TEXT_ENCODER, _TEXT_ENCODER_2, _VAE, _IMAGE_ENCODER)
