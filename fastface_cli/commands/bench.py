@@ -10,8 +10,16 @@ import typer
 
 from .. import console
 from ..errors import UsageError
-from .completion import complete_field, complete_recipe, complete_saving
-from .options import DeviceOption, DtypeOption
+from .completion import complete_recipe, complete_saving
+from .options import (
+    AccelerateOption,
+    CompileOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    OfflineOption,
+    SetOption,
+)
 
 if TYPE_CHECKING:
     from ..benchmark.sides import Side, WeightSource
@@ -46,16 +54,9 @@ def bench(
         Path | None,
         typer.Option(help="Photo for timing face detection; without it, a random identity is used."),
     ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", help="Override a recipe field: sampling.width=512.", autocompletion=complete_field
-        ),
-    ] = None,
-    compile_: Annotated[bool, typer.Option("--compile", help="Compile the UNet step and the VAE.")] = False,
-    accelerate: Annotated[
-        list[str] | None, typer.Option("--accelerate", help="Change an optimization: channels_last=on.")
-    ] = None,
+    set_: SetOption = None,
+    compile_: CompileOption = False,
+    accelerate: AccelerateOption = None,
     low_memory: Annotated[
         str,
         typer.Option(
@@ -72,8 +73,8 @@ def bench(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Output folder for bench.json and bench.md.")
     ] = None,
-    offline: Annotated[bool, typer.Option("--offline", help="Do not use the network.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    offline: OfflineOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Measure the time per image by stage, the first image, memory and the number of operations.
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .. import console
-from .options import RecipeOption
+from .options import JsonOption, OfflineOption, RecipeOption
 
 if TYPE_CHECKING:
     from ..doctor.finding import Finding
@@ -18,8 +18,8 @@ def doctor(
     fix: Annotated[
         bool, typer.Option("--fix", help="Replace packages that overwrite each other (ONNX Runtime, OpenCV).")
     ] = False,
-    offline: Annotated[bool, typer.Option("--offline", help="Do not use the network.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    offline: OfflineOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Check this machine and print the command that fixes each problem.
 

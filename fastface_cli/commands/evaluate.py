@@ -13,8 +13,16 @@ import typer
 
 from .. import console
 from ..errors import FastFaceError, UsageError, nearest
-from .completion import complete_field, complete_metric, complete_recipe
-from .options import DeviceOption, DtypeOption
+from .completion import complete_metric, complete_recipe
+from .options import (
+    CommercialOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    OfflineOption,
+    SetOption,
+    StackOption,
+)
 
 if TYPE_CHECKING:
     from ..evaluation.dataset import Dataset
@@ -56,8 +64,6 @@ MetricsOption = Annotated[
 ProtocolOption = Annotated[
     str, typer.Option(help="fastface, or published: the paper's protocol with its known bugs.")
 ]
-OfflineOption = Annotated[bool, typer.Option("--offline", help="Use no network.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 @app.callback()
@@ -90,19 +96,12 @@ def evaluate(
     threads: Annotated[int, typer.Option(min=1, help="Torch threads per process, on a CPU.")] = 1,
     shard: Annotated[str, typer.Option(help="Part of the run: 2/8 is the second of eight.")] = "1/1",
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Retry failed images.")] = False,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", help="Override a field of all recipes: sampling.width=64.", autocompletion=complete_field
-        ),
-    ] = None,
-    stack: Annotated[Path | None, typer.Option(help="Folder of local model weights.")] = None,
+    set_: SetOption = None,
+    stack: StackOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     offline: OfflineOption = False,
-    commercial: Annotated[
-        bool, typer.Option("--commercial", help="Refuse models whose license forbids commercial use.")
-    ] = False,
+    commercial: CommercialOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Compare recipes on a data set, with 95% confidence intervals.

@@ -12,8 +12,20 @@ import typer
 
 from .. import console
 from ..errors import UsageError
-from .completion import complete_field, complete_saving
-from .options import DeviceOption, DtypeOption, RecipeOption
+from .completion import complete_saving
+from .options import (
+    AccelerateOption,
+    CommercialOption,
+    CompileOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    OfflineOption,
+    RecipeOption,
+    SetOption,
+    StackOption,
+    StepsOption,
+)
 
 if TYPE_CHECKING:
     from ..app.best_of import Candidates
@@ -57,9 +69,7 @@ def generate(
     face_box: Annotated[
         str | None, typer.Option(help="Which face: a box 'x1,y1,x2,y2' in pixels of the photo.")
     ] = None,
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="Diffusion steps; selects the distilled checkpoint.")
-    ] = None,
+    steps: StepsOption = None,
     size: Annotated[str | None, typer.Option(help="Image size in pixels, such as 1024x1024.")] = None,
     adapter_scale: Annotated[
         str | None, typer.Option(help="Strength of the identity adapter; a list '0.4,0.8' sweeps it.")
@@ -67,18 +77,8 @@ def generate(
     lora_scale: Annotated[
         float | None, typer.Option(help="Weight of the LoRA inside the adapter file.")
     ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="FIELD=VALUE",
-            help="Change a recipe field: guidance.text=[1,2,2,1].",
-            autocompletion=complete_field,
-        ),
-    ] = None,
-    stack: Annotated[
-        Path | None, typer.Option(help="Folder of local weights instead of the recipe's models.")
-    ] = None,
+    set_: SetOption = None,
+    stack: StackOption = None,
     from_: Annotated[
         Path | None,
         typer.Option("--from", help="Replay a PNG made by fastface: its recipe, prompt and seed."),
@@ -103,21 +103,14 @@ def generate(
             autocompletion=complete_saving,
         ),
     ] = None,
-    compile_: Annotated[
-        bool, typer.Option("--compile", help="Compile the models first; pays off for many images.")
-    ] = False,
-    accelerate: Annotated[
-        list[str] | None,
-        typer.Option(metavar="ITEM=VALUE", help="Change an optimization: channels_last=on, vae=half."),
-    ] = None,
+    compile_: CompileOption = False,
+    accelerate: AccelerateOption = None,
     remember: Annotated[
         bool, typer.Option("--remember", help="Keep the face embedding on disk for later runs.")
     ] = False,
-    offline: Annotated[bool, typer.Option("--offline", help="Download nothing.")] = False,
-    commercial: Annotated[
-        bool, typer.Option("--commercial", help="Refuse models whose license forbids commercial use.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+    offline: OfflineOption = False,
+    commercial: CommercialOption = False,
+    as_json: JsonOption = False,
     verbose: Annotated[
         int, typer.Option("--verbose", "-v", count=True, show_default=False, help="Print progress details.")
     ] = 0,

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from .. import console
 from ..errors import FastFaceError, RecipeError
-from .completion import complete_field, complete_recipe
+from .completion import complete_recipe
+from .options import JsonOption, SetOption, StackOption, StepsOption
 
 app = typer.Typer(help="List, show and validate recipes.", no_args_is_help=True)
 
 
 @app.command("list")
-def list_(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
+def list_(as_json: JsonOption = False) -> None:
     """List the recipes that ship with fastface.
 
     Example: fastface recipes list
@@ -42,21 +42,10 @@ def show(
     resolved: Annotated[
         bool, typer.Option("--resolved", help="Print every value and its origin.", show_default=False)
     ] = False,
-    steps: Annotated[int | None, typer.Option("--steps", help="Number of steps.", show_default=False)] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="FIELD=VALUE",
-            help="Override a field.",
-            show_default=False,
-            autocompletion=complete_field,
-        ),
-    ] = None,
-    stack: Annotated[
-        Path | None, typer.Option("--stack", metavar="DIR", help="Local models.", show_default=False)
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    steps: StepsOption = None,
+    overrides: SetOption = None,
+    stack: StackOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Print a recipe file, or with --resolved all its values after inheritance and overrides.
 
@@ -104,10 +93,8 @@ def validate(
             autocompletion=complete_recipe,
         ),
     ],
-    stack: Annotated[
-        Path | None, typer.Option("--stack", metavar="DIR", help="Local models.", show_default=False)
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    stack: StackOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Check recipes and print their problems. The exit code is 2 if any is invalid.
 
