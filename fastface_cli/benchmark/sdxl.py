@@ -156,21 +156,10 @@ _SCHEDULER: ConfigFile = {
 }
 
 TURBO_SCHEDULER: ConfigFile = {
+    **{key: value for key, value in _SCHEDULER.items() if key != "use_karras_sigmas"},
     "_class_name": "EulerAncestralDiscreteScheduler",
     "_diffusers_version": "0.24.0.dev0",
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    "clip_sample": False,
-    "interpolation_type": "linear",
-    "num_train_timesteps": 1000,
-    "prediction_type": "epsilon",
-    "sample_max_value": 1.0,
-    "set_alpha_to_one": False,
-    "skip_prk_steps": True,
-    "steps_offset": 1,
     "timestep_spacing": "linspace",
-    "trained_betas": None,
 }
 """Copied from one copy of the repository; its published hash is not known."""
 

@@ -37,12 +37,12 @@ def bench(
         typer.Option(
             "--recipe",
             "-r",
-            help="Name or path of a recipe; repeat to compare several.",
+            help="Name or path of a recipe; repeatable, to compare several.",
             autocompletion=complete_recipe,
         ),
     ] = None,
     against: Annotated[
-        str | None, typer.Option(help="Also measure this: 'reference' (the published implementation).")
+        str | None, typer.Option(help="Also measure 'reference', the published implementation.")
     ] = None,
     ablation: Annotated[
         bool, typer.Option("--ablation", help="Also measure with each optimization disabled.")
@@ -60,7 +60,8 @@ def bench(
     low_memory: Annotated[
         str,
         typer.Option(
-            help="Fit into this much GPU memory, in GB: off, 12, 8 or 6.", autocompletion=complete_saving
+            help="GPU memory in GB to fit into by offloading: 12, 8, 6 or off.",
+            autocompletion=complete_saving,
         ),
     ] = "off",
     batch: Annotated[int, typer.Option("--batch", min=1, help="Number of images per UNet call.")] = 1,

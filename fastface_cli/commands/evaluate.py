@@ -62,7 +62,7 @@ MetricsOption = Annotated[
     ),
 ]
 ProtocolOption = Annotated[
-    str, typer.Option(help="fastface, or published: the paper's protocol with its known bugs.")
+    str, typer.Option(help="Protocol: fastface, or published (the paper's, with its known bugs).")
 ]
 
 
@@ -74,7 +74,7 @@ def evaluate(
         typer.Option(
             "--recipe",
             "-r",
-            help="Recipe to compare (repeatable). The first one is the baseline.",
+            help="Recipe to compare; repeatable. The first one is the baseline.",
             autocompletion=complete_recipe,
         ),
     ] = None,
@@ -84,11 +84,12 @@ def evaluate(
     split: SplitOption = "full",
     seeds: Annotated[int, typer.Option(min=1, max=1000, help="Number of images per person and prompt.")] = 1,
     stress: Annotated[
-        str | None, typer.Option(help="Also use degraded photos: blur,lowlight,occlusion,jpeg,small.")
+        str | None,
+        typer.Option(help="Also use degraded photos: blur,lowlight,occlusion,jpeg,small."),
     ] = None,
     metrics: MetricsOption = None,
     protocol: ProtocolOption = "fastface",
-    engine: Annotated[str, typer.Option(help="local, or ray for a cluster.")] = "local",
+    engine: Annotated[str, typer.Option(help="Where workers run: local, or ray for a cluster.")] = "local",
     address: Annotated[str | None, typer.Option(help="Address of a running Ray cluster.")] = None,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Number of worker processes.", show_default="one per GPU")
@@ -173,7 +174,7 @@ def evaluate(
 def score(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, or of INDEX.png images.")],
     metrics: MetricsOption = None,
-    again: Annotated[bool, typer.Option("--again", help="Score again what already has scores.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Also replace existing scores.")] = False,
     identity_order: Annotated[
         Path | None, typer.Option(metavar="FILE", help="People in the order of INDEX.png, one per line.")
     ] = None,
@@ -186,7 +187,7 @@ def score(
         str, typer.Option(metavar="RECIPE", help="Recipe whose face models score INDEX.png.")
     ] = "hyper-fastface",
     protocol: Annotated[
-        str | None, typer.Option(help="fastface or published.", show_default="the run's")
+        str | None, typer.Option(help="Protocol: fastface or published.", show_default="the run's")
     ] = None,
     device: DeviceOption = None,
     offline: OfflineOption = False,
@@ -291,7 +292,7 @@ def compare(
             "--recipe",
             "-r",
             metavar="A=B",
-            help="Recipe of RUN_A to compare with a recipe of RUN_B (repeatable).",
+            help="Pair of recipes to compare; repeatable.",
             show_default="same names",
         ),
     ] = None,

@@ -36,10 +36,16 @@ StackOption = Annotated[
     typer.Option("--stack", metavar="DIR", help="Folder of local weights instead of the recipe's models."),
 ]
 DeviceOption = Annotated[
-    str | None, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.", autocompletion=complete_device)
+    str | None,
+    typer.Option(
+        help="Device that runs the models: auto, cpu, cuda, cuda:1 or mps.", autocompletion=complete_device
+    ),
 ]
 DtypeOption = Annotated[
-    str | None, typer.Option(help="float32, float16 or bfloat16.", autocompletion=complete_dtype)
+    str | None,
+    typer.Option(
+        help="Data type of the models: float32, float16 or bfloat16.", autocompletion=complete_dtype
+    ),
 ]
 CompileOption = Annotated[
     bool, typer.Option("--compile", help="Compile the UNet step and the VAE; pays off for many images.")

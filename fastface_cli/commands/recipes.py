@@ -28,7 +28,7 @@ def list_(as_json: JsonOption = False) -> None:
         console.print_json({"ok": True, "recipes": rows, "error": None})
         return
     console.print_table(
-        "", ("recipe", "short", "what it is"), ((info.name, info.short or "", info.summary) for info in infos)
+        "", ("recipe", "short", "summary"), ((info.name, info.short or "", info.summary) for info in infos)
     )
 
 
@@ -36,7 +36,7 @@ def list_(as_json: JsonOption = False) -> None:
 def show(
     name: Annotated[
         str,
-        typer.Argument(help="A recipe's name or path.", autocompletion=complete_recipe, show_default=False),
+        typer.Argument(help="Name or path of a recipe.", autocompletion=complete_recipe, show_default=False),
     ],
     *,
     resolved: Annotated[
@@ -88,7 +88,7 @@ def validate(
         list[str],
         typer.Argument(
             metavar="RECIPE...",
-            help="Names or paths.",
+            help="Names or paths of recipes.",
             show_default=False,
             autocompletion=complete_recipe,
         ),
