@@ -8,6 +8,7 @@ the exact length of the published file. It also allows writing a sparse file tha
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
@@ -20,16 +21,16 @@ from torch import Tensor
 from torch.serialization import skip_data
 
 from fastface_cli.benchmark.sdxl import (
+    BEGIN,
+    END,
     PADS,
     PUBLISHED,
     TURBO_SCHEDULER,
     ConfigFile,
     Stack,
     config_text,
-    special_tokens,
-    tokenizer_config,
 )
-from fastface_cli.benchmark.structure import adapter_layout, empty_unet, layout_of, write_tokenizer
+from fastface_cli.benchmark.structure import adapter_layout, byte_vocabulary, empty_unet, layout_of
 from fastface_cli.models.tensor_file import (
     Shape,
     TensorLayout,
@@ -225,6 +226,51 @@ def write(path: Path, layout: TensorLayout, fill: Fill = "sparse", seed: int = 0
         with path.open("wb") as file:
             _write_safetensors(file, layout, fill, seed, scale)
     return path
+
+
+def _special(content: str) -> ConfigFile:
+    return {"content": content, "lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
+
+
+def special_tokens(pad: str) -> ConfigFile:
+    """Return `special_tokens_map.json` of a CLIP tokenizer that pads with `pad`."""
+    return {
+        "bos_token": _special(BEGIN),
+        "eos_token": _special(END),
+        "pad_token": pad,
+        "unk_token": _special(END),
+    }
+
+
+def tokenizer_config(pad: str) -> ConfigFile:
+    """Return `tokenizer_config.json` of a CLIP tokenizer that pads with `pad`."""
+    return {
+        "add_prefix_space": False,
+        "bos_token": {"__type": "AddedToken", **_special(BEGIN)},
+        "clean_up_tokenization_spaces": True,
+        "do_lower_case": True,
+        "eos_token": {"__type": "AddedToken", **_special(END)},
+        "errors": "replace",
+        "model_max_length": 77,
+        "pad_token": pad,
+        "tokenizer_class": "CLIPTokenizer",
+        "unk_token": {"__type": "AddedToken", **_special(END)},
+    }
+
+
+def write_tokenizer(folder: Path, vocabulary: int, pad: str) -> None:
+    """Write the four files of a CLIP tokenizer with single bytes and no merges.
+
+    Args:
+        folder: output folder.
+        vocabulary: number of tokens, at least 514.
+        pad: the padding token.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps(byte_vocabulary(vocabulary)))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    (folder / "special_tokens_map.json").write_text(config_text(special_tokens(pad)))
+    (folder / "tokenizer_config.json").write_text(config_text(tokenizer_config(pad)))
 
 
 PARTS = {

@@ -164,38 +164,6 @@ TURBO_SCHEDULER: ConfigFile = {
 """Copied from one copy of the repository; its published hash is not known."""
 
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
-
-
-def _special(content: str) -> ConfigFile:
-    return {"content": content, "lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
-
-
-def special_tokens(pad: str) -> ConfigFile:
-    """Return `special_tokens_map.json` of a CLIP tokenizer that pads with `pad`."""
-    return {
-        "bos_token": _special(BEGIN),
-        "eos_token": _special(END),
-        "pad_token": pad,
-        "unk_token": _special(END),
-    }
-
-
-def tokenizer_config(pad: str) -> ConfigFile:
-    """Return `tokenizer_config.json` of a CLIP tokenizer that pads with `pad`."""
-    return {
-        "add_prefix_space": False,
-        "bos_token": {"__type": "AddedToken", **_special(BEGIN)},
-        "clean_up_tokenization_spaces": True,
-        "do_lower_case": True,
-        "eos_token": {"__type": "AddedToken", **_special(END)},
-        "errors": "replace",
-        "model_max_length": 77,
-        "pad_token": pad,
-        "tokenizer_class": "CLIPTokenizer",
-        "unk_token": {"__type": "AddedToken", **_special(END)},
-    }
-
-
 PADS = {"tokenizer": END, "tokenizer_2": "!"}
 """The padding token of each tokenizer folder."""
 

@@ -1,19 +1,17 @@
-"""The layout of the adapter file and a tokenizer, to create models without a download.
+"""The layout of the adapter file and a vocabulary, to create models without a download.
 
 Names and shapes come from the classes that load the file, created on the meta device.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..models.tensor_file import Shape, TensorLayout
-from .sdxl import BEGIN, END, ConfigFile, Stack, config_text, special_tokens, tokenizer_config
+from .sdxl import BEGIN, END, ConfigFile, Stack
 
 
 def layout_of(
@@ -93,21 +91,15 @@ def _projection(stack: Stack) -> Iterator[tuple[str, Shape]]:
             yield {"proj.net.0.proj": "proj.0", "proj.net.2": "proj.2"}.get(stem, stem) + f".{kind}", shape
 
 
-def write_tokenizer(folder: Path, vocabulary: int, pad: str) -> None:
-    """Write the four files of a CLIP tokenizer with single bytes and no merges.
+def byte_vocabulary(size: int) -> dict[str, int]:
+    """Return the vocabulary of a CLIP tokenizer with single bytes and no merges.
 
     Args:
-        folder: output folder.
-        vocabulary: number of tokens, at least 514; the last two begin and end a text, as published.
-        pad: the padding token.
+        size: number of tokens, at least 514; the last two begin and end a text, as published.
     """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     letters = [chr(byte) for byte in printable] + [chr(256 + index) for index in range(len(others))]
     words = letters + [f"{letter}</w>" for letter in letters]
-    words += [f"<|unused{index}|>" for index in range(vocabulary - len(words) - 2)] + [BEGIN, END]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps({word: index for index, word in enumerate(words)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    (folder / "special_tokens_map.json").write_text(config_text(special_tokens(pad)))
-    (folder / "tokenizer_config.json").write_text(config_text(tokenizer_config(pad)))
+    words += [f"<|unused{index}|>" for index in range(size - len(words) - 2)] + [BEGIN, END]
+    return {word: index for index, word in enumerate(words)}

@@ -18,10 +18,9 @@ from safetensors.torch import load_file, save_file
 from support.original_names import original
 from torch import Tensor
 
-from benchmarks.published_files import base_configs, lora_targets, write_stack
+from benchmarks.published_files import base_configs, lora_targets, write_stack, write_tokenizer
 from fastface_cli.app.pipeline import Pipeline, Request
 from fastface_cli.benchmark.sdxl import MINIATURE, PADS, config_text
-from fastface_cli.benchmark.structure import write_tokenizer
 from fastface_cli.errors import ModelUnavailableError
 from fastface_cli.identity.identity import Identity
 from fastface_cli.models import loading

@@ -29,10 +29,10 @@ from benchmarks.published_files import (
     safetensors_length,
     write,
     write_stack,
+    write_tokenizer,
 )
 from fastface_cli.app import pipeline
 from fastface_cli.benchmark.sdxl import PADS, PUBLISHED, config_text
-from fastface_cli.benchmark.structure import write_tokenizer
 from fastface_cli.models import loading
 from fastface_cli.recipe.schema import Recipe
 from support.original_names import original
