@@ -10,16 +10,8 @@ import typer
 
 from .. import console
 from ..errors import UsageError
+from . import options
 from .completion import complete_recipe, complete_saving
-from .options import (
-    AccelerateOption,
-    CompileOption,
-    DeviceOption,
-    DtypeOption,
-    JsonOption,
-    OfflineOption,
-    SetOption,
-)
 
 if TYPE_CHECKING:
     from ..benchmark.sides import Side, WeightSource
@@ -54,9 +46,9 @@ def bench(
         Path | None,
         typer.Option(help="Photo for timing face detection; without it, a random identity is used."),
     ] = None,
-    set_: SetOption = None,
-    compile_: CompileOption = False,
-    accelerate: AccelerateOption = None,
+    set_: options.SetOption = None,
+    compile_: options.CompileOption = False,
+    accelerate: options.AccelerateOption = None,
     low_memory: Annotated[
         str,
         typer.Option(
@@ -69,13 +61,13 @@ def bench(
     cold: Annotated[
         bool, typer.Option("--cold/--no-cold", help="Also measure a new process for each configuration.")
     ] = True,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
+    device: options.DeviceOption = None,
+    dtype: options.DtypeOption = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Output folder for bench.json and bench.md.")
     ] = None,
-    offline: OfflineOption = False,
-    as_json: JsonOption = False,
+    offline: options.OfflineOption = False,
+    as_json: options.JsonOption = False,
 ) -> None:
     """Measure the time per image by stage, the first image, memory and the number of operations.
 

@@ -13,16 +13,8 @@ import typer
 
 from .. import console
 from ..errors import FastFaceError, UsageError, nearest
+from . import options
 from .completion import complete_metric, complete_recipe
-from .options import (
-    CommercialOption,
-    DeviceOption,
-    DtypeOption,
-    JsonOption,
-    OfflineOption,
-    SetOption,
-    StackOption,
-)
 
 if TYPE_CHECKING:
     from ..evaluation.dataset import Dataset
@@ -97,13 +89,13 @@ def evaluate(
     threads: Annotated[int, typer.Option(min=1, help="Torch threads per process, on a CPU.")] = 1,
     shard: Annotated[str, typer.Option(help="Part of the run: 2/8 is the second of eight.")] = "1/1",
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Retry failed images.")] = False,
-    set_: SetOption = None,
-    stack: StackOption = None,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
-    offline: OfflineOption = False,
-    commercial: CommercialOption = False,
-    as_json: JsonOption = False,
+    set_: options.SetOption = None,
+    stack: options.StackOption = None,
+    device: options.DeviceOption = None,
+    dtype: options.DtypeOption = None,
+    offline: options.OfflineOption = False,
+    commercial: options.CommercialOption = False,
+    as_json: options.JsonOption = False,
 ) -> None:
     """Compare recipes on a data set, with 95% confidence intervals.
 
@@ -189,9 +181,9 @@ def score(
     protocol: Annotated[
         str | None, typer.Option(help="Protocol: fastface or published.", show_default="the run's")
     ] = None,
-    device: DeviceOption = None,
-    offline: OfflineOption = False,
-    as_json: JsonOption = False,
+    device: options.DeviceOption = None,
+    offline: options.OfflineOption = False,
+    as_json: options.JsonOption = False,
 ) -> None:
     """Score a run later or with more metrics, or score images of another program.
 
@@ -250,7 +242,7 @@ def score(
 @app.command()
 def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run; it may be unfinished.")],
-    as_json: JsonOption = False,
+    as_json: options.JsonOption = False,
 ) -> None:
     """Write the tables and the report page of a run again.
 
@@ -266,7 +258,7 @@ def report(
 def merge(
     shards: Annotated[list[Path], typer.Argument(metavar="SHARD...", help="Runs made with --shard.")],
     output: OutputOption = None,
-    as_json: JsonOption = False,
+    as_json: options.JsonOption = False,
 ) -> None:
     """Merge the shards of a run.
 
@@ -296,7 +288,7 @@ def compare(
             show_default="same names",
         ),
     ] = None,
-    as_json: JsonOption = False,
+    as_json: options.JsonOption = False,
 ) -> None:
     """Compare two finished runs over the same people, prompts and seeds.
 

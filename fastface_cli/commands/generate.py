@@ -12,20 +12,8 @@ import typer
 
 from .. import console
 from ..errors import UsageError
+from . import options
 from .completion import complete_saving
-from .options import (
-    AccelerateOption,
-    CommercialOption,
-    CompileOption,
-    DeviceOption,
-    DtypeOption,
-    JsonOption,
-    OfflineOption,
-    RecipeOption,
-    SetOption,
-    StackOption,
-    StepsOption,
-)
 
 if TYPE_CHECKING:
     from ..app.best_of import Candidates
@@ -46,7 +34,7 @@ def generate(
             "--prompt", "-p", metavar="TEXT", help="What the image shows; repeatable, one image each."
         ),
     ] = None,
-    recipe: RecipeOption = None,
+    recipe: options.RecipeOption = None,
     output: Annotated[
         str | None,
         typer.Option("--output", "-o", help="File, folder or template, for example '{recipe}-{seed}.png'."),
@@ -73,7 +61,7 @@ def generate(
     face_box: Annotated[
         str | None, typer.Option(help="Box around the face, x1,y1,x2,y2, in pixels of the photo.")
     ] = None,
-    steps: StepsOption = None,
+    steps: options.StepsOption = None,
     size: Annotated[
         str | None,
         typer.Option(help="Width and height in pixels: 1024x1024.", show_default="the recipe's"),
@@ -86,8 +74,8 @@ def generate(
         float | None,
         typer.Option(help="Weight of the LoRA inside the adapter file.", show_default="the recipe's"),
     ] = None,
-    set_: SetOption = None,
-    stack: StackOption = None,
+    set_: options.SetOption = None,
+    stack: options.StackOption = None,
     from_: Annotated[
         Path | None,
         typer.Option("--from", help="Repeat the recipe, prompt and seed of an image made by fastface."),
@@ -103,8 +91,8 @@ def generate(
         bool, typer.Option("--no-metadata", help="Write no metadata into the PNG.")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace existing files.")] = False,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
+    device: options.DeviceOption = None,
+    dtype: options.DtypeOption = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Number of images per UNet call.")] = 1,
     low_memory: Annotated[
         str | None,
@@ -114,14 +102,14 @@ def generate(
             autocompletion=complete_saving,
         ),
     ] = None,
-    compile_: CompileOption = False,
-    accelerate: AccelerateOption = None,
+    compile_: options.CompileOption = False,
+    accelerate: options.AccelerateOption = None,
     remember: Annotated[
         bool, typer.Option("--remember", help="Cache the face embedding on disk for later runs.")
     ] = False,
-    offline: OfflineOption = False,
-    commercial: CommercialOption = False,
-    as_json: JsonOption = False,
+    offline: options.OfflineOption = False,
+    commercial: options.CommercialOption = False,
+    as_json: options.JsonOption = False,
     verbose: Annotated[
         int, typer.Option("--verbose", "-v", count=True, show_default=False, help="Print progress details.")
     ] = 0,

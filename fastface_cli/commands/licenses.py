@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from .. import console
-from .options import JsonOption, RecipeOption, StepsOption
+from . import options
 
 
 def licenses(
-    recipe: RecipeOption = None,
-    steps: StepsOption = None,
-    as_json: JsonOption = False,
+    recipe: options.RecipeOption = None,
+    steps: options.StepsOption = None,
+    as_json: options.JsonOption = False,
 ) -> None:
     """Show each model part of a recipe, its license, and whether it may be used commercially.
 

@@ -8,14 +8,14 @@ import typer
 
 from .. import console
 from ..errors import FastFaceError, RecipeError
+from . import options
 from .completion import complete_recipe
-from .options import JsonOption, SetOption, StackOption, StepsOption
 
 app = typer.Typer(help="List, show and validate recipes.", no_args_is_help=True)
 
 
 @app.command("list")
-def list_(as_json: JsonOption = False) -> None:
+def list_(as_json: options.JsonOption = False) -> None:
     """List the recipes that ship with fastface.
 
     Example: fastface recipes list
@@ -42,10 +42,10 @@ def show(
     resolved: Annotated[
         bool, typer.Option("--resolved", help="Print every value and its origin.", show_default=False)
     ] = False,
-    steps: StepsOption = None,
-    overrides: SetOption = None,
-    stack: StackOption = None,
-    as_json: JsonOption = False,
+    steps: options.StepsOption = None,
+    overrides: options.SetOption = None,
+    stack: options.StackOption = None,
+    as_json: options.JsonOption = False,
 ) -> None:
     """Print a recipe file, or with --resolved all its values after inheritance and overrides.
 
@@ -93,8 +93,8 @@ def validate(
             autocompletion=complete_recipe,
         ),
     ],
-    stack: StackOption = None,
-    as_json: JsonOption = False,
+    stack: options.StackOption = None,
+    as_json: options.JsonOption = False,
 ) -> None:
     """Check recipes and print their problems. The exit code is 2 if any is invalid.
 
