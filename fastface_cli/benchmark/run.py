@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -323,15 +323,9 @@ def cold_start(side: Side, plan: BenchmarkPlan) -> dict[str, Any]:
     Raises:
         FastFaceError: the process failed.
     """
-    source = plan.source
     request = {
         "side": side.to_json(),
-        "source": {
-            "weights": source.weights,
-            "device": source.device,
-            "dtype": source.dtype,
-            "offline": source.offline,
-        },
+        "source": asdict(plan.source),
         "batch": plan.batch,
         "photo": None if plan.photo is None else str(plan.photo),
         "started": time.time(),

@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from support.original_names import original
 from torch import Tensor
 
+from benchmarks.published_files import base_configs, lora_targets, write_stack, write_tokenizer
 from fastface_cli.adapters.faceid_plusv2 import load_adapter
 from fastface_cli.app.pipeline import Pipeline, Request
 from fastface_cli.benchmark.sdxl import MINIATURE, PADS, config_text
-from fastface_cli.benchmark.structure import lora_targets, write_stack, write_tokenizer
 from fastface_cli.errors import ModelUnavailableError
 from fastface_cli.identity.identity import Identity
 from fastface_cli.models import loading
@@ -298,7 +298,7 @@ def single_file(miniature: Paths, tmp_path_factory: pytest.TempPathFactory) -> P
         text_encoder_2=load_file(base / "text_encoder_2" / "model.safetensors"),
     )
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "model.safetensors")
-    for name, config in MINIATURE.base_configs().items():
+    for name, config in base_configs(MINIATURE).items():
         (folder / "config" / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / "config" / name).write_text(config_text(config))
     for name, pad in PADS.items():

@@ -14,9 +14,9 @@ import torch
 from support.methods import METHODS, assert_same, latents, recipe_of, requests
 from torch._dynamo.utils import counters
 
+from benchmarks.published_files import write_stack
 from fastface_cli.app.pipeline import Pipeline
 from fastface_cli.benchmark.sdxl import MINIATURE
-from fastface_cli.benchmark.structure import write_stack
 from fastface_cli.models.acceleration import Acceleration
 from fastface_cli.models.compilation import Compiled, keep_graphs
 

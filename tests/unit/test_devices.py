@@ -14,10 +14,10 @@ from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import save_file
 from support.pretend_device import MixedDevicesError, OnDevice, pretended
 
+from benchmarks.published_files import write_stack
 from fastface_cli.app import pipeline
 from fastface_cli.app.pipeline import Pipeline, Request
 from fastface_cli.benchmark.sdxl import MINIATURE
-from fastface_cli.benchmark.structure import write_stack
 from fastface_cli.errors import DeviceError
 from fastface_cli.identity.identity import Identity
 from fastface_cli.models import loading

@@ -9,8 +9,8 @@ import torch
 from support.methods import FASTFACE, METHODS, assert_same, latents, requests
 from support.pretend_device import pretended
 
+from benchmarks.footprint import count
 from fastface_cli.app.pipeline import Pipeline
-from fastface_cli.benchmark.footprint import count
 from fastface_cli.errors import DeviceError, UsageError
 from fastface_cli.models.acceleration import Acceleration
 from fastface_cli.models.device import memory_errors
