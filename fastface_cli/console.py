@@ -203,3 +203,23 @@ def step_progress(*, quiet: bool = False) -> Progress:
         transient=True,
         redirect_stdout=sys.stdout.isatty(),  # a pipe or a file gets its lines past the display
     )
+
+
+@contextlib.contextmanager
+def spinner(text: str) -> Iterator[None]:
+    """Show work of unknown length; silent where stderr is not a terminal."""
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    console = err()
+    progress = Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
+        TimeElapsedColumn(),
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+        redirect_stdout=sys.stdout.isatty(),  # a pipe or a file gets its lines past the display
+    )
+    with progress:
+        progress.add_task(text, total=None)
+        yield

@@ -9,15 +9,16 @@ face.generate(me, "a woman smiling, watercolour", seed=1)[0].save("out.png")
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import UsageError
 from ..models.acceleration import DEFAULT, Acceleration
 from ..recipe.schema import Recipe
 from ..settings import Saving, Settings
-from .plan import random_seed
+from .events import ImageFinished
+from .request import GenerateRequest
 from .runtime import Runtime
 from .session import Session
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from ..identity.analyzer import InsightFaceAnalyzer
     from ..identity.identity import Identity
     from .best_of import Best, Scorer
-    from .pipeline import Pipeline, Request
+    from .pipeline import Pipeline
 
 
 class FastFace:
@@ -46,7 +47,6 @@ class FastFace:
         low_memory: `off`, `12`, `8` or `6` (GB of the card), or `auto`; None takes the machine's setting.
         acceleration: optimizations; None is `Acceleration()`.
         remember: keep identities on disk, by the hash of their photos.
-        progress: show progress on stderr when it is a terminal.
         settings: of this machine; None reads the settings file and the environment.
 
     Raises:
@@ -66,7 +66,6 @@ class FastFace:
         low_memory: Saving | None = None,
         acceleration: Acceleration = DEFAULT,
         remember: bool = False,
-        progress: bool = False,
         settings: Settings | None = None,
     ) -> None:
         from ..recipe.files import load_recipe
@@ -81,27 +80,22 @@ class FastFace:
             offline=offline,
             fused_cache=fused_cache,
             remember=remember,
-            progress=progress,
         )
-
-    def paths(self, *, faces: bool) -> Mapping[str, Path]:
-        """Where the model files are, by role; missing files are downloaded, face models only on request."""
-        return self.session.paths(self.recipe, faces=faces)
 
     @property
     def pipeline(self) -> Pipeline:
-        """The loaded stack."""
-        return self.session.pipeline(self.recipe)
+        """The loaded diffusion models."""
+        return self.session.stack.pipeline(self.recipe)
 
     @property
     def analyzer(self) -> InsightFaceAnalyzer:
         """The loaded face models."""
-        return self.session.analyzer(self.recipe)
+        return self.session.stack.analyzer(self.recipe)
 
     @property
     def scorer(self) -> Scorer:
-        """What scores candidates for `best_of`; logs what it cannot measure."""
-        return self.session.scorer(self.recipe)
+        """The scorer of candidates for `best_of`; logs a warning for each score that is unavailable."""
+        return self.session.stack.scorer(self.recipe)
 
     def identity(
         self,
@@ -115,8 +109,7 @@ class FastFace:
             UsageError: a photo cannot be read.
             NoFaceError: there is no usable face in them.
         """
-        opened = tuple(Path(photo) if isinstance(photo, str) else photo for photo in photos)
-        return self.session.identity(self.recipe, opened, face_index=face_index, face_box=face_box)
+        return self.session.stack.identity(self.recipe, photos, face_index=face_index, face_box=face_box)
 
     def generate(
         self,
@@ -127,18 +120,18 @@ class FastFace:
         count: int = 1,
         negative_prompt: str | None = None,
         adapter_scale: float | None = None,
-        **options: Any,
+        batch_size: int = 1,
     ) -> list[Image.Image]:
-        """Images of a person.
+        """Generate images of a person.
 
         Args:
             identity: the person.
-            prompt: what the image shows.
-            seed: of the first image; the next images use the following seeds. None: random.
+            prompt: what the images show.
+            seed: of the first image; the next images use the following seeds. None: the recipe's, or random.
             count: number of images.
-            negative_prompt: None is the recipe's.
-            adapter_scale: None is the recipe's.
-            options: of `Pipeline.generate`: `batch_size`, `on_step`.
+            negative_prompt: None: the recipe's.
+            adapter_scale: None: the recipe's.
+            batch_size: number of images per UNet call.
 
         Returns:
             8-bit RGB images of the recipe's size.
@@ -147,8 +140,16 @@ class FastFace:
             DeviceError: out of memory.
             ModelUnavailableError: a model cannot be downloaded or loaded.
         """
-        requests = self._requests(identity, prompt, seed, count, negative_prompt, adapter_scale)
-        return [drawn.image for drawn in self.pipeline.generate(requests, **options)]
+        request = GenerateRequest(
+            prompts=(prompt,),
+            negative_prompt=negative_prompt,
+            seed=seed,
+            count=count,
+            adapter_scales=() if adapter_scale is None else (adapter_scale,),
+            batch_size=batch_size,
+            output=None,
+        )
+        return [image.image for image in self._run(request, identity)]
 
     def best_of(
         self,
@@ -159,44 +160,44 @@ class FastFace:
         seed: int | None = None,
         negative_prompt: str | None = None,
         adapter_scale: float | None = None,
-        **options: Any,
+        batch_size: int = 1,
     ) -> Best:
-        """Of `n` images that follow the prompt, the one most similar to the person: see `best_of.choose`.
+        """Of `n` images that follow the prompt, return the most similar to the person: see `best_of.choose`.
 
         Args:
             identity: the person.
             prompt: what the image shows.
             n: number of candidates.
-            seed: of the first candidate; the next ones use the following seeds. None: random.
-            negative_prompt: None is the recipe's.
-            adapter_scale: None is the recipe's.
-            options: of `Pipeline.generate`: `batch_size`, `on_step`.
+            seed: of the first candidate; the next use the following seeds. None: the recipe's, or random.
+            negative_prompt: None: the recipe's.
+            adapter_scale: None: the recipe's.
+            batch_size: number of images per UNet call.
 
         Raises:
             UsageError: fewer than one candidate, or more than a thousand.
             DeviceError: out of memory.
             ModelUnavailableError: a model cannot be downloaded or loaded.
         """
-        from .best_of import MOST, Best, make_candidates
+        from .best_of import MOST, Best
 
         if not 1 <= n <= MOST:
             raise UsageError(f"best of {n}: choose 1 to {MOST} candidates")
-        requests = self._requests(identity, prompt, seed, n, negative_prompt, adapter_scale)
-        candidates = make_candidates(self.pipeline, self.scorer, requests, **options)
-        kept = candidates.images[candidates.kept]
-        return Best(kept.image, kept.request.seed, candidates.scores, candidates.judge)
+        request = GenerateRequest(
+            prompts=(prompt,),
+            negative_prompt=negative_prompt,
+            seed=seed,
+            best_of=n,
+            adapter_scales=() if adapter_scale is None else (adapter_scale,),
+            batch_size=batch_size,
+            output=None,
+        )
+        (image,) = self._run(request, identity)
+        seed = image.provenance.seed
+        if image.candidates is not None:
+            return Best(image.image, seed, image.candidates.scores, image.candidates.judge)
+        score = self.scorer.score(image.image, identity=identity, prompt=prompt, seed=seed)
+        return Best(image.image, seed, (score,), self.scorer.judge.name)
 
-    def _requests(
-        self,
-        identity: Identity,
-        prompt: str,
-        seed: int | None,
-        count: int,
-        negative_prompt: str | None,
-        adapter_scale: float | None,
-    ) -> list[Request]:
-        from .pipeline import Request
-
-        first = random_seed() if seed is None else seed
-        negative = self.recipe.negative_prompt if negative_prompt is None else negative_prompt
-        return [Request(prompt, first + index, identity, negative, adapter_scale) for index in range(count)]
+    def _run(self, request: GenerateRequest, identity: Identity) -> list[ImageFinished]:
+        events = self.session.run(request, identity=identity)
+        return [event for event in events if isinstance(event, ImageFinished)]

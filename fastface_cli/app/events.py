@@ -1,16 +1,18 @@
-"""What a session reports while a run is in progress: typed, frozen events in the order of the work."""
+"""The events of a run: typed, frozen, in the order of the work. Those of downloads come from the store."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
+
+from ..store.progress import DownloadProgress, DownloadStarted, FileFinished, VerifyProgress
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from ..identity.identity import Identity
+    from ..output.metadata import Provenance
     from ..recipe.schema import Recipe
     from ..sampling.guidance import Step
     from .best_of import Candidates
@@ -24,7 +26,7 @@ class RunStarted:
     seeds: tuple[int, ...]
     """Seed of each image of a prompt."""
     images: int
-    """Images that are drawn, candidates included."""
+    """Number of generated images, including candidates."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class IdentityReady:
 
     identity: Identity
     matches_replay: bool
-    """False where another person was conditioned on than in the replayed image."""
+    """False if the replayed image was made with another identity."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class ModelsReady:
     """The models are on their device."""
 
     seconds: float
-    """Time to load them; close to 0 where they were loaded before."""
+    """Time to load them; close to 0 if they were loaded before."""
     device: str
     dtype: str
     steps: tuple[Step, ...]
@@ -62,24 +64,58 @@ class StepFinished:
 
 @dataclass(frozen=True)
 class ImageFinished:
-    """An image was written."""
+    """An image is finished, and written if the request has an output."""
 
-    path: Path
+    path: Path | None
+    """None if the request has no output."""
     image: Image.Image
     """8-bit RGB."""
-    record: Mapping[str, Any]
-    """Plain data for JSON: path, prompt, seed, adapter scale, UNet samples, seconds."""
+    provenance: Provenance
+    """How the image was made."""
+    seconds: float
+    """The image's share of the wall time of its batch."""
     candidates: Candidates | None = None
-    """What the choice was made from, where the best of several was kept."""
+    """All candidates, if the best of several was kept."""
+
+    def record(self) -> dict[str, Any]:
+        """The image as `--json` and job records describe it."""
+        made = self.provenance
+        record: dict[str, Any] = {
+            "path": None if self.path is None else str(self.path),
+            "prompt": made.prompt,
+            "seed": made.seed,
+            "adapter_scale": made.adapter_scale,
+            "unet_samples": made.unet_samples,
+            "seconds": round(self.seconds, 3),
+        }
+        if self.candidates is not None:
+            candidates = self.candidates
+            record["best_of"] = {
+                **candidates.summary(),
+                "candidates": [score.record() for score in candidates.scores],
+                "seconds": round(sum(image.seconds for image in candidates.images), 3),
+            }
+        return record
 
 
 @dataclass(frozen=True)
 class RunFinished:
-    """Every image was written."""
+    """All images are finished."""
 
     images: int
     grid: Path | None = None
-    """The contact sheet, where one was asked for."""
+    """The contact sheet, if the request has one."""
 
 
-Event: TypeAlias = RunStarted | IdentityReady | ModelsReady | StepFinished | ImageFinished | RunFinished
+Event: TypeAlias = (
+    RunStarted
+    | DownloadStarted
+    | DownloadProgress
+    | VerifyProgress
+    | FileFinished
+    | IdentityReady
+    | ModelsReady
+    | StepFinished
+    | ImageFinished
+    | RunFinished
+)

@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import DeviceError, FastFaceError, ModelUnavailableError, unexpected
 from .events import ImageFinished
 from .jobs import Job, JobError, read_jobs, record
-from .request import GenerateRequest
+from .request import GenerateRequest, OutputPlan
 from .session import Session
 
 
@@ -18,7 +18,7 @@ def job_records(session: Session, defaults: GenerateRequest, source: str) -> Ite
 
     Args:
         session: runs them; its models stay loaded.
-        defaults: what a line that does not say otherwise uses.
+        defaults: the values of fields that a line does not set.
         source: path of a file of JSON lines, or `-` for standard input.
 
     Raises:
@@ -35,10 +35,10 @@ def job_records(session: Session, defaults: GenerateRequest, source: str) -> Ite
             needs_own_models = bool(job.set or job.face)
             if (
                 isinstance(error, ModelUnavailableError | DeviceError)
-                and not session.has_models
+                and not session.stack.has_models
                 and not needs_own_models
             ):
-                raise  # the models that every line needs
+                raise  # all lines need these models
             yield record(job.line, error if isinstance(error, FastFaceError) else unexpected(error))
 
 
@@ -56,10 +56,12 @@ def job_request(defaults: GenerateRequest, job: Job) -> GenerateRequest:
         if getattr(job, name) is not None:
             values[name] = getattr(job, name)
     if job.output:
-        values["output"] = defaults.output.model_copy(update={"path": job.output})
+        output = defaults.output or OutputPlan()
+        values["output"] = output.model_copy(update={"path": job.output})
     return defaults.model_copy(update=values)
 
 
 def _run(session: Session, request: GenerateRequest) -> Mapping[str, Any]:
-    """The record of the one image of a request."""
-    return next(event.record for event in list(session.run(request)) if isinstance(event, ImageFinished))
+    """Run a request for one image and return the record of the image."""
+    (image,) = [event for event in session.run(request) if isinstance(event, ImageFinished)]
+    return image.record()

@@ -1,14 +1,14 @@
-"""Jobs as JSON lines, one image a line, and prompts as plain lines.
+"""Jobs as JSON lines, one image per line, and prompts as plain lines.
 
-A job is a JSON object; every key may be left out, and then the command line decides:
+A job is a JSON object. All keys are optional; the command line sets the defaults:
 
     {"face": "me.jpg", "prompt": "an astronaut", "seed": 7, "output": "out/{seed}.png"}
     {"face": ["a.jpg", "b.jpg"], "set": {"guidance.text": [1, 2, 2, 1]}, "adapter_scale": 0.6}
     {"identity": "me.safetensors", "negative_prompt": "blurry", "set": ["sampling.steps=8"]}
     {"prompt": "a sailor", "best_of": 8}
 
-Blank lines and lines that start with # are skipped. Paths are relative to the current folder. A line that is
-wrong spoils that line alone. For each job one JSON object (`record`) goes to stdout, in the order of the
+Blank lines and lines that start with # are skipped. Paths are relative to the current folder. An invalid line
+does not affect the other lines. Each job prints one JSON object (`record`) to stdout, in the order of the
 lines:
 
     {"line": 1, "ok": true, "path": "out/7.png", "prompt": ..., "seed": 7, ..., "error": null}
@@ -37,7 +37,7 @@ _Name = Annotated[str, Field(min_length=1, max_length=65536, pattern=r"^[^\x00]*
 
 
 class Job(BaseModel):
-    """One line of a jobs file; None and empty mean that the line does not say."""
+    """One line of a jobs file; None and empty mean that the line does not set the field."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
@@ -56,7 +56,7 @@ class Job(BaseModel):
     """Changes to the recipe, `field=VALUE`, as `--set`; a JSON object of fields is turned into these."""
     adapter_scale: Annotated[float, Field(ge=-5, le=5)] | None = None
     best_of: Annotated[int, Field(ge=1, le=1000)] | None = None
-    """Images made for the one that is kept, as `--best-of`."""
+    """Candidates per image, as `--best-of`."""
 
     @field_validator("face", mode="before")
     @classmethod
@@ -91,39 +91,40 @@ FIELDS = tuple(name for name in Job.model_fields if name != "line")
 
 @dataclass(frozen=True)
 class JobError:
-    """A line that is not a job."""
+    """An invalid line."""
 
     line: int
     error: UsageError
 
 
 def read_jobs(source: str) -> Iterator[Job | JobError]:
-    """The jobs of a file or of standard input, each read when it is asked for.
+    """Read the jobs of a file or of standard input, line by line.
 
     Args:
         source: path of a file of JSON lines (UTF-8), or `-` for standard input.
 
     Returns:
-        A lazy iterator; wrong lines come as `JobError` and the next line goes on.
+        A lazy iterator; an invalid line gives a `JobError`.
 
     Raises:
         UsageError: the file cannot be opened; raised at once.
     """
     if source == "-":
-        if sys.stdin is None:  # closed by whoever started us
+        if sys.stdin is None:  # the parent process closed it
             raise UsageError("cannot read jobs from stdin: it is closed", "pipe them in, or name a file")
-        return _jobs(sys.stdin.buffer, "stdin")
+        return read_stream(sys.stdin.buffer, "stdin")
     try:
-        stream = open(source, "rb")  # noqa: SIM115  closed by _jobs, which outlives this call
+        stream = open(source, "rb")  # noqa: SIM115  closed by read_stream, which outlives this call
     except (OSError, ValueError) as error:
         raise UsageError(
             f"cannot read the jobs file {source}: {_reason(error)}",
             "give a file of JSON lines, or - for stdin",
         ) from error
-    return _jobs(stream, source)
+    return read_stream(stream, source)
 
 
-def _jobs(stream: IO[bytes], source: str) -> Iterator[Job | JobError]:
+def read_stream(stream: IO[bytes], source: str) -> Iterator[Job | JobError]:
+    """Like `read_jobs`, from an open file. It is closed at the end unless it is stdin."""
     number = 0
     try:
         while data := stream.readline(MAX_LINE + 1):
@@ -168,7 +169,7 @@ def _job(data: bytes, number: int, where: str) -> Job | None:
             'a job is one JSON object on one line: {"prompt": "..."}',
         ) from error
     except UnicodeEncodeError as error:
-        raise UsageError(f"{where}: holds half of a surrogate pair") from error
+        raise UsageError(f"{where}: contains half of a surrogate pair") from error
     except ValueError as error:
         raise UsageError(f"{where}: {str(error)[:200]}") from error
     if not isinstance(value, dict):
@@ -192,12 +193,12 @@ def _job(data: bytes, number: int, where: str) -> Job | None:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
         names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"'{twice}' is given twice")
-    return found
+        duplicate = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"'{duplicate}' is given twice")
+    return fields
 
 
 def _no_constant(name: str) -> None:
@@ -209,11 +210,11 @@ def _reason(error: Exception) -> str:
 
 
 def record(line: int, result: Mapping[str, Any] | FastFaceError) -> dict[str, Any]:
-    """What is printed for one job.
+    """Return the JSON object that is printed for a job.
 
     Args:
         line: its line number.
-        result: the record of the image (path, prompt, seed, ...), or why there is none.
+        result: the record of the image (path, prompt, seed, ...), or the error.
     """
     if isinstance(result, FastFaceError):
         return {"line": line, "ok": False, "error": result.record()}
@@ -221,20 +222,20 @@ def record(line: int, result: Mapping[str, Any] | FastFaceError) -> dict[str, An
 
 
 def prompts_file(path: Path) -> list[str]:
-    """Prompts, one a line; blank lines are skipped, and so is the space around a prompt.
+    """Read prompts, one per line. Blank lines, and spaces around a prompt, are ignored.
 
     Args:
         path: UTF-8 text, with or without a byte order mark.
 
     Raises:
-        UsageError: it cannot be read, is not UTF-8, or holds no prompt.
+        UsageError: the file cannot be read, is not UTF-8, or contains no prompt.
     """
     try:
         with path.open("rb") as file:
             data = file.read(MAX_PROMPTS + 1)
     except (OSError, ValueError) as error:
         raise UsageError(
-            f"cannot read the prompts file {path}: {_reason(error)}", "give a file with one prompt a line"
+            f"cannot read the prompts file {path}: {_reason(error)}", "give a file with one prompt per line"
         ) from error
     if len(data) > MAX_PROMPTS:
         raise UsageError(f"the prompts file {path} is larger than {MAX_PROMPTS >> 20} MB", "split it")
@@ -243,11 +244,11 @@ def prompts_file(path: Path) -> list[str]:
     except UnicodeDecodeError as error:
         number = data.count(b"\n", 0, error.start) + 1
         raise UsageError(f"{path}:{number}: is not UTF-8 text", "save the file as UTF-8") from error
-    # Not splitlines(): it also splits at characters that may stand inside a prompt, as U+2028.
+    # Not splitlines(): it also splits at characters that a prompt may contain, such as U+2028.
     prompts = [line.strip() for line in text.replace("\r", "\n").split("\n") if line.strip()]
     if not prompts:
-        raise UsageError(f"the prompts file {path} holds no prompt", "write one prompt a line")
+        raise UsageError(f"the prompts file {path} contains no prompt", "write one prompt per line")
     for prompt in prompts:
         if "\0" in prompt:
-            raise UsageError(f"the prompts file {path} is not a text file", "write one prompt a line")
+            raise UsageError(f"the prompts file {path} is not a text file", "write one prompt per line")
     return prompts

@@ -1,4 +1,4 @@
-"""A request resolved against recipes and the disk: everything that can be checked without a model."""
+"""Resolve a request: everything that can be checked without a model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..output.metadata import Provenance
 from ..output.replay import read as read_provenance
 from ..recipe.files import Flag, load_recipe, load_recipe_data
 from .licensing import artifacts_of, check_commercial
-from .request import GenerateRequest
+from .request import GenerateRequest, OutputPlan
 
 if TYPE_CHECKING:
     from ..recipe.schema import Recipe
@@ -31,15 +31,19 @@ class ImageCell:
 
     prompt: str
     seed: int
-    """Of the first candidate, where the best of several is kept."""
+    """Seed of the first candidate."""
     adapter_scale: float
-    paths: tuple[Path, ...]
-    """Where the image goes, for each candidate that may be kept: names may contain the seed."""
+    paths: tuple[Path, ...] = ()
+    """Path of the image, per candidate, because names may contain the seed; empty without an output."""
+
+    def path(self, candidate: int) -> Path | None:
+        """The path of the image if this candidate is kept; None without an output."""
+        return self.paths[candidate] if self.paths else None
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What a request means."""
+    """A resolved request."""
 
     recipe: Recipe
     negative_prompt: str | None
@@ -48,7 +52,7 @@ class RunPlan:
     cells: tuple[ImageCell, ...]
     grid: Path | None
     expected_identity: str | None
-    """Digest of the identity that a replayed image was made with."""
+    """Digest of the identity that the replayed image was made with."""
 
 
 def plan_run(request: GenerateRequest, default: str | Recipe, lossy: Mapping[str, object]) -> RunPlan:
@@ -56,12 +60,12 @@ def plan_run(request: GenerateRequest, default: str | Recipe, lossy: Mapping[str
 
     Args:
         request: the run.
-        default: the recipe where the request names none.
-        lossy: optimizations of this run that cost precision, as `Acceleration.lossy` names them.
+        default: the recipe if the request names none.
+        lossy: lossy optimizations of this run, see `Acceleration.lossy`.
 
     Raises:
-        UsageError: something is missing, contradictory or in the way.
-        LicenseError: commercial use is asked for, and a license forbids it.
+        UsageError: something is missing or contradictory, or a file exists already.
+        LicenseError: commercial use is requested, and a license forbids it.
     """
     provenance = None if request.replay is None else read_provenance(request.replay)
     if provenance is None:
@@ -74,20 +78,24 @@ def plan_run(request: GenerateRequest, default: str | Recipe, lossy: Mapping[str
         check_commercial(artifacts_of(recipe).values(), f"recipe '{recipe.name}'")
     prompts = request.prompts or ((defaults.prompt,) if defaults.prompt is not None else ())
     if not prompts:
-        raise UsageError("there is no prompt", 'say what to make: --prompt "a portrait in a garden"')
+        raise UsageError("there is no prompt", 'describe the image: --prompt "a portrait in a garden"')
     seeds = _seeds(request, defaults.seed)
     negative = defaults.negative_prompt if request.negative_prompt is None else request.negative_prompt
     cells = _cells(request, recipe, prompts, seeds, request.adapter_scales or (defaults.adapter.scale,))
-    first = cells[0].paths[0]
-    grid = first.with_name(f"{first.stem}-grid.png") if request.output.grid else None
-    _check_targets(request, cells, grid)
+    grid = None
+    if request.output is not None:
+        first = cells[0].paths[0]
+        grid = first.with_name(f"{first.stem}-grid.png") if request.output.grid else None
+        _check_targets(request.output, cells, grid)
     expected = provenance.identity_digest if provenance else None
     return RunPlan(recipe, negative, seeds, cells, grid, expected)
 
 
 def _load(request: GenerateRequest, base: str | Recipe) -> Recipe:
-    """The request's recipe, read from a file or derived from one that is loaded already."""
+    """The request's recipe: read from a file, or derived from one that is loaded already."""
     changes = _flags(request)
+    if not isinstance(base, str) and not (changes or request.overrides or request.stack):
+        return base
     if isinstance(base, str):
         resolved = load_recipe(base, overrides=request.overrides, flags=changes, stack=request.stack)
     else:
@@ -98,7 +106,7 @@ def _load(request: GenerateRequest, base: str | Recipe) -> Recipe:
 
 
 def random_seed() -> int:
-    """A seed short enough to type again."""
+    """Return a random seed that is short enough to type."""
     return secrets.randbelow(2**32)
 
 
@@ -107,7 +115,7 @@ def _seeds(request: GenerateRequest, default: int | None) -> tuple[int, ...]:
     if first is None:
         first = random_seed()
     if not 0 <= first <= 2**63 - request.count * request.best_of:
-        raise UsageError(f"seed {first} is out of range", "seeds lie between 0 and 2^63 - 1")
+        raise UsageError(f"seed {first} is out of range", "a seed is between 0 and 2^63 - 1")
     return tuple(first + index * request.best_of for index in range(request.count))
 
 
@@ -119,6 +127,9 @@ def _cells(
     scales: tuple[float, ...],
 ) -> tuple[ImageCell, ...]:
     contents = [(prompt, seed, scale) for prompt in prompts for seed in seeds for scale in scales]
+    output = request.output
+    if output is None:
+        return tuple(ImageCell(*content) for content in contents)
 
     def fields(candidate: int) -> Iterator[Mapping[str, str | int | float]]:
         for index, (prompt, seed, scale) in enumerate(contents, start=1):
@@ -130,7 +141,6 @@ def _cells(
             }
             yield {**named, "seed": seed + candidate}
 
-    output = request.output
     by_candidate = [
         plan_paths(output.path, count=len(contents), fields=list(fields(candidate)), force=output.force)
         for candidate in range(request.best_of)
@@ -139,17 +149,17 @@ def _cells(
     return tuple(ImageCell(*content, each) for content, each in zip(contents, paths, strict=True))
 
 
-def _check_targets(request: GenerateRequest, cells: tuple[ImageCell, ...], grid: Path | None) -> None:
+def _check_targets(output: OutputPlan, cells: tuple[ImageCell, ...], grid: Path | None) -> None:
     taken = {os.path.abspath(path) for cell in cells for path in cell.paths}
     extras = {
-        "--save-identity": request.output.save_identity,
-        "--save-latents": request.output.save_latents,
+        "--save-identity": output.save_identity,
+        "--save-latents": output.save_latents,
         "--grid": grid,
     }
     for flag, extra in extras.items():
         if extra is None:
             continue
-        check_target(extra, force=request.output.force)
+        check_target(extra, force=output.force)
         if os.path.abspath(extra) in taken:
             raise UsageError(f"{flag} and another output both go to {extra}", "choose another name")
         taken.add(os.path.abspath(extra))
@@ -171,7 +181,7 @@ def _replayed_recipe(request: GenerateRequest, provenance: Provenance, lossy: Ma
 
 
 def _changed(request: GenerateRequest, recipe: Recipe) -> Recipe:
-    """A recipe read from an image, with the changes of this request."""
+    """Apply the changes of this request to the recipe of an image."""
     return load_recipe_data(
         recipe.canonical(),
         str(request.replay),

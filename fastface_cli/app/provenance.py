@@ -1,19 +1,19 @@
-"""How an image of the pipeline was made, as its file records it."""
+"""The provenance of an image of the pipeline."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from ..output.metadata import BestOf, Provenance, describe, installed_versions
+from ..output.metadata import BestOf, Provenance, installed_versions
 from ..recipe.schema import Recipe
 from .pipeline import GeneratedImage
 
 
-def describe_made(
+def provenance_of(
     recipe: Recipe, image: GeneratedImage, *, best_of: Mapping[str, Any] | None = None
-) -> dict[str, str]:
-    """Return the text chunks of an image that the pipeline generated.
+) -> Provenance:
+    """Return how an image of the pipeline was made.
 
     Args:
         recipe: as resolved for the run.
@@ -21,17 +21,15 @@ def describe_made(
         best_of: the fields of `BestOf`, if the image was selected from several candidates.
     """
     request = image.request
-    return describe(
-        Provenance(
-            recipe=recipe,
-            prompt=request.prompt,
-            negative_prompt=request.negative_prompt,
-            seed=request.seed,
-            adapter_scale=image.adapter_scale,
-            identity_digest=request.identity.digest(),
-            unet_samples=image.unet_samples,
-            versions=installed_versions(),
-            best_of=BestOf(**best_of) if best_of else None,
-            lossy=dict(image.lossy) or None,
-        )
+    return Provenance(
+        recipe=recipe,
+        prompt=request.prompt,
+        negative_prompt=request.negative_prompt,
+        seed=request.seed,
+        adapter_scale=image.adapter_scale,
+        identity_digest=request.identity.digest(),
+        unet_samples=image.unet_samples,
+        versions=installed_versions(),
+        best_of=BestOf(**best_of) if best_of else None,
+        lossy=dict(image.lossy) or None,
     )

@@ -1,4 +1,4 @@
-"""Everything one run is, as one frozen value that serializes to JSON."""
+"""The complete description of a run: a frozen value that serializes to JSON."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class RecipeChange(_Frozen):
 
 
 class OutputPlan(_Frozen):
-    """Where the results go and what is written beside the images."""
+    """Where the images are written, and which other files."""
 
     path: AnyText | None = None
     """File, folder or template such as `{recipe}-{seed}.png`; None: the current folder."""
@@ -65,7 +65,7 @@ class GenerateRequest(_Frozen):
     stack: Path | None = None
     """Folder of local weights that replaces the recipe's models."""
     replay: Path | None = None
-    """A PNG written by fastface; its recipe, prompt and seed are the defaults of this run."""
+    """A PNG made by fastface; its recipe, prompt and seed are the defaults of this run."""
     photos: tuple[Path, ...] = ()
     """Photos of one person."""
     identity: Path | None = None
@@ -88,11 +88,12 @@ class GenerateRequest(_Frozen):
     batch_size: Annotated[int, Field(ge=1)] = 1
     commercial: bool = False
     """Refuse models whose license forbids commercial use."""
-    output: OutputPlan = OutputPlan()
+    output: OutputPlan | None = OutputPlan()
+    """None: nothing is written; the images are only in the events."""
 
     @model_validator(mode="after")
     def _one_source(self) -> GenerateRequest:
-        """UsageError passes through pydantic unchanged, so that its hint reaches the user."""
+        """Pydantic does not wrap UsageError, so that its hint reaches the user."""
         if self.replay is not None and self.recipe is not None:
             raise UsageError("--from and --recipe both name a recipe", "leave one of them out")
         return self

@@ -1,4 +1,4 @@
-"""Where and how models run: device, dtype, offload level and acceleration, resolved once per stack."""
+"""Where and how models run: device, dtype, offload level and acceleration."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 GPU_BYTES = 1_000_000_000
-"""A stack with more bytes of weights runs on a CPU only where the CPU is named explicitly."""
+"""Models with more bytes of weights run on a CPU only on explicit request."""
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """What the caller asks for; None takes the setting of this machine."""
+    """The choices of the caller; None is the setting of this machine."""
 
     device: str | None = None
     """`auto`, `cpu`, `cuda`, `cuda:1` or `mps`."""
     dtype: str | None = None
-    """`float32`, `float16` or `bfloat16`; None chooses by device."""
+    """`float32`, `float16` or `bfloat16`; None depends on the device."""
     offload: Saving | None = None
-    """`off`, `12`, `8` or `6` (GB of the card), or `auto`."""
+    """`off`, `12`, `8` or `6` (GB of GPU memory), or `auto`."""
     acceleration: Acceleration = DEFAULT
 
     def resolve(self, recipe: Recipe, settings: Settings) -> ResolvedRuntime:
         """Check the choices against this machine and a recipe, before any model is loaded.
 
         Raises:
-            DeviceError: there is no such device, or a full-size stack and no GPU.
-            UsageError: there is no such dtype, or two choices exclude each other.
+            DeviceError: the device does not exist, or a full-size recipe has no GPU.
+            UsageError: the dtype is unknown, or two choices exclude each other.
         """
         from ..models.acceleration import check
         from ..models.device import pick_device, pick_dtype
@@ -58,7 +58,7 @@ class Runtime:
 
 @dataclass(frozen=True)
 class ResolvedRuntime:
-    """A runtime that this machine can provide."""
+    """A runtime that this machine supports."""
 
     device: torch.device
     dtype: torch.dtype
@@ -66,7 +66,7 @@ class ResolvedRuntime:
     acceleration: Acceleration
 
     def level(self, recipe: Recipe) -> Level:
-        """The offload level; `auto` looks at the free memory of the card when the models are loaded."""
+        """The offload level; `auto` depends on the free memory of the GPU now."""
         import torch
 
         from ..models.offload import GIB, LEVELS, OFF, choose
@@ -82,8 +82,8 @@ class ResolvedRuntime:
             level = LEVELS["12"]  # the smallest level that leaves the UNet in place
         if level is not OFF:
             log.warning(
-                "%.1f GiB of the card are free: using --low-memory %s, which gives the same image more "
-                "slowly; --low-memory off keeps all models on the card",
+                "the GPU has %.1f GiB of free memory: using --low-memory %s, which is slower and gives the "
+                "same image; --low-memory off keeps all models on the GPU",
                 free / GIB,
                 level.name,
             )
@@ -91,15 +91,15 @@ class ResolvedRuntime:
 
 
 def is_full_size(recipe: Recipe) -> bool:
-    """Whether a recipe's stack is as large as SDXL, unlike the pocket stack."""
+    """Whether the models of a recipe are as large as SDXL, unlike the pocket stack."""
     return sum(artifact.bytes for artifact in artifacts_of(recipe).values()) > GPU_BYTES
 
 
 def check_device(recipe: Recipe, device: str) -> str:
-    """The name of the device to run on; needs no model.
+    """Choose the device, before any model is loaded.
 
     Raises:
-        DeviceError: there is no such device, or a full-size stack and no GPU.
+        DeviceError: the device does not exist, or a full-size recipe has no GPU.
     """
     from ..models.device import pick_device
 

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from ..models.acceleration import DEFAULT, Acceleration
 from ..recipe.schema import Recipe
+from ..settings import load_settings
 
 if TYPE_CHECKING:
     import torch
 
     from ..app.pipeline import GeneratedImage, Request, StageTimer
+    from ..app.stack import ModelStack
     from ..identity.analyzer import FaceAnalyzer
     from ..models.offload import LevelName
 
@@ -102,7 +104,7 @@ def build(side: Side, source: Source) -> BenchmarkEngine:
     """Load or create the models of a side.
 
     Raises:
-        FastFaceError: see `FastFace` and `Pipeline.load`.
+        FastFaceError: see `ModelStack` and `Pipeline.load`.
     """
     from ..app.pipeline import Pipeline
     from ..models.device import pick_device, pick_dtype
@@ -118,7 +120,7 @@ def build(side: Side, source: Source) -> BenchmarkEngine:
         if side.engine == "reference":
             return random_stack.random_reference(side.recipe, device, dtype, stack)
         return random_stack.random_pipeline(side.recipe, device, dtype, side.acceleration, stack, level)
-    paths = _face(side, source).paths(faces=False)
+    paths = _models(source).model_files(side.recipe)
     if side.engine == "reference":
         return PublishedPipeline.load(side.recipe, paths, device=source.device, dtype=source.dtype)
     return Pipeline.load(
@@ -137,14 +139,14 @@ def analyzer(side: Side, source: Source) -> FaceAnalyzer:
     Raises:
         ModelUnavailableError: they cannot be downloaded or loaded.
     """
-    loaded: FaceAnalyzer = _face(side, source).analyzer
-    return loaded
+    return _models(source).analyzer(side.recipe)
 
 
-def _face(side: Side, source: Source) -> Any:
-    from ..app.api import FastFace
+def _models(source: Source) -> ModelStack:
+    from ..app.runtime import Runtime
+    from ..app.stack import ModelStack
 
-    return FastFace(side.recipe, device=source.device, dtype=source.dtype, offline=source.offline)
+    return ModelStack(Runtime(source.device, source.dtype), load_settings(), offline=source.offline)
 
 
 def ablation(recipe: Recipe, acceleration: Acceleration = DEFAULT) -> list[Side]:

@@ -153,9 +153,11 @@ def evaluate(
     if commercial:
         _check_licenses(plan.recipes, names)
     setup.check_machine(plan.recipes, worker_setup)
-    scoring = setup.scoring(names, plan.recipes, worker_setup, rules, settings)
+    with console.download_bars() as progress:
+        scoring = setup.scoring(names, plan.recipes, worker_setup, rules, settings, progress)
     info = setup.describe(plan, worker_setup, rules=rules, split=split, metrics=names)
-    people = setup.people(output, plan.recipes, worker_setup, settings, console.note)
+    with console.download_bars() as progress:
+        people = setup.people(output, plan.recipes, worker_setup, settings, console.note, progress)
     with Run.open(output, info) as run:
         with _progress(plan.count()) as observer:
             generate(
@@ -241,7 +243,8 @@ def score(
             key: Recipe.model_validate(value, strict=False) for key, value in opened.info["recipes"].items()
         }
         names = _metrics(metrics, recipes, rules)
-        scoring = setup.scoring(names, recipes, worker_setup, rules, settings)
+        with console.download_bars() as progress:
+            scoring = setup.scoring(names, recipes, worker_setup, rules, settings, progress)
         with _progress(len(opened.rows()), making=False) as observer:
             score_run(opened, scoring, observer, again=again)
         _finish(opened, as_json=as_json)

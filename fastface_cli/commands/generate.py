@@ -14,6 +14,7 @@ from .. import console
 from ..errors import UsageError
 from .completion import complete_field, complete_saving
 from .options import DeviceOption, DtypeOption, RecipeOption
+from .run_display import RunDisplay
 
 if TYPE_CHECKING:
     from ..app.best_of import Candidates
@@ -182,7 +183,7 @@ def generate(
         from ..app.session import Session
 
         runtime = Runtime(device, dtype, _saving(low_memory), parse(accelerations))
-        return Session(runtime=runtime, offline=offline or None, remember=remember, progress=True)
+        return Session(runtime=runtime, offline=offline or None, remember=remember)
 
     if jobs is not None:
         from .jobs import run_jobs
@@ -218,22 +219,16 @@ def show_run(
     session: Session, request: GenerateRequest, images: RunImages, *, as_json: bool, verbosity: int
 ) -> None:
     """Run a request and show its events: paths on stdout, progress and notes on stderr."""
-    from ..app.events import (
-        IdentityReady,
-        ImageFinished,
-        ModelsReady,
-        RunFinished,
-        RunStarted,
-        StepFinished,
-    )
+    from ..app.events import IdentityReady, ImageFinished, ModelsReady, RunFinished, RunStarted, StepFinished
 
     verbosity = max(verbosity, session.settings.verbosity)
-    with console.step_progress() as progress:
-        bar = progress.add_task("steps", visible=False)
+    with RunDisplay() as display:
         for event in session.run(request):
             match event:
                 case RunStarted():
                     started = event
+                    if not request.identity:
+                        display.working("finding the face")
                 case IdentityReady():
                     if not event.matches_replay:
                         console.note("warning: this is not the identity that the image was made with")
@@ -241,21 +236,25 @@ def show_run(
                         console.note(f"seed {started.seeds[0]}")
                     if verbosity:
                         console.note(f"recipe {started.recipe.name}, digest {started.recipe.digest()[:12]}")
+                    display.working("loading models")
                 case ModelsReady():
                     if verbosity:
                         _print_models(event)
+                    display.working("generating")
                 case StepFinished():
-                    progress.update(bar, total=event.total, completed=event.done, visible=True)
+                    display.steps(event.done, event.total)
                 case ImageFinished():
-                    images.images.append(event.record)
+                    images.images.append(event.record())
                     if event.candidates and not as_json:
                         _print_scores(event.candidates)
                     if not as_json:
-                        console.line(str(event.record["path"]))
+                        console.line(str(event.path))
                 case RunFinished():
                     images.grid = event.grid
                     if event.grid and not as_json:
                         console.line(str(event.grid))
+                case _:
+                    display.transfer(event)
 
 
 def _print_models(event: ModelsReady) -> None:
@@ -297,11 +296,14 @@ def _prompts(path: Path | None, *, is_read: bool) -> list[str]:
 
 
 def _refuse_with_jobs(request: GenerateRequest, prompts_file: Path | None) -> None:
-    """Refuse flags that a jobs file cannot follow."""
+    """Refuse flags that do not apply to the lines of a jobs file."""
+    from ..app.request import OutputPlan
+
+    output = request.output or OutputPlan()
     refused = {
-        "--grid": request.output.grid,
-        "--save-latents": request.output.save_latents is not None,
-        "--save-identity": request.output.save_identity is not None,
+        "--grid": output.grid,
+        "--save-latents": output.save_latents is not None,
+        "--save-identity": output.save_identity is not None,
         "--from": request.replay is not None,
         "--count": request.count != 1,
         "--prompts-file": prompts_file is not None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -10,8 +11,7 @@ from ..errors import FastFaceError, RecipeError, unexpected
 from .rows import Row
 
 if TYPE_CHECKING:
-    from ..app.api import FastFace
-    from ..app.pipeline import Pipeline
+    from ..app.events import ImageFinished
     from ..identity.identity import Identity
     from ..recipe.schema import Recipe
 
@@ -63,11 +63,13 @@ class Maker:
     def __init__(self, setup: MakerFactory, device: str) -> None:
         import torch
 
+        from ..app.runtime import Runtime
+        from ..app.session import Session
+
         torch.set_num_threads(setup.threads)
         self.setup = setup
-        self.device = device
-        self._face: FastFace | None = None
-        self._pipeline: Pipeline | None = None
+        self._session = Session(runtime=Runtime(device, setup.dtype), offline=setup.offline)
+        self._recipe: Recipe | None = None
 
     def __call__(self, task: ImageTask) -> ImageOutcome:
         """Generate one image and record its errors in the row.
@@ -75,46 +77,41 @@ class Maker:
         Raises:
             FastFaceError: the models cannot be loaded, so that no image of the recipe can be generated.
         """
-        from ..app.pipeline import Request
-        from ..app.provenance import describe_made
         from ..output.images import encode_png
+        from ..output.metadata import describe
 
-        recipe = self.setup.recipes[task.row.recipe]
-        pipeline = self._ready(recipe, task)
+        self._prepare(task)
         try:
-            request = Request(task.row.prompt, task.row.seed, task.identity, recipe.negative_prompt)
-            image = next(iter(pipeline.generate([request])))
-            row = replace(task.row, seconds=round(image.seconds, 6), unet_samples=image.unet_samples)
-            return ImageOutcome(row, encode_png(image.image, describe_made(recipe, image)))
+            image = self._generate(task, task.row.seed)
+            samples = image.provenance.unet_samples
+            row = replace(task.row, seconds=round(image.seconds, 6), unet_samples=samples)
+            return ImageOutcome(row, encode_png(image.image, describe(image.provenance)))
         except Exception as error:
             return failed(task.row, error)
 
-    def _ready(self, recipe: Recipe, task: ImageTask) -> Pipeline:
-        """Return the pipeline of a recipe; models shared with the previous recipe stay loaded."""
-        from ..app.api import FastFace
-
-        if self._pipeline is not None and self._pipeline.recipe == recipe:
-            return self._pipeline
-        face = FastFace(recipe, device=self.device, dtype=self.setup.dtype, offline=self.setup.offline)
-        if self._pipeline is not None:
-            try:
-                self._pipeline = self._pipeline.with_recipe(recipe, face.paths(faces=False))
-            except RecipeError:
-                self._face = self._pipeline = None  # free memory for other models
-        if self._pipeline is None:
-            self._face = face
-            self._pipeline = face.pipeline
-        self._warm_up(self._pipeline, task)
-        return self._pipeline
-
-    def _warm_up(self, pipeline: Pipeline, task: ImageTask) -> None:
-        """Generate and discard one image, so that the time of the first image excludes compilation."""
-        from ..app.pipeline import Request
-
+    def _prepare(self, task: ImageTask) -> None:
+        """Load the models of a recipe; models shared with the previous recipe stay loaded."""
+        recipe = self.setup.recipes[task.row.recipe]
+        if recipe == self._recipe:
+            return
         try:
-            next(iter(pipeline.generate([Request(task.row.prompt, 0, task.identity)])))
-        except Exception:
-            return  # the image itself will report the error
+            self._session.stack.pipeline(recipe)
+        except RecipeError:
+            self._session.close()  # free memory for other models
+            self._session.stack.pipeline(recipe)
+        self._session.recipe = self._recipe = recipe
+        # One discarded image, so that the time of the first image excludes compilation.
+        with contextlib.suppress(Exception):  # the image itself reports the error
+            self._generate(task, 0)
+
+    def _generate(self, task: ImageTask, seed: int) -> ImageFinished:
+        from ..app.events import ImageFinished
+        from ..app.request import GenerateRequest
+
+        request = GenerateRequest(prompts=(task.row.prompt,), seed=seed, output=None)
+        events = self._session.run(request, identity=task.identity)
+        (image,) = [event for event in events if isinstance(event, ImageFinished)]
+        return image
 
 
 def failed(row: Row, error: BaseException) -> ImageOutcome:

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ..app.licensing import artifacts_of
 from ..app.runtime import check_device
-from ..app.session import fetch
-from ..console import download_bars
+from ..app.stack import fetch
 from ..errors import UsageError
 from ..files import content_mark
 from ..output.metadata import installed_versions
 from ..settings import Settings
+from ..store import ProgressObserver
 from ..store.manifest import resolve
 from .engines import LocalPool, Pool, RayPool, local_devices
 from .maker import MakerFactory
@@ -133,11 +133,13 @@ def people(
     worker_setup: WorkerSetup,
     settings: Settings,
     log: Callable[[str], None],
+    progress: ProgressObserver,
 ) -> People:
     """Download the models of all recipes and return what computes identities."""
     packs: dict[str, Path] = {}
     for recipe in recipes.values():
-        packs[str(recipe.model.face)] = fetch(recipe, settings, offline=worker_setup.offline)["face"]
+        paths = fetch(recipe, settings, offline=worker_setup.offline, progress=progress)
+        packs[str(recipe.model.face)] = paths["face"]
 
     def analyzer(pack: Path) -> FaceAnalyzer:
         from ..identity.analyzer import load_face_models
@@ -168,6 +170,7 @@ def scoring(
     worker_setup: WorkerSetup,
     rules: Rules,
     settings: Settings,
+    progress: ProgressObserver,
 ) -> Scoring:
     """Return metrics by name. Their files are downloaded now; their models load while images are generated.
 
@@ -182,8 +185,7 @@ def scoring(
     by_role = _roles(roles, recipes)
     artifacts = {name: resolve(name) for metric in metrics for name in metric.needs.artifacts} | by_role
     store = Store(settings, offline=worker_setup.offline)
-    with download_bars() as observer:
-        paths = store.ensure(list(artifacts.values()), progress=observer)
+    paths = store.ensure(list(artifacts.values()), progress=progress)
     context = Context(
         {name: paths[artifact.name] for name, artifact in artifacts.items()}, _beside(worker_setup), rules
     )

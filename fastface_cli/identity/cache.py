@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ..store.manifest import Artifact
     from .analyzer import Box
     from .identity import Identity
+    from .photos import Photo
 
 NAME = "identities"
 """Name in `fastface cache`, and name of the folder."""
@@ -80,19 +81,18 @@ class Remembered:
 
 
 def key_of(
-    photos: Sequence[Path], pack: Artifact, face_index: int | None, face_box: Box | None
+    photos: Sequence[Photo], pack: Artifact, face_index: int | None, face_box: Box | None
 ) -> str | None:
-    """Return the cache key: a hash of the photos' bytes, the face models and the choice of face.
+    """Return the cache key: a hash of the photos' files, the face models and the choice of face.
 
-    None if a photo cannot be read; analyzing that photo then reports why.
+    None if a photo was not read from a file.
     """
-    try:
-        photo_hashes = [hashlib.sha256(photo.read_bytes()).hexdigest() for photo in photos]
-    except OSError:
+    hashes = [photo.sha256 for photo in photos]
+    if None in hashes:
         return None
     inputs = {
         "format": FORMAT,
-        "photos": photo_hashes,
+        "photos": hashes,
         "face": content_mark(pack.local) if pack.local else pack.name,
         "index": face_index,
         "box": face_box,

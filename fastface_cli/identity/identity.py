@@ -14,11 +14,9 @@ from PIL import Image
 from ..errors import NoFaceError, UsageError, nearest
 from ..files import check_target, write_atomically
 from .analyzer import CROP, EMBEDDING, Box, FaceAnalyzer, align
-from .photos import Photo, open_photo
+from .photos import MAX_PHOTOS, Photo, open_photos
 from .search import bgr, check_choice, choose_face, describe_attempts, find_faces, rounded, scaled
 
-MAX_PHOTOS = 64
-"""Maximum number of photos in an identity."""
 MAX_BYTES = 64 * 2**20
 """Maximum size of an identity file."""
 UNIT_TOLERANCE = 1e-3
@@ -135,7 +133,7 @@ class Identity:
 
 
 def make_identity(
-    photos: Sequence[Path | str | Image.Image],
+    photos: Sequence[Path | str | Image.Image | Photo],
     analyzer: FaceAnalyzer,
     *,
     face_index: int | None = None,
@@ -158,8 +156,6 @@ def make_identity(
         NoFaceError: no photo shows a face, or not the requested one.
         UsageError: a photo cannot be read, or the choice of the face is invalid.
     """
-    if not 1 <= len(photos) <= MAX_PHOTOS:
-        raise UsageError(f"an identity requires 1 to {MAX_PHOTOS} photos, not {len(photos)}")
     check_choice(face_index, face_box)
     if face_box is not None and len(photos) > 1:
         raise UsageError(
@@ -169,8 +165,7 @@ def make_identity(
     report: Callable[[str], None] = (lambda _message: None) if log is None else log
     faces: list[_MeasuredFace] = []
     failures: list[tuple[str, str]] = []
-    for number, source in enumerate(photos, 1):
-        photo = open_photo(source, f"photo {number}" if len(photos) > 1 else "the photo")
+    for photo in open_photos(photos):
         face = _measure(photo, analyzer, face_index, face_box, report)
         if isinstance(face, _MeasuredFace):
             faces.append(face)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
@@ -14,6 +15,8 @@ from PIL import Image, ImageCms, UnidentifiedImageError
 
 from ..errors import UsageError
 
+MAX_PHOTOS = 64
+"""Maximum number of photos of a person."""
 MAX_PIXELS = 1 << 27
 """Images above 134 megapixels are refused before they are decoded (400 MB of memory)."""
 MAX_SIDE = 4096
@@ -43,6 +46,8 @@ class Photo:
     name: str
     scale: float = 1.0
     """Pixels of `image` per pixel of the upright original."""
+    sha256: str | None = None
+    """Hash (hex) of the file; None for an image that was not read from one."""
 
 
 def read_photo(source: Path | str | bytes) -> Image.Image:
@@ -60,13 +65,30 @@ def read_photo(source: Path | str | bytes) -> Image.Image:
     return open_photo(source).image
 
 
-def open_photo(source: Path | str | bytes | Image.Image, name: str = "the photo") -> Photo:
-    """Like `read_photo`, but also accepts opened images and returns the scale.
+def open_photos(sources: Sequence[Path | str | Image.Image | Photo]) -> list[Photo]:
+    """Open several photos of a person; messages call those that are not files "photo 1", "photo 2", ...
+
+    Raises:
+        UsageError: there are none or too many, or one cannot be read.
+    """
+    if not 1 <= len(sources) <= MAX_PHOTOS:
+        raise UsageError(f"an identity requires 1 to {MAX_PHOTOS} photos, not {len(sources)}")
+    several = len(sources) > 1
+    return [
+        open_photo(source, f"photo {number}" if several else "the photo")
+        for number, source in enumerate(sources, start=1)
+    ]
+
+
+def open_photo(source: Path | str | bytes | Image.Image | Photo, name: str = "the photo") -> Photo:
+    """Like `read_photo`, but also accepts opened images and photos, and returns the scale.
 
     Args:
-        source: a path, the bytes of a file, or an image in any mode.
+        source: a path, the bytes of a file, an image in any mode, or a photo, which is returned.
         name: used in messages for a source that is not a path.
     """
+    if isinstance(source, Photo):
+        return source
     if isinstance(source, Image.Image):
         return _guarded(lambda: _decoded(source, name), name)
     if isinstance(source, bytes):
@@ -80,7 +102,10 @@ def open_photo(source: Path | str | bytes | Image.Image, name: str = "the photo"
             raise UsageError(problem, "check the path")
         with path.open("rb") as file:
             start = file.read(12)
-            return _guarded(lambda: _opened(file, str(path)), str(path), start)
+            photo = _guarded(lambda: _opened(file, str(path)), str(path), start)
+            # From the same open file: the path may be replaced at any time.
+            file.seek(0)
+            return replace(photo, sha256=hashlib.file_digest(file, "sha256").hexdigest())
     except (OSError, ValueError) as error:  # ValueError: the path contains a null byte
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise UsageError(

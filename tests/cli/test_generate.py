@@ -412,15 +412,29 @@ def test_json_lists_the_pictures_made_whatever_ends_the_run(
 
     from fastface_cli.app.events import ImageFinished
     from fastface_cli.app.session import Session
+    from fastface_cli.output.metadata import Provenance
+    from fastface_cli.recipe.files import load_recipe
+
+    provenance = Provenance(
+        recipe=load_recipe("pocket").recipe,
+        prompt="a",
+        negative_prompt=None,
+        seed=1,
+        adapter_scale=0.8,
+        identity_digest="0" * 16,
+        unet_samples=10,
+        versions={},
+    )
+    image = ImageFinished(Path("x.png"), Image.new("RGB", (8, 8)), provenance, seconds=1.0)
 
     def run(_session, _request):
-        yield ImageFinished(Path("x.png"), Image.new("RGB", (8, 8)), {"path": "x.png"})
+        yield image
         raise raised
 
     monkeypatch.setattr(Session, "run", run)
     ended = generate("--json")
     assert ended.code == code
-    assert ended.json["images"] == [{"path": "x.png"}]
+    assert ended.json["images"] == [image.record()]
     assert ended.json["error"]["kind"] == kind
     assert ended.json["error"]["code"] == code
     assert message in ended.json["error"]["message"]

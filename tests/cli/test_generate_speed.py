@@ -115,7 +115,7 @@ class TestLevelOfACard:
         self.free = 8 * GIB
         level, (said,) = self.level()
         assert level is LEVELS["8"]
-        assert "8.0 GiB of the card are free: using --low-memory 8" in said
+        assert "8.0 GiB of free memory: using --low-memory 8" in said
         assert "--low-memory off" in said
 
     def test_what_is_compiled_stays_in_its_place(self):

@@ -14,10 +14,10 @@ PACKAGE = Path(__file__).parents[2] / "fastface_cli"
 LAYERS = (
     ("cli",),
     ("commands",),
+    ("console",),
     ("evaluation", "benchmark"),
     ("doctor",),
     ("app",),
-    ("console",),
     ("models",),
     ("adapters",),
     ("sampling",),

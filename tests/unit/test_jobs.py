@@ -188,7 +188,7 @@ class TestJobs:
         file = tmp_path / "jobs.jsonl"
         file.write_text('{"seed": 1}\n{"seed": 2}\n')
         stream = file.open("rb")
-        reader = jobs._jobs(stream, "x")
+        reader = jobs.read_stream(stream, "x")
         next(reader)
         reader.close()  # type: ignore[attr-defined]
         assert stream.closed
@@ -199,7 +199,7 @@ class TestJobs:
         | st.text(alphabet='{}[]":,\\ud8 01e-"facesetprompt', max_size=80).map(str.encode)
     )
     def test_any_bytes(self, data: bytes) -> None:
-        for item in jobs._jobs(io.BytesIO(data), "x"):
+        for item in jobs.read_stream(io.BytesIO(data), "x"):
             assert isinstance(item, Job | JobError)
 
     @settings(max_examples=200, deadline=None)
@@ -216,7 +216,7 @@ class TestJobs:
         )
     )
     def test_any_object(self, value: dict[str, Any]) -> None:
-        (found,) = jobs._jobs(io.BytesIO(json.dumps(value).encode()), "x")
+        (found,) = jobs.read_stream(io.BytesIO(json.dumps(value).encode()), "x")
         assert isinstance(found, Job | JobError)
         if isinstance(found, Job):
             assert "x" not in value
@@ -249,9 +249,9 @@ class TestPromptsFile:
     @pytest.mark.parametrize(
         ("data", "words"),
         [
-            (b"", "holds no prompt"),
-            (b"\n \r\n", "holds no prompt"),
-            (b"\xef\xbb\xbf", "holds no prompt"),
+            (b"", "contains no prompt"),
+            (b"\n \r\n", "contains no prompt"),
+            (b"\xef\xbb\xbf", "contains no prompt"),
             (b"fine\nalso\n\xff\n", ":3: is not UTF-8"),
             (b"a\0b", "not a text file"),
         ],

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
+from fastface_cli import FastFace
 from fastface_cli.app.events import IdentityReady, ImageFinished, ModelsReady, RunFinished, RunStarted
 from fastface_cli.app.events import StepFinished as Step
 from fastface_cli.app.request import GenerateRequest, OutputPlan
 from fastface_cli.app.runtime import Runtime
 from fastface_cli.app.session import RunCancelledError, Session
-from fastface_cli.errors import FastFaceError
+from fastface_cli.app.stack import fetch
+from fastface_cli.errors import FastFaceError, NoFaceError
+from fastface_cli.identity import photos
+from fastface_cli.identity.identity import Identity
+from fastface_cli.recipe.files import load_recipe
+from fastface_cli.store.progress import DownloadProgress, DownloadStarted, FileFinished
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
+PORTRAIT = Path(__file__).parents[2] / "examples" / "portrait.png"
 
 
 def request(folder: Path, **changes) -> GenerateRequest:
@@ -76,10 +84,100 @@ def test_a_replaced_photo_is_another_person(tmp_path):
     examples = Path(__file__).parents[2] / "examples" / "mini" / "id_photos"
     photo = tmp_path / "upload.png"
     with Session("pocket", Runtime(device="cpu")) as session:
-        from fastface_cli.recipe.files import load_recipe
-
         recipe, digests = load_recipe("pocket").recipe, []
         for name in ("anna", "hugo", "anna"):
             photo.write_bytes((examples / f"{name}.png").read_bytes())
-            digests.append(session.identity(recipe, (photo,)).digest())
+            digests.append(session.stack.identity(recipe, (photo,)).digest())
     assert digests[0] == digests[2] != digests[1]
+
+
+def test_a_request_without_output_writes_nothing(session, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = session.run(request(tmp_path, seed=3).model_copy(update={"output": None}))
+    (image,) = [event for event in run if isinstance(event, ImageFinished)]
+    assert image.path is None
+    assert image.record()["path"] is None
+    assert image.provenance.seed == 3
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_identity_in_memory_replaces_photos(session, tmp_path):
+    identity = Identity.load(GOLDEN / "identity.safetensors")
+    from_file = session.run(request(tmp_path, seed=3).model_copy(update={"output": None}))
+    in_memory = session.run(
+        request(tmp_path, seed=3).model_copy(update={"output": None, "identity": None}), identity=identity
+    )
+    pixels = [
+        [event.image.tobytes() for event in run if isinstance(event, ImageFinished)]
+        for run in (from_file, in_memory)
+    ]
+    assert pixels[0] == pixels[1]
+
+
+def test_python_use_gives_the_images_of_a_run(tmp_path):
+    recipe, person = str(GOLDEN / "cases" / "am_only-scalepow-hyper.json"), GOLDEN / "identity.safetensors"
+    face = FastFace(recipe, stack=GOLDEN, device="cpu", dtype="float32")
+    images = face.generate(Identity.load(person), "a portrait", seed=5, count=2, batch_size=2)
+    with Session(runtime=Runtime(device="cpu", dtype="float32")) as other:
+        run = other.run(request(tmp_path, prompts=("a portrait",), seed=6))
+        (alone,) = [event.image for event in run if isinstance(event, ImageFinished)]
+    difference = np.abs(np.asarray(images[1], int) - np.asarray(alone, int))
+    assert difference.max() <= 1
+
+
+class Downloads:
+    """A store whose files are missing: it records what is fetched, in order."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.fetched: list[set[str]] = []
+        monkeypatch.setattr("fastface_cli.app.stack.fetch", self)
+
+    def __call__(self, recipe, _settings, roles, *, offline, progress):
+        self.fetched.append(set(roles))
+        progress(DownloadStarted(()))
+        packaged = {str(role): str(reference) for role, reference in recipe.references().items()}
+        for role in roles:
+            for done in range(3):
+                progress(DownloadProgress(packaged[role], done, 2))
+            progress(FileFinished(packaged[role]))
+        return fetch(recipe, _settings, roles, offline=offline)
+
+
+def test_face_models_are_downloaded_and_used_before_the_others(tmp_path, monkeypatch):
+    downloads = Downloads(monkeypatch)
+    Image.new("RGB", (200, 200), "white").save(tmp_path / "white.png")
+    with Session("pocket", Runtime(device="cpu")) as session:
+        with pytest.raises(NoFaceError):
+            list(session.run(GenerateRequest(photos=(tmp_path / "white.png",), prompts=("a",), output=None)))
+        assert downloads.fetched == [{"face"}]
+        portrait = GenerateRequest(photos=(PORTRAIT,), prompts=("a",), output=None)
+        kinds = [type(event) for event in session.run(portrait)]
+    assert {"base", "adapter"} <= downloads.fetched[1]
+    assert "face" not in downloads.fetched[1]
+    assert kinds.index(IdentityReady) < kinds.index(DownloadProgress) < kinds.index(ModelsReady)
+
+
+def test_cancel_ends_a_download(tmp_path, monkeypatch):
+    Downloads(monkeypatch)
+    with Session("pocket", Runtime(device="cpu")) as session:
+        run = session.run(GenerateRequest(photos=(PORTRAIT,), prompts=("a",), output=None))
+        while not isinstance(next(run), DownloadStarted):
+            pass
+        session.cancel()
+        with pytest.raises(RunCancelledError):
+            list(run)
+
+
+def test_a_photo_is_decoded_once(tmp_path, monkeypatch):
+    decoded = []
+    original = photos.open_photo
+
+    def counted(source, name="the photo"):
+        if not isinstance(source, photos.Photo):
+            decoded.append(source)
+        return original(source, name)
+
+    monkeypatch.setattr(photos, "open_photo", counted)
+    with Session("pocket", Runtime(device="cpu")) as session:
+        list(session.run(GenerateRequest(photos=(PORTRAIT,), prompts=("a",), output=None)))
+    assert decoded == [PORTRAIT]

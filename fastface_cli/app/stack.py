@@ -1,0 +1,263 @@
+"""The models of a session: downloaded and loaded when they are first needed, and kept."""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..recipe.schema import Recipe
+from ..settings import Settings
+from ..store import ProgressObserver, Store
+from ..store.manifest import resolve
+from ..store.progress import ignore
+from .licensing import artifacts_of
+from .runtime import ResolvedRuntime, Runtime
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from ..identity.analyzer import Box, InsightFaceAnalyzer
+    from ..identity.identity import Identity
+    from ..identity.photos import Photo
+    from .best_of import Scorer
+    from .pipeline import Pipeline
+
+log = logging.getLogger(__name__)
+
+MAX_IDENTITIES = 32
+"""Identities kept in memory, about 150 kB per photo."""
+
+FACE = frozenset({"face"})
+"""The role of the face models, which a saved identity makes unnecessary."""
+
+
+class ModelStack:
+    """The loaded models of one session.
+
+    Args:
+        runtime: device, dtype, offload and acceleration.
+        settings: of this machine.
+        offline: download nothing; None follows HF_HUB_OFFLINE.
+        fused_cache: keep fused models on disk, so that the next start is faster.
+        remember: keep identities on disk, by the hash of their photos.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        settings: Settings,
+        *,
+        offline: bool | None = None,
+        fused_cache: bool = True,
+        remember: bool = False,
+    ) -> None:
+        self.runtime = runtime
+        self.settings = settings
+        self.offline = offline
+        self.fused_cache = fused_cache
+        self.remember = remember
+        self._pipeline: Pipeline | None = None
+        self._scorer: Scorer | None = None
+        self._analyzer: tuple[str, InsightFaceAnalyzer] | None = None
+        self._paths: dict[str, Path] = {}
+        self._identities: OrderedDict[str, Identity] = OrderedDict()
+
+    def clear(self) -> None:
+        """Free the memory of all models and identities."""
+        self._pipeline = self._scorer = self._analyzer = None
+        self._identities.clear()
+        _free_device_memory()
+
+    @property
+    def has_models(self) -> bool:
+        """Whether the diffusion models are loaded."""
+        return self._pipeline is not None
+
+    def face_models(self, recipe: Recipe, progress: ProgressObserver = ignore) -> Path:
+        """The folder of a recipe's face models, downloaded if missing.
+
+        Raises:
+            ModelUnavailableError: a file is missing and cannot be downloaded.
+        """
+        return self._ensure(recipe, FACE, progress)["face"]
+
+    def model_files(self, recipe: Recipe, progress: ProgressObserver = ignore) -> dict[str, Path]:
+        """The files of all other models of a recipe by role, downloaded if missing.
+
+        Raises:
+            ModelUnavailableError: a file is missing and cannot be downloaded.
+        """
+        return self._ensure(recipe, recipe.references().keys() - FACE, progress)
+
+    def _ensure(self, recipe: Recipe, roles: Iterable[str], progress: ProgressObserver) -> dict[str, Path]:
+        references = {role: str(reference) for role, reference in recipe.references().items()}
+        missing = {role for role in roles if references[role] not in self._paths}
+        if missing:
+            paths = fetch(recipe, self.settings, missing, offline=self.offline, progress=progress)
+            self._paths |= {references[role]: path for role, path in paths.items()}
+        return {role: self._paths[references[role]] for role in roles}
+
+    def pipeline(self, recipe: Recipe, runtime: ResolvedRuntime | None = None) -> Pipeline:
+        """The diffusion models under a recipe.
+
+        Args:
+            recipe: differs from the recipe of loaded models only where `Pipeline.with_recipe` allows it.
+            runtime: as resolved for the recipe; None resolves it now.
+
+        Raises:
+            RecipeError: models are loaded, and the recipe needs others.
+            ModelUnavailableError, DeviceError: they cannot be loaded.
+        """
+        if self._pipeline is None:
+            self._pipeline = self._load(recipe, runtime or self.runtime.resolve(recipe, self.settings))
+        loaded = self._pipeline.recipe
+        if loaded == recipe:
+            return self._pipeline
+        same_files = loaded.model.scheduler.config == recipe.model.scheduler.config
+        self._pipeline = self._pipeline.with_recipe(
+            recipe, self.model_files(loaded if same_files else recipe)
+        )
+        return self._pipeline
+
+    def _load(self, recipe: Recipe, runtime: ResolvedRuntime) -> Pipeline:
+        from .pipeline import Pipeline
+
+        if runtime.acceleration.compile:
+            from ..models.compilation import keep_graphs
+
+            keep_graphs(self.settings.home / "graphs")
+        return Pipeline.load(
+            recipe,
+            self.model_files(recipe),
+            device=str(runtime.device),
+            dtype=str(runtime.dtype).removeprefix("torch."),
+            log=log.warning,
+            fused=Store(self.settings).fused if self.fused_cache else None,
+            acceleration=runtime.acceleration,
+            level=runtime.level(recipe),
+        )
+
+    def analyzer(self, recipe: Recipe) -> InsightFaceAnalyzer:
+        """The face models of a recipe.
+
+        Raises:
+            ModelUnavailableError: they cannot be loaded.
+        """
+        from ..identity.analyzer import load_face_models
+        from ..models.device import pick_device
+
+        name = str(recipe.model.face)
+        if self._analyzer is None or self._analyzer[0] != name:
+            device = str(pick_device(self.runtime.device or self.settings.device))
+            analyzer = load_face_models(self.face_models(recipe), device=device)
+            if analyzer.note:
+                log.warning("%s", analyzer.note)
+            self._analyzer = name, analyzer
+        return self._analyzer[1]
+
+    def scorer(self, recipe: Recipe) -> Scorer:
+        """The scorer of candidates; logs a warning for each score that is unavailable."""
+        from .best_of import PROMPT_SCORER, Scorer, clip_prompt_scorer, own_prompt_scorer, pick_judge
+
+        if self._scorer is None:
+            analyzer, pipeline = self.analyzer(recipe), self.pipeline(recipe)
+            judge = pick_judge(analyzer, log.warning)
+            prompt = own_prompt_scorer(pipeline)
+            if prompt is None:
+                store, artifact = Store(self.settings, offline=self.offline), resolve(PROMPT_SCORER)
+                if not store.missing([artifact]):
+                    prompt = clip_prompt_scorer(store.path(artifact), pipeline)
+                else:
+                    log.warning(
+                        "prompts are not scored, because no CLIP model is installed; "
+                        "`fastface download %s` downloads one",
+                        PROMPT_SCORER,
+                    )
+            self._scorer = Scorer(analyzer, judge, prompt)
+        return self._scorer
+
+    def identity(
+        self,
+        recipe: Recipe,
+        sources: Sequence[Path | str | Image.Image | Photo],
+        *,
+        face_index: int | None = None,
+        face_box: Box | None = None,
+    ) -> Identity:
+        """The identity of one person. Identities from files are kept, by the content of the files.
+
+        Args:
+            recipe: whose face models.
+            sources: photos of the person.
+            face_index, face_box: see `make_identity`.
+
+        Raises:
+            UsageError: a photo cannot be read.
+            NoFaceError: the photos show no usable face.
+        """
+        from ..identity.cache import Remembered, key_of
+        from ..identity.identity import make_identity
+        from ..identity.photos import open_photos
+
+        photos = open_photos(sources)
+        key = key_of(photos, artifacts_of(recipe)["face"], face_index, face_box)
+        if key is not None and key in self._identities:
+            self._identities.move_to_end(key)
+            return self._identities[key]
+        on_disk = Remembered(self.settings.home) if self.remember else None
+        identity = on_disk.find(key) if on_disk and key is not None else None
+        if identity is None:
+            identity = make_identity(
+                photos, self.analyzer(recipe), face_index=face_index, face_box=face_box, log=log.warning
+            )
+            if on_disk and key is not None:
+                on_disk.keep(key, identity)
+        if key is not None:
+            self._identities[key] = identity
+            if len(self._identities) > MAX_IDENTITIES:
+                self._identities.popitem(last=False)
+        return identity
+
+
+def fetch(
+    recipe: Recipe,
+    settings: Settings,
+    roles: Iterable[str] | None = None,
+    *,
+    offline: bool | None = None,
+    progress: ProgressObserver = ignore,
+) -> Mapping[str, Path]:
+    """Download the missing model files of a recipe.
+
+    Args:
+        recipe: whose models.
+        settings: where the cache is.
+        roles: of `Recipe.references`; None is all.
+        offline: download nothing; None follows HF_HUB_OFFLINE.
+        progress: observes the downloads.
+
+    Returns:
+        The path of each role.
+
+    Raises:
+        ModelUnavailableError: a file is missing and cannot be downloaded.
+    """
+    artifacts = artifacts_of(recipe)
+    if roles is not None:
+        artifacts = {role: artifacts[role] for role in roles}
+    distinct = {artifact.name: artifact for artifact in artifacts.values()}
+    paths = Store(settings, offline=offline).ensure(list(distinct.values()), progress=progress)
+    return {role: paths[artifact.name] for role, artifact in artifacts.items()}
+
+
+def _free_device_memory() -> None:
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
