@@ -738,3 +738,28 @@ def test_a_mirror_with_etags_of_its_own(shop: Shop) -> None:
     for record in (shop.home / "records").iterdir():
         record.unlink()
     assert [one.state for one in store.verify(shop["open"])] == ["present", "present"]
+
+
+TELEMETRY = """
+import fastface_cli
+from huggingface_hub.utils import build_hf_headers, send_telemetry
+from transformers.utils.hub import http_user_agent
+print(build_hf_headers(user_agent=http_user_agent())["user-agent"])
+send_telemetry("fastface/test")
+import time; time.sleep(0.5)  # it is sent by a thread
+"""
+
+
+def test_no_telemetry_leaves_the_process(shop: Shop, tmp_path: Path) -> None:
+    def user_agent(**variables: str) -> str:
+        environment = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf"), **variables}
+        for name in ("DISABLE_TELEMETRY", "DO_NOT_TRACK", "TRANSFORMERS_OFFLINE"):
+            environment.pop(name, None)
+        command = [sys.executable, "-c", TELEMETRY]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+
+    assert "torch/" in user_agent(HF_HUB_DISABLE_TELEMETRY="0")  # an explicit choice of the user is kept
+    assert "/api/agent-harnesses" in [request.path for request in shop.hub.log]
+    shop.hub.log.clear()
+    assert "agent" not in user_agent()
+    assert shop.hub.log == []
