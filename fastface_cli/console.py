@@ -145,7 +145,7 @@ def transfer_progress(*, quiet: bool = False) -> Progress:
 
     console = err()
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),
@@ -194,7 +194,7 @@ def step_progress(*, quiet: bool = False) -> Progress:
 
     console = err()
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),

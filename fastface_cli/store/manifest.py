@@ -18,7 +18,9 @@ from ..recipe.schema import HubReference, ModelReference
 PACKAGE = Path(__file__).parents[1]
 MANIFEST = Path(__file__).with_name("manifest.yaml")
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".onnx")
-_HUB = re.compile(r"hub:(?P<repo>[\w.-]+/[\w.-]+)@(?P<commit>[0-9a-f]{40})(?::(?P<file>.+))?")
+REPOSITORY = r"(?!\S*(?:--|\.\.))\w[\w.-]*/\w[\w.-]*(?<![.-])(?<!\.git)"
+"""Pattern of `owner/name`, as the Hub names repositories."""
+_HUB = re.compile(rf"hub:(?P<repo>{REPOSITORY})@(?P<commit>[0-9a-f]{{40}})(?::(?P<file>.+))?", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -165,6 +167,8 @@ def _is_path(reference: str) -> bool:
 
 def _from_hub(repo: str, commit: str, file: str | None, names: Mapping[str, Artifact]) -> Artifact:
     """The artifact of a Hub reference; a file in the manifest keeps its hash and license."""
+    if re.fullmatch(REPOSITORY, repo, re.ASCII) is None:
+        raise RecipeError(f"'{repo}' is not a repository of the Hugging Face Hub", "write owner/name")
     name = f"hub:{repo}@{commit}" + (f":{file}" if file else "")
     related = [artifact for artifact in names.values() if artifact.repo == repo]
     terms = (

@@ -25,7 +25,7 @@ from . import transfer
 from .fetching import Fetcher, FetchTask, WrongBytesError, fetch_all
 from .fused_cache import FusedCache
 from .layout import CacheLayout, blob_name, check_room, remove_empty, remove_file, source_of
-from .manifest import Artifact, RemoteFile, load_manifest, resolve
+from .manifest import REPOSITORY, Artifact, RemoteFile, load_manifest, resolve
 from .progress import DownloadStarted, ProgressObserver, ignore
 from .records import short_hash
 from .states import Entry, FileStatus, Missing, State, count_models, human_size, license_line, offline_error
@@ -296,7 +296,7 @@ class Store:
         pinned = {source_of(artifact, file) for artifact in self.known.values() for file in artifact.files}
         by_commit: dict[str, list[RemoteFile]] = {}
         for record in self.layout.records.all():
-            match = re.fullmatch(r"([\w.-]+/[\w.-]+@[0-9a-f]{40}):(.+)", record.source)
+            match = re.fullmatch(rf"({REPOSITORY}@[0-9a-f]{{40}}):(.+)", record.source, re.ASCII)
             if match and record.source not in pinned:
                 by_commit.setdefault(match[1], []).append(RemoteFile(match[2], sha256=record.sha256))
         return [

@@ -223,3 +223,15 @@ def test_help_and_commands_import_nothing_heavy() -> None:
     )
     assert found.stderr.strip() == "[]"
     assert "Example: fastface download hyper-fastface --dry-run" in found.stdout
+
+
+def test_file_names_are_not_markup_in_the_progress_bars(
+    shop: Shop, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # bars are drawn although stderr is captured
+    monkeypatch.delenv("NO_COLOR")
+    monkeypatch.setenv("TERM", "xterm")
+    name = "x[/y]/[red]z.safetensors"
+    shop.hub.files[f"tiny/base/{name}"] = BIG
+    assert run(["download", f"hub:tiny/base@{COMMIT}:{name}"]) == 0
+    assert "x[/y]/[red]z" in capsys.readouterr().err
