@@ -14,6 +14,7 @@ from pathlib import Path
 from ..errors import ModelUnavailableError
 from . import transfer
 from .layout import CacheLayout, blob_name, check_room, link, source_of
+from .links import make_folder, open_for_writing, remove_entry
 from .manifest import Artifact, RemoteFile
 from .progress import DownloadProgress, ProgressObserver, VerifyProgress, reporting
 from .records import Record, file_sha256, mismatch, quarantine, short_hash
@@ -87,7 +88,8 @@ class Fetcher:
     def _compare(self, task: FetchTask, path: Path, sha256: str, etag: str | None) -> None:
         expected = mismatch(sha256, task.file.sha256 or self.records.read(task.source).sha256, etag, path)
         if expected is not None:
-            place = quarantine(path, self.layout.quarantine, task.source, sha256)
+            root = self.layout.root(task.artifact)
+            place = quarantine(path, root, self.layout.quarantine, task.source, sha256)
             raise WrongBytesError(task, sha256, expected, place)
 
     def _fetch_hub(self, task: FetchTask) -> None:
@@ -123,7 +125,7 @@ class Fetcher:
         A file with wrong bytes that was resumed from an earlier transfer is fetched once more from the start.
         """
         size = announcement.size or task.file.expected_bytes
-        partial.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(partial.parent, self.layout.root(task.artifact))
         while True:
             here = partial.stat().st_size if partial.exists() else 0
             check_room(partial.parent, size - here)
@@ -140,7 +142,7 @@ class Fetcher:
 
     def _place(self, task: FetchTask, blob: Path, sha256: str, etag: str | None) -> None:
         place = self.layout.place(task.artifact, task.file.path)
-        link(place, blob)
+        link(place, blob, self.layout.root(task.artifact))
         self.records.save_hash(task.source, place, sha256, etag)
 
     def _fetch_url(self, task: FetchTask) -> None:
@@ -167,7 +169,7 @@ class Fetcher:
                 return
             if not archive.exists():
                 self._fetch_zip(artifact, url, archive, reason)
-            blob.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(blob.parent, self.layout.root(artifact))
             partial = blob.with_name(f"{blob.name}.incomplete")
             try:
                 extract(archive, file.path.rsplit("/", 1)[-1], partial, file.bytes)
@@ -179,7 +181,7 @@ class Fetcher:
             self._place(task, blob, sha256, None)
 
     def _fetch_zip(self, artifact: Artifact, url: str, archive: Path, reason: transfer.SourceError) -> None:
-        archive.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(archive.parent, self.layout.settings.home)
         partial = archive.with_name(archive.name + ".part")
         try:
             with reporting(self.observer, DownloadProgress, archive.name, 0) as add:
@@ -197,7 +199,7 @@ class Fetcher:
         folder = self.layout.settings.hub_folder / ".locks"
         if task.artifact.repo is not None:
             folder /= self.layout.repo(task.artifact).name
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder, self.layout.settings.hub_folder)
         lock = FileLock(folder / f"{name}.lock")
         try:
             lock.acquire(timeout=0.5)
@@ -213,10 +215,11 @@ class Fetcher:
 class WrongBytesError(ModelUnavailableError):
     """A file has an unexpected hash and was moved to the quarantine."""
 
-    def __init__(self, task: FetchTask, actual: str, expected: str, place: Path) -> None:
+    def __init__(self, task: FetchTask, actual: str, expected: str, place: Path | None) -> None:
         super().__init__(
             f"{task.artifact.name}: {task.file.path} has the wrong bytes: SHA-256 {actual}, "
-            f"expected {expected}; it was moved to {place}",
+            + f"expected {expected}; "
+            + (f"it was moved to {place}" if place else "the link to it was removed"),
             "run the same command again to fetch the file again; if the error persists, a server or proxy "
             "alters the file",
         )
@@ -247,7 +250,8 @@ def extract(archive: Path, name: str, target: Path, size: int | None) -> None:
                     f"{name} in {archive} has {member.file_size} bytes, not {size}",
                     "run the same command again",
                 )
-            with zipped.open(member) as source, target.open("wb") as sink:
+            with zipped.open(member) as source, open_for_writing(target) as sink:
+                sink.truncate()
                 while block := source.read(1 << 20):
                     sink.write(block)
     except zipfile.BadZipFile as error:
@@ -262,7 +266,7 @@ def fetch_all(fetcher: Fetcher, tasks: Sequence[FetchTask]) -> None:
         fetcher.fetch(task)
     for artifact in {task.artifact.name for task in tasks if task.artifact.archive}:
         for archive in (fetcher.layout.settings.home / "files" / artifact).glob("*.zip"):
-            archive.unlink()
+            remove_entry(archive, fetcher.layout.settings.home)
 
 
 def _check_announcement(task: FetchTask, announcement: transfer.Announcement, record: Record) -> None:

@@ -18,7 +18,7 @@ from ..recipe.schema import HubReference, ModelReference
 PACKAGE = Path(__file__).parents[1]
 MANIFEST = Path(__file__).with_name("manifest.yaml")
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".onnx")
-REPOSITORY = r"(?!\S*(?:--|\.\.))\w[\w.-]*/\w[\w.-]*(?<![.-])(?<!\.git)"
+REPOSITORY = r"(?![\w./-]*(?:--|\.\.))\w[\w.-]*/\w[\w.-]*(?<![.-])(?<!\.git)"
 """Pattern of `owner/name`, as the Hub names repositories."""
 _HUB = re.compile(rf"hub:(?P<repo>{REPOSITORY})@(?P<commit>[0-9a-f]{{40}})(?::(?P<file>.+))?", re.ASCII)
 

@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -25,6 +26,7 @@ from . import transfer
 from .fetching import Fetcher, FetchTask, WrongBytesError, fetch_all
 from .fused_cache import FusedCache
 from .layout import CacheLayout, blob_name, check_room, remove_empty, remove_file, source_of
+from .links import make_folder, outside_link, remove_entry
 from .manifest import REPOSITORY, Artifact, RemoteFile, load_manifest, resolve
 from .progress import DownloadStarted, ProgressObserver, ignore
 from .records import short_hash
@@ -145,14 +147,11 @@ class Store:
         with _writing(self.settings.home):
             repo = self.layout.repo(artifact) if artifact.repo else None
             for file in self._removable(artifact):
-                freed += remove_file(self.layout.place(artifact, file.path), repo)
+                freed += remove_file(self.layout.place(artifact, file.path), self.layout.root(artifact), repo)
                 freed += self._remove_leftovers(artifact, file)
             if repo is not None:
                 remove_empty(repo)
-            folder = self.settings.home / "files" / artifact.name
-            if folder.is_dir():
-                freed += _size(folder)
-                shutil.rmtree(folder)
+            freed += self._remove_folder(self.settings.home / "files" / artifact.name)
         return freed
 
     def entries(self) -> list[Entry]:
@@ -182,16 +181,22 @@ class Store:
 
     def quarantined(self) -> list[Path]:
         """The quarantined files, which have wrong bytes."""
-        folders = [self.layout.quarantine, *self.settings.hub_folder.glob("models--*/blobs/quarantine")]
-        return sorted(path for folder in folders if folder.is_dir() for path in folder.iterdir())
+        hub = self.settings.hub_folder
+        folders = [(self.layout.quarantine, self.settings.home)]
+        folders += [(folder, hub) for folder in hub.glob("models--*/blobs/quarantine")]
+        return sorted(
+            path
+            for folder, root in folders
+            if folder.is_dir() and outside_link(folder / "file", root) is None
+            for path in folder.iterdir()
+        )
 
     def clear_quarantine(self) -> int:
         """Remove every quarantined file; returns the bytes freed."""
         freed = 0
         with _writing(self.settings.home):
             for path in self.quarantined():
-                freed += path.stat().st_size
-                path.unlink()
+                freed += remove_entry(path, path.parent)
         return freed
 
     def _file_status(self, artifact: Artifact, file: RemoteFile) -> FileStatus:
@@ -259,8 +264,8 @@ class Store:
             return
         files = transfer.list_folder(artifact)
         place = self._listing(artifact)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        temporary = place.with_name(f"{place.stem}.{os.getpid()}.tmp")
+        make_folder(place.parent, self.settings.home)
+        temporary = place.with_name(f"{place.stem}.{secrets.token_hex(4)}.tmp")
         temporary.write_text(json.dumps([asdict(file) for file in files]), encoding="utf-8")
         os.replace(temporary, place)
 
@@ -335,13 +340,24 @@ class Store:
         """Remove partial and quarantined copies, and partial files of huggingface_hub."""
         source = source_of(artifact, file)
         etag = file.sha256 or self.layout.records.read(source).etag
-        leftovers = [path for path in self.quarantined() if path.name.startswith(short_hash(source)[:12])]
+        prefix = short_hash(source)[:12]
+        freed = sum(
+            remove_entry(path, path.parent) for path in self.quarantined() if path.name.startswith(prefix)
+        )
         if artifact.repo and etag:
-            leftovers += (self.layout.repo(artifact) / "blobs").glob(f"{blob_name(etag)}*.incomplete")
-        freed = 0
-        for path in leftovers:
-            freed += path.stat().st_size
-            path.unlink()
+            blobs = self.layout.repo(artifact) / "blobs"
+            for path in blobs.glob(f"{blob_name(etag)}*.incomplete"):
+                freed += remove_entry(path, self.settings.hub_folder)
+        return freed
+
+    def _remove_folder(self, folder: Path) -> int:
+        """Remove a folder, or the link that leads it outside the cache; returns the bytes freed."""
+        if folder.is_symlink() or outside_link(folder, self.settings.home) is not None:
+            return remove_entry(folder, self.settings.home)
+        files = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
+        freed = sum(path.stat().st_size for path in files)
+        if folder.is_dir():
+            shutil.rmtree(folder)
         return freed
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import io
 import logging
 import os
 import time
@@ -23,6 +22,7 @@ from urllib.parse import quote, urlsplit
 
 from .. import __version__
 from ..errors import ModelUnavailableError
+from .links import open_for_writing
 from .manifest import Artifact, RemoteFile, whole_selection
 
 if TYPE_CHECKING:  # imported where it is used: commands without transfers start faster
@@ -219,8 +219,7 @@ class PartialFile:
         self.digest = hashlib.sha256()
         self.kept = True
         self._report = report
-        self._file = io.BufferedRandom(io.FileIO(path, "ab+"), CHUNK)
-        self._file.seek(0)
+        self._file = open_for_writing(path)
         while block := self._file.read(CHUNK):
             self.digest.update(block)
         self.size = self._file.tell()
