@@ -60,6 +60,7 @@ class Artifact:
         whole: the files are those of an entire Hub folder.
         folder: for `whole`, the folder of the repository; empty means the entire repository.
         archive: URL of a zip with the same files, used if the repository is unavailable.
+        fallback: another commit with the same files, used for files with a hash if the first is not found.
     """
 
     name: str
@@ -77,6 +78,7 @@ class Artifact:
     folder: str = ""
     url: str | None = None
     archive: str | None = None
+    fallback: str | None = None
     local: Path | None = None
     packaged: bool = False
 
@@ -222,7 +224,8 @@ def _artifact(entry: dict[str, Any], licenses: dict[str, list[str]]) -> Artifact
     where = f"artifact {artifact.name}"
     if sum(source is not None for source in (artifact.repo, artifact.url, artifact.local)) != 1:
         raise ValueError(f"{where} needs exactly one of repo, url and package")
-    if artifact.repo and not re.fullmatch(r"[0-9a-f]{40}", artifact.commit or ""):
+    commits = (artifact.commit or "", artifact.fallback or "0" * 40)
+    if artifact.repo and not all(re.fullmatch(r"[0-9a-f]{40}", commit) for commit in commits):
         raise ValueError(f"{where} needs a commit of 40 hex digits")
     if not files and artifact.local is None:
         raise ValueError(f"{where} has no files")

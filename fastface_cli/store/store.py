@@ -28,6 +28,7 @@ from .fused_cache import FusedCache
 from .layout import CacheLayout, blob_name, check_room, remove_empty, remove_file, source_of
 from .links import make_folder, outside_link, remove_entry
 from .manifest import REPOSITORY, Artifact, RemoteFile, load_manifest, resolve
+from .partial import received_bytes
 from .progress import DownloadStarted, ProgressObserver, ignore
 from .records import short_hash
 from .states import Entry, FileStatus, Missing, State, count_models, human_size, license_line, offline_error
@@ -110,10 +111,10 @@ class Store:
         for artifact in distinct:
             _check_local(artifact)
         with _writing(self.settings.home):
-            fetcher = Fetcher(self.layout, progress)
+            verifier = Fetcher(self.layout, progress)
             for artifact in distinct:
                 self._list(artifact)
-                self._check_present(artifact, fetcher)
+                self._check_present(artifact, verifier)
             missing = self.missing(distinct)
             if missing:
                 if self.offline:
@@ -121,7 +122,8 @@ class Store:
                 self._check_room(missing)
                 self._announce(missing)
                 progress(DownloadStarted(tuple(missing)))
-                fetch_all(fetcher, self._tasks(missing))
+                with transfer.transfer_client() as client:
+                    fetch_all(Fetcher(self.layout, progress, client), self._tasks(missing))
         return {artifact.name: self.path(artifact) for artifact in distinct}
 
     def verify(self, artifact: Artifact, *, progress: ProgressObserver = ignore) -> list[FileStatus]:
@@ -209,7 +211,7 @@ class Store:
                 state = "present" if file.sha256 in (None, record.sha256) else "bad"
             return FileStatus(file.path, size, state, size)
         partial = self.layout.partial(artifact, file)
-        here = partial.stat().st_size if partial is not None and os.path.isfile(partial) else 0
+        here = received_bytes(partial) if partial is not None and os.path.isfile(partial) else 0
         return FileStatus(file.path, max(file.expected_bytes, here), "partial" if here else "missing", here)
 
     def _verify_file(self, artifact: Artifact, file: RemoteFile, fetcher: Fetcher) -> FileStatus:
@@ -262,7 +264,8 @@ class Store:
                 RemoteFile(path.relative_to(root).as_posix()) for path in paths
             )
             return
-        files = transfer.list_folder(artifact)
+        with transfer.transfer_client() as client:
+            files = client.list_folder(artifact)
         place = self._listing(artifact)
         make_folder(place.parent, self.settings.home)
         temporary = place.with_name(f"{place.stem}.{secrets.token_hex(4)}.tmp")
@@ -346,7 +349,7 @@ class Store:
         )
         if artifact.repo and etag:
             blobs = self.layout.repo(artifact) / "blobs"
-            for path in blobs.glob(f"{blob_name(etag)}*.incomplete"):
+            for path in blobs.glob(f"{blob_name(etag)}*.incomplete*"):
                 freed += remove_entry(path, self.settings.hub_folder)
         return freed
 
