@@ -1,40 +1,50 @@
 # `make demo` and `make test` set up everything; VENV=... uses an existing environment.
-PYTHON ?= python3.11
+PYTHON ?= $(firstword $(foreach version,3.11 3.12 3.13 3.14,$(shell python$(version) -c 'print("python$(version)")' 2>/dev/null)) python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
-READY := $(BIN)/fastface
+INSTALLED := $(BIN)/fastface
+DEV_MODULES := pytest xdist hypothesis mypy playwright dlib ray
+# Without an NVIDIA GPU, a CPU build of PyTorch saves a download of several gigabytes on Linux.
+TORCH_INDEX ?= $(if $(filter Linux,$(shell uname -s)),$(if $(shell command -v nvidia-smi),,https://download.pytorch.org/whl/cpu))
+PIP_INSTALL := $(BIN)/python -m pip install --constraint constraints.txt
 # On small models two processes with one thread each are faster than one process with two threads.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
-.PHONY: demo test test-slow fuzz lint bench pocket-report clean
+.PHONY: ready demo test test-slow fuzz lint bench pocket-report clean
 
-$(READY):
+$(INSTALLED):
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,dlib,ray]'
+	$(PIP_INSTALL) --retries 1 torch $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+	$(PIP_INSTALL) --editable .
 
-demo: $(READY)  ## generate one image with the pocket stack and print its path
-	$(BIN)/fastface generate --recipe pocket --face examples/portrait.png \
-		--prompt "watercolour; a smiling woman" --seed 3 --force --output out/demo.png
+ready: | $(INSTALLED)
+	@$(BIN)/python -c 'import importlib.util, sys; sys.exit(not all(map(importlib.util.find_spec, sys.argv[1:])))' \
+		$(DEV_MODULES) || $(PIP_INSTALL) --editable '.[dev,dlib,ray]'
 
-test: $(READY)  ## the test suite, at most ten minutes on two cores
+demo: | $(INSTALLED)  ## generate a contact sheet with the pocket stack: one photo, five styles
+	$(BIN)/fastface generate --recipe pocket --face examples/portrait.png --seed 5 \
+		--prompt "a photo of a smiling woman" --prompt "comic book style; a smiling woman" \
+		--prompt "pencil drawing; a smiling woman" --prompt "watercolour painting; a smiling woman" \
+		--prompt "black and white photograph; a smiling woman" --grid --force --output "out/demo-{index}.png"
+
+test: ready  ## the test suite, at most ten minutes on two cores
 	$(PYTEST) -n 2
 
-test-slow: $(READY)  ## full-size structure, killed runs, installation: at most thirty minutes
+test-slow: ready  ## full-size structure, killed runs, installation: at most thirty minutes
 	$(PYTEST) -m slow
 
-fuzz: $(READY)  ## untrusted files: a thousand examples for each reader, about five minutes
+fuzz: ready  ## untrusted files: a thousand examples for each reader, about five minutes
 	FASTFACE_FUZZ=1000 $(PYTEST) tests/fuzz --hypothesis-show-statistics
 
-lint: $(READY)
+lint: ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(READY)  ## speed of the pocket stack; benchmarks/gpu.sh measures a GPU
+bench: ready  ## speed of the pocket stack; benchmarks/gpu.sh measures a GPU
 	$(BIN)/python benchmarks/bench.py
 
-pocket-report: $(READY)  ## quality of the pocket stack; needs the training portraits next to the checkout
+pocket-report: ready  ## quality of the pocket stack; needs the training portraits next to the checkout
 	$(BIN)/python -m training.report
 
 clean:

@@ -2,23 +2,29 @@
 
 Run it again after the pocket weights change. The images show no real person: the portrait is generated
 without a reference photo, and everything else is generated from that portrait.
+
+`python examples/make.py --sdxl` generates docs/images/sdxl.png instead, with the full-size default recipe; it
+requires a GPU.
 """
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from fastface_cli import FastFace
 from fastface_cli.app.pipeline import GeneratedImage, Request
-from fastface_cli.commands.generate import write
+from fastface_cli.app.provenance import provenance_of
 from fastface_cli.identity.identity import Identity
+from fastface_cli.output.images import write_png
+from fastface_cli.output.metadata import describe
 from fastface_cli.sampling import attention
 
 mpl.use("agg")
@@ -35,6 +41,23 @@ PROMPTS = (
     "watercolour painting of a woman, white background",
     "pencil drawing of a serious woman",
 )
+STYLES = (
+    "photo; a smiling woman",
+    "comic book style; a smiling woman",
+    "pencil drawing; a smiling woman",
+    "watercolour; a smiling woman",
+    "black and white; a smiling woman",
+    "sepia photograph; a smiling woman",
+)
+SDXL_PROMPTS = (
+    "photo of an astronaut, on the moon",
+    "comic book hero, in a city at night",
+    "pencil drawing of a sailor",
+    "watercolour of a gardener, in a greenhouse",
+    "oil painting of a baroque composer",
+    "film still of a detective, in the rain",
+)
+STYLES_SEED = 5
 SEED = 3
 PLAIN = {"metadata": {"Software": None}, "dpi": 110, "pil_kwargs": {"optimize": True}}
 """Options of `savefig`: no version in the file, so that equal images are equal bytes."""
@@ -59,12 +82,32 @@ def draw_portrait(candidates: int = 16) -> None:
         if score.likeness is not None and score.prompt is not None:
             scored.append((score.prompt, result))
     _, best = max(scored, key=lambda pair: pair[0])
-    write(best, PORTRAIT, face.recipe, metadata=True, force=True)
+    write_png(best.image, PORTRAIT, text=describe(provenance_of(face.recipe, best)), force=True)
     print(f"{PORTRAIT.relative_to(HERE.parent)}: seed {best.request.seed} of {candidates}")
 
 
-def draw_overview() -> None:
-    """Draw the README's figure: the portrait, and the images of each method."""
+def draw_styles(recipe: str, prompts: Sequence[str], file: str) -> None:
+    """Draw one photo and six prompts, three per row: the README's figure."""
+    tile, line, gap = 320, 34, 8
+    photo = 2 * (tile + line) + gap - line
+    sheet = Image.new("RGB", (photo + 3 * (tile + gap), photo + line), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=19)
+    sheet.paste(Image.open(PORTRAIT).convert("RGB").resize((photo, photo), Image.Resampling.LANCZOS))
+    draw.text((0, photo + 6), "the photo", fill="black", font=font)
+    face = FastFace(recipe)
+    me = face.identity(PORTRAIT)
+    for index, prompt in enumerate(prompts):
+        row, column = divmod(index, 3)
+        corner = (photo + gap + column * (tile + gap), row * (tile + line + gap))
+        image = face.generate(me, prompt, seed=STYLES_SEED)[0]
+        sheet.paste(image.resize((tile, tile), Image.Resampling.LANCZOS), corner)
+        draw.text((corner[0], corner[1] + tile + 6), prompt, fill="black", font=font)
+    sheet.save(IMAGES / file, optimize=True)
+    print(f"docs/images/{file}")
+
+
+def draw_methods() -> None:
+    """Draw the portrait and the images of each method, for docs/how-it-works.md."""
     figure, axes = plt.subplots(len(PROMPTS), len(METHODS) + 1, figsize=(9.6, 5.4), layout="constrained")
     portrait = Image.open(PORTRAIT).convert("RGB")
     for column, method in enumerate(METHODS, start=1):
@@ -81,7 +124,7 @@ def draw_overview() -> None:
         axis.set_xticks([])
         axis.set_yticks([])
         axis.spines[:].set_visible(False)
-    save(figure, "overview.png")
+    save(figure, "methods.png")
 
 
 def draw_people(rows: int = 6) -> None:
@@ -171,8 +214,12 @@ def save(figure, name: str) -> None:
 
 
 def main() -> None:
+    if "--sdxl" in sys.argv[1:]:
+        draw_styles("hyper-fastface", SDXL_PROMPTS, "sdxl.png")
+        return
     draw_portrait()
-    draw_overview()
+    draw_styles("pocket", STYLES, "styles.png")
+    draw_methods()
     draw_attention()
     # The example data set has its own module, because it selects its people with other metrics.
     subprocess.run([sys.executable, "-m", "training.mini_set"], check=True, cwd=HERE.parent)

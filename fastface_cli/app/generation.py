@@ -8,7 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..output.images import grid, write_png
+from PIL import Image, ImageOps
+
+from ..output.images import enlarged, grid, write_png
 from ..output.metadata import describe, marker
 from ..output.writer import Behind
 from .best_of import Candidates, Scorer, make_candidates
@@ -19,8 +21,6 @@ from .provenance import provenance_of
 from .request import GenerateRequest
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from ..identity.identity import Identity
 
 
@@ -36,6 +36,8 @@ class Generation:
     """Scores candidates; None if each image has one."""
     emit: Callable[[Event], None]
     """Called from several threads. May raise between two steps to end the run."""
+    reference: Image.Image | None = None
+    """The first photo of the person, for the contact sheet."""
     steps_done: int = 0
     with_latents: list[GeneratedImage] = field(default_factory=list)
     sheet: list[tuple[Image.Image, str]] = field(default_factory=list)
@@ -59,7 +61,7 @@ class Generation:
         images = self.pipeline.generate(requests, batch_size=self.request.batch_size, on_step=self._on_step)
         for image, cell in zip(images, self.plan.cells, strict=True):
             writer.do(partial(self._finish, image, cell.path(0)))
-            self._keep(image, f"{image.request.seed}  {image.request.prompt}")
+            self._keep(image, self._label(image))
 
     def _generate_best(self, scorer: Scorer) -> None:
         """Only the best candidate of each image is written; the contact sheet shows them all."""
@@ -103,6 +105,18 @@ class Generation:
         output = self.request.output
         return output is not None and output.save_latents is not None
 
+    def _label(self, image: GeneratedImage) -> str:
+        """What distinguishes an image in the contact sheet; its prompt if nothing does."""
+        cells = self.plan.cells
+        parts = []
+        if len({cell.adapter_scale for cell in cells}) > 1:
+            parts.append(f"scale {image.adapter_scale:g}")
+        if len({cell.seed for cell in cells}) > 1:
+            parts.append(f"seed {image.request.seed}")
+        if len({cell.prompt for cell in cells}) > 1 or not parts:
+            parts.append(image.request.prompt)
+        return "  ".join(parts)
+
     def _keep(self, image: GeneratedImage, label: str) -> None:
         if self._saves_latents:
             self.with_latents.append(image)
@@ -118,11 +132,27 @@ class Generation:
             _save_latents(output.save_latents, self.with_latents, force=output.force)
         if self.plan.grid is None:
             return None
-        images, labels = zip(*self.sheet, strict=True)
-        one_row_each = self.request.best_of > 1 and len(self.plan.cells) > 1
-        sheet = grid(images, self.request.best_of if one_row_each else None, labels)
         text = marker() if output.metadata else None
-        return write_png(sheet, self.plan.grid, text=text, force=output.force)
+        return write_png(self._contact_sheet(), self.plan.grid, text=text, force=output.force)
+
+    def _contact_sheet(self) -> Image.Image:
+        """The reference and all images, one prompt (or the candidates of one image) per row."""
+        cells = [(enlarged(image), label) for image, label in self.sheet]
+        best_of = self.request.best_of
+        per_row = best_of if best_of > 1 else len(cells) // len({cell.prompt for cell in self.plan.cells})
+        columns = per_row if 1 < per_row < len(cells) else None
+        if self.reference is not None:
+            size = cells[0][0].size
+            photo = (ImageOps.fit(self.reference, size, Image.Resampling.LANCZOS), "photo")
+            if columns is None:
+                cells.insert(0, photo)
+            else:
+                blank = (Image.new("RGB", size, "white"), "")
+                for row in range(len(cells) // columns):
+                    cells.insert(row * (columns + 1), blank if row else photo)
+                columns += 1
+        images, labels = zip(*cells, strict=True)
+        return grid(images, columns, labels)
 
 
 def _candidate_labels(candidates: Candidates) -> Iterator[str]:

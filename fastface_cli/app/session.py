@@ -108,8 +108,10 @@ class Session:
         """
         with self._exclusive():
             plan = plan_run(request, self.recipe, self.runtime.acceleration.lossy())
+            photos: Sequence[Photo] = ()
             if identity is None or request.photos or request.identity:
                 identity, photos = _read_person(request)
+            reference = photos[0].image if photos else None
             runtime = self.runtime.resolve(plan.recipe, self.settings)
             yield RunStarted(plan.recipe, plan.seeds, len(plan.cells) * request.best_of)
             stack = self.stack
@@ -131,7 +133,7 @@ class Session:
             from .generation import Generation
 
             yield from self._stream(
-                lambda emit: Generation(request, plan, pipeline, identity, scorer, emit).run()
+                lambda emit: Generation(request, plan, pipeline, identity, scorer, emit, reference).run()
             )
 
     @contextmanager

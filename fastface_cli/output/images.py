@@ -244,6 +244,17 @@ def grid(
     return sheet
 
 
+def enlarged(image: Image.Image, side: int = 256) -> Image.Image:
+    """Return an image whose longer side is at least `side` pixels; only smaller images change."""
+    from PIL import Image
+
+    factor = side / max(image.size)
+    if factor <= 1:
+        return image
+    size = (round(image.width * factor), round(image.height * factor))
+    return image.resize(size, Image.Resampling.LANCZOS)
+
+
 def _near_square(count: int, aspect: float) -> int:
     """Columns that make the sheet closest to square; ties prefer fewer empty cells, then more columns."""
 

@@ -32,8 +32,12 @@ DEFAULT = "default"
 MODELS = ("hyper", "lightning", "lcm", "turbo", "base", "pocket")
 """The files in `recipes/models`."""
 
-SHORT_NAMES = {model: f"{model}-fastface" for model in MODELS if model != "base"}
-"""A model name alone means the published method."""
+SHORT_NAMES = {
+    **{model: f"{model}-fastface" for model in MODELS if model not in ("base", "pocket")},
+    "pocket": "pocket-baseline",
+}
+"""A model name alone means the published method, except for the pocket stack: its adapter was trained for the
+distilled model, and the images of the adapter alone are better."""
 
 _YAML, _JSON = (".yaml", ".yml"), (".json",)
 _NAME = re.compile(r"[A-Za-z0-9][\w-]*(/[A-Za-z0-9][\w-]*)*")

@@ -44,8 +44,8 @@ def test_each_picture_is_the_best_of_its_own_candidates(generate, drawn, tmp_pat
     # Two pictures and the sheet of all six candidates, in rows of three; nothing else is left behind.
     assert len(list((tmp_path / "out").iterdir())) == 3
     with Image.open(ended.json["grid"]) as sheet:
-        assert sheet.width > 3 * 128
-        assert 2 * 128 < sheet.height < 3 * 128
+        assert 3 * 256 < sheet.width < 4 * 256
+        assert 2 * 256 < sheet.height < 3 * 256
 
 
 def test_scores_go_to_stderr_and_one_path_to_stdout_and_replay_makes_it_again(generate, drawn, tmp_path):

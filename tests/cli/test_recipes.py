@@ -34,7 +34,7 @@ def test_list_as_json(run):
     data = json.loads(out)
     assert (code, data["schema"], data["ok"]) == (0, 1, True)
     assert [row["name"] for row in data["recipes"]] == [info.name for info in list_recipes()]
-    assert {row["short"]: row["name"] for row in data["recipes"]}["pocket"] == "pocket-fastface"
+    assert {row["short"]: row["name"] for row in data["recipes"]}["pocket"] == "pocket-baseline"
 
 
 def test_show_prints_the_file(run):
