@@ -88,12 +88,39 @@ class CacheLayout:
             )
         return self.folder(artifact).joinpath(*parts.parts)
 
+    def shared_file(self, artifact: Artifact, file: RemoteFile) -> Path | None:
+        """A Hub file in the default cache of other programs, to be verified before use; never written there.
+
+        Its size must match, and its hash must be known: from the manifest, or from the name of its blob.
+        """
+        cache = default_hub_cache()
+        if artifact.repo is None or cache.resolve() == self.settings.hub_folder.resolve():
+            return None
+        repo = cache / self.repo(artifact).name
+        path = PurePosixPath(file.path)
+        candidates = [repo / "snapshots" / str(artifact.commit) / path]
+        if file.sha256 is not None:
+            candidates.append(repo / "blobs" / file.sha256)
+        for candidate in candidates:
+            real = candidate.resolve()
+            hashed = file.sha256 or re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", real.name)
+            if hashed and real.is_file() and file.bytes in (None, real.stat().st_size):
+                return real
+        return None
+
     def partial(self, artifact: Artifact, file: RemoteFile) -> Path | None:
         """The path of a partial download, or None if it depends on an etag that is not known yet."""
         if artifact.repo is None:
             return self.place(artifact, file.path + ".part")
         etag = file.sha256 or self.records.read(source_of(artifact, file)).etag
         return self.repo(artifact) / "blobs" / f"{blob_name(etag)}.incomplete" if etag else None
+
+
+def default_hub_cache() -> Path:
+    """The folder in which huggingface_hub caches files, unless HF_HUB_CACHE moves it."""
+    caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    home = os.environ.get("HF_HOME") or os.path.join(caches, "huggingface")
+    return Path(os.path.expandvars(home)).expanduser() / "hub"
 
 
 def check_room(folder: Path, need: int) -> None:

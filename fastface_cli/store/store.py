@@ -1,10 +1,10 @@
 """The store of model files: download, verification, listing and removal.
 
 A file enters the cache only after its SHA-256 is verified; a file with wrong bytes is moved to
-`home/quarantine`. Hub files use the Hub's cache layout, so an HF_HUB_CACHE filled by other programs is used;
-other files are in `home/files`. `home/records` contains the verified hashes: a file is not hashed again
-while its size and modification time are unchanged. Records outlive their files: a file that is fetched again
-must have the same hash.
+`home/quarantine`. Hub files use the Hub's cache layout, so an HF_HUB_CACHE filled by other programs is used.
+Files in the default Hub cache are linked and never changed. Other files are in `home/files`. `home/records`
+contains the verified hashes: a file is not hashed again while its size and modification time are unchanged.
+Records outlive their files: a file that is fetched again must have the same hash.
 """
 
 from __future__ import annotations
@@ -76,13 +76,18 @@ class Store:
         files = self._files(artifact)
         if not files:
             return [FileStatus(artifact.folder or "all files", 0, "missing", 0)]
-        return [self._file_status(artifact, file) for file in files]
+        return [self._file_status(artifact, file, shared=True) for file in files]
 
     def missing(self, artifacts: Iterable[Artifact]) -> list[Missing]:
         """The incomplete artifacts, without network access and without hashing."""
+        return self._missing(artifacts, shared=True)
+
+    def _missing(self, artifacts: Iterable[Artifact], *, shared: bool) -> list[Missing]:
         incomplete = []
         for artifact in _unique(artifacts):
             states = self.status(artifact)
+            if artifact.local is None and not shared and self._files(artifact):
+                states = [self._file_status(artifact, file) for file in self._files(artifact)]
             files = tuple(file for file in states if file.state not in ("present", "unverified"))
             if files:
                 incomplete.append(Missing(artifact, files))
@@ -115,7 +120,7 @@ class Store:
             for artifact in distinct:
                 self._list(artifact)
                 self._check_present(artifact, verifier)
-            missing = self.missing(distinct)
+            missing = self._missing(distinct, shared=False)
             if missing:
                 if self.offline:
                     raise offline_error(missing)
@@ -162,7 +167,7 @@ class Store:
         for artifact in (*self.known.values(), *self._unlisted()):
             if artifact.local is not None:
                 continue
-            states = self.status(artifact)
+            states = [self._file_status(artifact, file) for file in self._files(artifact)]
             on_disk = [file for file in states if file.state not in ("missing", "partial")]
             partial = sum(file.here for file in states if file.state == "partial")
             if self._own(artifact) & {file.path for file in states if file.here}:
@@ -178,7 +183,9 @@ class Store:
             for entry in entries
             for file in self._files(entry.artifact)
         }
-        complete = sum(place.stat().st_size for place in places if place.is_file())
+        roots = [self.settings.home.resolve(), self.settings.hub_folder.resolve()]
+        own = [place for place in places if any(place.is_relative_to(root) for root in roots)]
+        complete = sum(place.stat().st_size for place in own if place.is_file())
         return complete + sum(entry.partial_bytes for entry in entries)
 
     def quarantined(self) -> list[Path]:
@@ -201,7 +208,8 @@ class Store:
                 freed += remove_entry(path, path.parent)
         return freed
 
-    def _file_status(self, artifact: Artifact, file: RemoteFile) -> FileStatus:
+    def _file_status(self, artifact: Artifact, file: RemoteFile, *, shared: bool = False) -> FileStatus:
+        """The state of a file; `shared` includes the default Hub cache."""
         place = self.layout.place(artifact, file.path)
         if os.path.isfile(place):  # False, without an error, in an unreadable folder
             size = place.stat().st_size
@@ -210,6 +218,9 @@ class Store:
             if record.describes(place):
                 state = "present" if file.sha256 in (None, record.sha256) else "bad"
             return FileStatus(file.path, size, state, size)
+        other = self.layout.shared_file(artifact, file) if shared else None
+        if other is not None:
+            return FileStatus(file.path, other.stat().st_size, "unverified", other.stat().st_size)
         partial = self.layout.partial(artifact, file)
         here = received_bytes(partial) if partial is not None and os.path.isfile(partial) else 0
         return FileStatus(file.path, max(file.expected_bytes, here), "partial" if here else "missing", here)
@@ -233,10 +244,24 @@ class Store:
         if artifact.local is not None:
             return
         for file in self._files(artifact):
+            if self._file_status(artifact, file).state in ("missing", "partial"):
+                self._link_shared(artifact, file)
             if self._file_status(artifact, file).state in ("unverified", "bad"):
                 status = self._verify_file(artifact, file, fetcher)
                 if status.state == "bad":
                     log.warning("%s", status.detail)
+
+    def _link_shared(self, artifact: Artifact, file: RemoteFile) -> None:
+        """Link to a file in the default Hub cache, if it has the file."""
+        other = self.layout.shared_file(artifact, file)
+        if other is None:
+            return
+        place = self.layout.place(artifact, file.path)
+        make_folder(place.parent, self.layout.root(artifact))
+        with contextlib.suppress(OSError):  # without links, the file is fetched
+            place.unlink(missing_ok=True)
+            place.symlink_to(other)
+            log.info("%s: using %s", artifact.name, other)
 
     def _files(self, artifact: Artifact) -> tuple[RemoteFile, ...]:
         """The files of an artifact; for an entire Hub folder, those of the cached listing."""

@@ -174,6 +174,7 @@ class TransferClient:
 
     def __init__(self, http: httpx2.Client) -> None:
         self._http = http
+        self._rejected = False  # whether a server has rejected the token
         self.stopped = threading.Event()
         """Set it to end all transfers soon; received bytes are kept."""
 
@@ -298,13 +299,16 @@ class TransferClient:
 
     def _once(self, method: str, url: str, headers: dict[str, str], patience: float) -> httpx2.Response:
         """Send one request; a rejected token is left out of a second one."""
-        token = hub_token() if url.startswith(endpoint() + "/") else None
+        use_token = url.startswith(endpoint() + "/") and not self._rejected
+        token = hub_token() if use_token else None
         authorization = {"Authorization": f"Bearer {token}"} if token else {}
         response = self._send_plain(method, url, headers | authorization, patience)
         if token and response.status_code in (401, 403):
             response.close()
             public = self._send_plain(method, url, headers, patience)
             if public.status_code < 400:
+                if response.status_code == 401:  # the token itself is invalid, not the access to this file
+                    self._rejected = True
                 log.warning(
                     "%s rejected the token %s; continuing without it", urlsplit(url).netloc, token_origin()
                 )

@@ -50,7 +50,7 @@ class Hub:
     cuts: list[int] = field(default_factory=list)
     """The next transfers of large files break off after this many bytes each."""
     refusals: list[int] = field(default_factory=list)
-    """The next transfers of large files are refused with these HTTP statuses."""
+    """The next transfers of large files are refused with these HTTP statuses; 0 is none."""
     stalls: list[float] = field(default_factory=list)
     """The next requests are answered after this many seconds each."""
     latency: float = 0.0
@@ -69,6 +69,10 @@ class Hub:
     """Whether Range is understood."""
     token: str | None = None
     """The token without which everything is refused."""
+    stale: str | None = None
+    """A token that is refused, although public files need none."""
+    commit: str = COMMIT
+    """The commit at which the files are."""
     log: list[Request] = field(default_factory=list)
     url: str = ""
     cdn: str = ""
@@ -141,10 +145,10 @@ def _handler(hub: Hub, cdn: bool) -> type[BaseHTTPRequestHandler]:
 
         def _cdn(self, key: str) -> None:
             with hub.lock:
-                refusal = hub.refusals.pop(0) if hub.refusals else None
+                refusal = hub.refusals.pop(0) if hub.refusals else 0
                 hub.busy += 1
                 hub.peak = max(hub.peak, hub.busy)
-            if refusal is not None:
+            if refusal:
                 self._refuse(refusal)
             else:
                 self._content(hub.served.get(key, hub.files[key]), cuttable=True)
@@ -159,7 +163,9 @@ def _handler(hub: Hub, cdn: bool) -> type[BaseHTTPRequestHandler]:
                 self._refuse(hub.status[repo])
             elif hub.token and self.headers.get("Authorization") != f"Bearer {hub.token}":
                 self._refuse(401, {"X-Error-Code": "GatedRepo"})
-            elif commit != COMMIT:
+            elif hub.stale and self.headers.get("Authorization") == f"Bearer {hub.stale}":
+                self._refuse(401)
+            elif commit != hub.commit:
                 self._refuse(404, {"X-Error-Code": "RevisionNotFound"})
             elif key not in hub.files:
                 self._refuse(404, {"X-Error-Code": "EntryNotFound"})
@@ -167,7 +173,7 @@ def _handler(hub: Hub, cdn: bool) -> type[BaseHTTPRequestHandler]:
                 self._file(key, hub.files[key])
 
         def _file(self, key: str, content: bytes) -> None:
-            about = {"X-Repo-Commit": COMMIT}
+            about = {"X-Repo-Commit": hub.commit}
             if len(content) < LARGE:
                 about["ETag"] = f'"{hub.etags.get(key, git_sha1(content))}"'
                 self._content(hub.served.get(key, content), about)

@@ -13,10 +13,12 @@ import threading
 import time
 import zipfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from support.hub_server import COMMIT, hub_server
+from support.socks_proxy import socks_proxy
 from support.tiny_manifest import BIG, CONFIG, DETECTOR, MODEL, RECOGNISER, Shop, fill, sha256, use_hub
 
 from fastface_cli.errors import ModelUnavailableError, RecipeError
@@ -372,6 +374,69 @@ def test_gated_without_and_with_a_wrong_token(shop: Shop, monkeypatch: pytest.Mo
     assert "was rejected" not in str(error.hint)
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     assert "was rejected" in str(failure(shop.store(), shop["lora"]).hint)
+
+
+def test_a_stale_token_is_left_out(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_stale")
+    shop.hub.stale = "hf_stale"
+    store = shop.store()
+    store.ensure([shop["lora"], shop["base"], shop["open"]])
+    assert store.missing([shop["lora"], shop["base"], shop["open"]]) == []
+    assert "rejected the token in HF_TOKEN; continuing without it" in caplog.text
+    assert all(request.authorization is None for request in shop.hub.log if request.cdn)
+
+
+def test_the_token_is_left_out_once_and_its_file_is_named(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "token").write_text("hf_wrong")
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "token"))
+    shop.hub.token = "hf_right"
+    error = failure(shop.store(), shop["lora"])
+    assert "HTTP 401" in error.message
+    assert f"(the token in {tmp_path / 'token'} was rejected)" in str(error.hint)
+    assert [request.authorization for request in shop.hub.log] == ["Bearer hf_wrong", None]
+
+
+def test_the_fallback_commit_is_tried_if_the_first_is_gone(
+    shop: Shop, caplog: pytest.LogCaptureFixture
+) -> None:
+    second = "d" * 40
+    shop.hub.commit = second
+    lora = replace(shop["lora"], fallback=second)
+    store = shop.store()
+    path = store.ensure([lora])["tiny-lora"]
+    assert path.read_bytes() == BIG
+    assert path.parent.name == COMMIT, "recipes and records know the first"
+    assert f"trying commit {second}" in caplog.text
+    assert [request.path.split("/")[4] for request in shop.hub.log if not request.cdn] == [COMMIT, second]
+    assert "HTTP 404" in failure(store, replace(shop["base"], fallback="e" * 40)).message
+
+
+def test_the_fallback_commit_must_have_the_same_bytes(shop: Shop) -> None:
+    shop.hub.commit = "d" * 40
+    shop.hub.files["tiny/lora/lora.safetensors"] = BIG[::-1]
+    error = failure(shop.store(), replace(shop["lora"], fallback="d" * 40))
+    assert "offers a different file" in error.message
+
+
+def test_a_socks_proxy_is_used(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    with socks_proxy() as proxy:
+        monkeypatch.setenv("ALL_PROXY", proxy.url)
+        assert shop.store().ensure([shop["lora"]])["tiny-lora"].read_bytes() == BIG
+    assert {f"http://{host}:{port}" for host, port in proxy.targets} == {shop.hub.url, shop.hub.cdn}
+
+
+@pytest.mark.parametrize("proxy", ["socks4://127.0.0.1:1", "ftp://127.0.0.1:1"])
+def test_a_proxy_that_cannot_be_used(shop: Shop, monkeypatch: pytest.MonkeyPatch, proxy: str) -> None:
+    monkeypatch.setenv("ALL_PROXY", proxy)
+    error = failure(shop.store(), shop["lora"])
+    assert "the proxy of this environment cannot be used" in error.message
+    assert "socks5://" in str(error.hint)
 
 
 def test_a_busy_server_is_asked_again(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:

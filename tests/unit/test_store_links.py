@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 from support.hub_server import COMMIT, hub_server
 from support.link_cases import CASES, changed
@@ -100,3 +101,83 @@ def test_links_of_the_hub_layout_are_followed(shop: Shop) -> None:
     (state,) = store.verify(shop["lora"])
     assert state.state == "bad"
     assert [path.read_bytes()[:1] for path in store.quarantined()] == [b"!"]
+
+
+# The Hub cache of other programs
+
+
+@pytest.fixture
+def other_cache(shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A default Hub cache in which huggingface_hub has put the LoRA and the base."""
+    cache = tmp_path / "huggingface/hub"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    for repo, file in (
+        ("lora", "lora.safetensors"),
+        ("base", "unet/config.json"),
+        ("base", "vae/model.safetensors"),
+        ("open", "config.json"),
+    ):
+        huggingface_hub.hf_hub_download(
+            f"tiny/{repo}", file, revision=COMMIT, cache_dir=cache, endpoint=shop.hub.url
+        )
+    shop.hub.log.clear()
+    return cache
+
+
+def tree(folder: Path) -> dict[str, tuple[int, int, bytes]]:
+    """Every entry below a folder, with its type, time and content."""
+    entries = {}
+    for path in sorted(folder.rglob("*")):
+        stat = path.lstat()
+        entries[str(path.relative_to(folder))] = (
+            stat.st_mode,
+            stat.st_mtime_ns,
+            path.read_bytes() if path.is_file() else b"",
+        )
+    return entries
+
+
+def test_the_default_hub_cache_is_used_and_never_changed(shop: Shop, other_cache: Path) -> None:
+    before = tree(other_cache)
+    store = shop.store(offline=True)
+    names = ("lora", "base")
+    assert store.missing([shop[name] for name in names]) == []
+    assert store.entries() == [], "nothing is ours yet"
+    paths = store.ensure([shop[name] for name in names])
+    assert paths["tiny-lora"].read_bytes() == BIG
+    assert (paths["tiny-base"] / "vae/model.safetensors").read_bytes() == MODEL
+    assert [file.state for name in names for file in store.status(shop[name])] == ["present"] * 3
+    assert store.disk_bytes() == 0
+    assert [store.remove(shop[name]) for name in names] == [0, 0]
+    assert not paths["tiny-lora"].is_symlink()
+    assert shop.hub.log == []
+    assert tree(other_cache) == before
+
+
+def test_files_without_a_hash_in_the_manifest_are_checked_by_the_name_of_their_blob(
+    shop: Shop, other_cache: Path
+) -> None:
+    shop.store().ensure([shop["open"]])
+    assert [request.path.rsplit("/", 1)[-1] for request in shop.hub.asked("GET")] == ["model.safetensors"] * 2
+
+
+@pytest.mark.parametrize("wrong", [BIG[::-1], BIG[:-1]])
+def test_other_bytes_in_the_default_hub_cache_are_not_used(
+    shop: Shop, other_cache: Path, wrong: bytes
+) -> None:
+    (blob,) = (other_cache / "models--tiny--lora/blobs").iterdir()
+    blob.write_bytes(wrong)
+    before = tree(other_cache)
+    store = shop.store()
+    path = store.ensure([shop["lora"]])["tiny-lora"]
+    assert path.read_bytes() == BIG
+    assert path.resolve().is_relative_to(shop.home)
+    assert tree(other_cache) == before
+
+
+def test_a_file_that_leaves_the_default_hub_cache_is_fetched(shop: Shop, other_cache: Path) -> None:
+    shop.store().ensure([shop["lora"]])
+    (blob,) = (other_cache / "models--tiny--lora/blobs").iterdir()
+    blob.unlink()
+    assert [item.artifact.name for item in shop.store().missing([shop["lora"]])] == ["tiny-lora"]
+    assert shop.store().ensure([shop["lora"]])["tiny-lora"].read_bytes() == BIG
