@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ..errors import ModelUnavailableError
 from . import transfer
+from .failures import SourceError, StoppedError, no_hub
 from .layout import CacheLayout, blob_name, check_room, link, source_of
 from .links import make_folder, open_for_writing, remove_entry
 from .manifest import Artifact, RemoteFile
@@ -86,7 +87,7 @@ class Fetcher:
             return
         try:
             self._fetch_hub(task, str(artifact.commit))
-        except transfer.SourceError as error:
+        except SourceError as error:
             if error.status in (404, 410) and artifact.fallback is not None and pinned:
                 log.warning("%s; trying commit %s", error.message, artifact.fallback)
                 self._fetch_hub(task, artifact.fallback)
@@ -129,7 +130,7 @@ class Fetcher:
 
         def check(announced: transfer.Announcement) -> None:
             if announced.commit != commit:
-                raise transfer.no_hub(artifact, file.path, announced.url)
+                raise no_hub(artifact, file.path, announced.url)
             _check_announcement(task, announced, record)
 
         if file.sha256 is not None:  # the response that brings the file announces it, too
@@ -204,7 +205,7 @@ class Fetcher:
             os.replace(partial, place)
             self.records.save_hash(task.source, place, sha256)
 
-    def _fetch_archive(self, task: FetchTask, reason: transfer.SourceError) -> None:
+    def _fetch_archive(self, task: FetchTask, reason: SourceError) -> None:
         """Fetch a file out of the publisher's zip, at any depth."""
         artifact, file = task.artifact, task.file
         url = str(artifact.archive)
@@ -228,15 +229,15 @@ class Fetcher:
             os.replace(partial, blob)
             self._place(task, blob, sha256, None)
 
-    def _fetch_zip(self, artifact: Artifact, url: str, archive: Path, reason: transfer.SourceError) -> None:
+    def _fetch_zip(self, artifact: Artifact, url: str, archive: Path, reason: SourceError) -> None:
         make_folder(archive.parent, self.layout.settings.home)
         partial = archive.with_name(archive.name + ".part")
         try:
             with reporting(self.observer, DownloadProgress, archive.name, 0) as add:
                 self.client.fetch(artifact, archive.name, transfer.Announcement(url, "", None), partial, add)
-        except transfer.SourceError as error:
+        except SourceError as error:
             message = f"{reason.message}; its archive failed too: {error.message}"
-            raise transfer.SourceError(message, reason.hint, reason.status) from error
+            raise SourceError(message, reason.hint, reason.status) from error
         os.replace(partial, archive)
 
     @contextlib.contextmanager
@@ -255,7 +256,7 @@ class Fetcher:
                 lock.acquire(timeout=0.5)
             except Timeout:
                 if self.client.stopped.is_set():
-                    raise transfer.StoppedError("the transfer was stopped") from None
+                    raise StoppedError("the transfer was stopped") from None
                 if not waited:
                     log.info("waiting for another process that is fetching %s", task.file.path)
                 waited = True

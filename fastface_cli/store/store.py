@@ -23,6 +23,7 @@ from pathlib import Path
 from ..errors import ModelUnavailableError
 from ..settings import Settings
 from . import transfer
+from .failures import disk_error
 from .fetching import Fetcher, FetchTask, WrongBytesError, fetch_all
 from .fused_cache import FusedCache
 from .layout import CacheLayout, blob_name, check_room, remove_empty, remove_file, source_of
@@ -425,4 +426,4 @@ def _writing(home: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise transfer.disk_error(error, f"cannot store models in {home}") from error
+        raise disk_error(error, f"cannot store models in {home}") from error

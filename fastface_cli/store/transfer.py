@@ -9,24 +9,31 @@ transfers cannot be resumed. Proxies are those of the environment (HTTPS_PROXY, 
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import logging
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote, urlsplit
 
 from .. import __version__
-from ..errors import ModelUnavailableError
+from ..errors import FastFaceError, ModelUnavailableError
+from .failures import (
+    IncompleteError,
+    StoppedError,
+    explain,
+    http_status,
+    hub_token,
+    no_hub,
+    retry_after,
+    token_origin,
+)
 from .manifest import Artifact, RemoteFile, whole_selection
-from .partial import Part, PartialFile, TransferReport, received_bytes
+from .partial import Part, PartialFile, TransferReport
 
 if TYPE_CHECKING:  # imported where it is used: commands without transfers start faster
     import httpx2
@@ -73,27 +80,6 @@ class TransferResult:
 
     sha256: str
     resumed: bool
-
-
-class SourceError(ModelUnavailableError):
-    """A source cannot provide a file; another source might.
-
-    Args:
-        message, hint: see `FastFaceError`.
-        status: HTTP status, if the server answered.
-    """
-
-    def __init__(self, message: str, hint: str | None = None, status: int | None = None) -> None:
-        super().__init__(message, hint)
-        self.status = status
-
-
-class StoppedError(ModelUnavailableError):
-    """The transfer was stopped because another one failed or the user interrupted it."""
-
-
-class _IncompleteError(Exception):
-    """The server ended a transfer early without an error."""
 
 
 class _ExpiredError(Exception):
@@ -295,7 +281,7 @@ class TransferClient:
             finally:
                 response.close()
             url = str(redirect.url)
-        raise _IncompleteError("too many redirects")
+        raise IncompleteError("too many redirects")
 
     def _once(self, method: str, url: str, headers: dict[str, str], patience: float) -> httpx2.Response:
         """Send one request; a rejected token is left out of a second one."""
@@ -365,7 +351,7 @@ class _FileTransfer:
                 try:
                     self._receive(part, retry.patience)
                     if not part.complete:
-                        raise _IncompleteError(f"{part.start + part.done} of {part.end} bytes")
+                        raise IncompleteError(f"{part.start + part.done} of {part.end} bytes")
                 except Exception as error:
                     if part.done > before:
                         retry.failures = 0
@@ -400,24 +386,22 @@ class _FileTransfer:
             if part.end is None:  # nothing announced the size
                 part.end = part.start + part.done
         except Exception as error:
-            status = _status(error)
-            if location is not None and status in (401, 403, 404, 410):
+            status = http_status(error)
+            if location not in (None, self.source.url) and status in (401, 403, 404, 410):
                 self.location = None
                 raise _ExpiredError(f"HTTP {status}") from error
             if status == 416:  # the file on the server is shorter than the partial file
                 if len(self.target.parts) > 1:
                     raise _NoRangesError from error
                 self.target.restart(divide=False)
-                raise _IncompleteError("nothing is left to send") from error
+                raise IncompleteError("nothing is left to send") from error
             raise
 
     def _range(self, part: Part) -> dict[str, str]:
         """The header that requests the rest of a part."""
         first, last = part.start + part.done, ""
         if part.end is None:
-            last = str(
-                self.target.step - 1
-            )  # the response names the size, and the rest is requested in parts
+            last = str(self.target.step - 1)  # the response names the size
         elif part is not self.target.parts[-1]:
             last = str(part.end - 1)
         elif not first:
@@ -467,9 +451,9 @@ class Retry:
         """Wait before the next attempt; raise `error` if it is permanent or there were too many failures."""
         if self.failures >= RETRIES or not _is_temporary(error):
             raise error
-        seconds = min(_retry_after(error) or 2.0**self.failures, LONGEST_PAUSE)
+        seconds = min(retry_after(error) or 2.0**self.failures, LONGEST_PAUSE)
         self.failures += 1
-        status = _status(error)
+        status = http_status(error)
         reason = f"HTTP {status}" if status else type(error).__name__.strip("_")
         log.info("%s: temporary failure (%s); trying again in %g s", self.host, reason, seconds)
         pause(seconds, self.stopped)
@@ -516,25 +500,6 @@ def pause(seconds: float, stopped: threading.Event) -> None:
     stopped.wait(seconds)
 
 
-def hub_token() -> str | None:
-    """The token of the user, if any."""
-    from huggingface_hub import get_token
-
-    return get_token()
-
-
-def token_origin() -> str:
-    """Where the token of the user is from, for messages."""
-    from huggingface_hub import constants
-
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
-        if os.environ.get(name):
-            return f"in {name}"
-    if os.path.isfile(constants.HF_TOKEN_PATH):
-        return f"in {constants.HF_TOKEN_PATH}"
-    return "of this account"
-
-
 def _announced(response: httpx2.Response, url: str) -> Announcement:
     """What the headers of a response say about a file."""
     headers = response.headers
@@ -547,22 +512,13 @@ def _announced(response: httpx2.Response, url: str) -> Announcement:
     return Announcement(url, etag, size, headers.get("X-Repo-Commit"))
 
 
-def no_hub(artifact: Artifact, path: str, url: str) -> SourceError:
-    """The error for a server that answers, but not like the Hub."""
-    return SourceError(
-        f"{urlsplit(url).netloc} does not answer like the Hugging Face Hub when asked for {path} "
-        f"of {artifact.name}",
-        "check HF_ENDPOINT and the proxy of your network",
-    )
-
-
 def _is_temporary(error: Exception) -> bool:
     import httpx2
 
     temporary = (httpx2.TimeoutException, httpx2.NetworkError, httpx2.RemoteProtocolError)
-    if isinstance(error, (*temporary, _IncompleteError, _ExpiredError)):
+    if isinstance(error, (*temporary, IncompleteError, _ExpiredError)):
         return True
-    return _status(error) in _TEMPORARY
+    return http_status(error) in _TEMPORARY
 
 
 @contextlib.contextmanager
@@ -570,112 +526,7 @@ def _explained(artifact: Artifact, what: str, url: str, partial: Path | None = N
     """Turn every failure of the network or the disk into a message with a hint."""
     try:
         yield
-    except (ModelUnavailableError, _NoRangesError):
+    except FastFaceError:  # also that of an observer, which ends the transfer
         raise
     except Exception as error:
         raise explain(error, artifact, what, url, partial) from error
-
-
-def explain(
-    error: Exception, artifact: Artifact, what: str, url: str, partial: Path | None = None
-) -> ModelUnavailableError:
-    """The error message for a failed transfer.
-
-    Args:
-        error: the exception of the HTTP client or the file system.
-        artifact: the artifact that needs the file.
-        what: the file.
-        url: its address.
-        partial: the file with the bytes received so far.
-    """
-    import httpx2
-
-    subject = f"{artifact.name} ({what})" if what not in artifact.name else artifact.name
-    host = urlsplit(url).netloc
-    status = _status(error)
-    if status is not None:
-        return SourceError(*_refused(status, error, artifact, subject, url), status)
-    if isinstance(error, OSError):
-        return disk_error(error, f"cannot write {subject}", partial)
-    arrived = received_bytes(partial) if partial is not None else 0
-    broken = isinstance(error, (_IncompleteError, httpx2.RemoteProtocolError, httpx2.ReadError))
-    if broken or (arrived and isinstance(error, httpx2.TransportError)):
-        return SourceError(
-            f"the transfer of {subject} from {host} was interrupted"
-            + (f" after {arrived:,} bytes" if arrived else ""),
-            "run the same command again" + (": it resumes where it stopped" if arrived else ""),
-        )
-    if isinstance(error, httpx2.TransportError):
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        return SourceError(
-            f"cannot reach {host} for {subject}: {reason}",
-            "check the connection and the proxy; HF_ENDPOINT can name a mirror; "
-            "`fastface generate --recipe pocket` needs no network",
-        )
-    return SourceError(
-        f"cannot fetch {subject} from {host}: {type(error).__name__}: {error}",
-        "run the same command again; FASTFACE_DEBUG=1 shows the traceback",
-    )
-
-
-def _refused(status: int, error: Exception, artifact: Artifact, subject: str, url: str) -> tuple[str, str]:
-    host = urlsplit(url).netloc
-    if status in (401, 403):
-        return (
-            f"{host} refuses this account access to {subject} (HTTP {status})",
-            f"accept its terms at {artifact.page}, then set HF_TOKEN to a token of that account"
-            + (f" (the token {token_origin()} was rejected)" if hub_token() else ""),
-        )
-    if status in (404, 410):
-        return (
-            f"{subject} was not found at {url} (HTTP {status})",
-            "set HF_ENDPOINT to a mirror that has it, or name a local copy in the recipe",
-        )
-    if status == 429:
-        wait = _retry_after(error)
-        return (
-            f"{host} refuses {subject} because of too many requests (HTTP 429)",
-            f"wait {f'{wait} seconds' if wait else 'a few minutes'} and run the same command again; "
-            "an HF_TOKEN raises the limit",
-        )
-    return (
-        f"{host} failed on {subject} (HTTP {status})",
-        "run the same command again later: it resumes where it stopped",
-    )
-
-
-def disk_error(error: OSError, action: str, path: Path | None = None) -> ModelUnavailableError:
-    """The error message for a failure of the file system."""
-    place = path or error.filename
-    where = f" in {Path(place).parent}" if place else ""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return ModelUnavailableError(
-            f"{action}: the disk is full{where}",
-            "free some disk space (`fastface cache list` shows the downloaded models) and run the same "
-            "command again, or set FASTFACE_HOME to a folder on a larger disk",
-        )
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return ModelUnavailableError(
-            f"{action}: no permission to write{where}",
-            "set FASTFACE_HOME (or HF_HUB_CACHE) to a folder that you can write to",
-        )
-    return ModelUnavailableError(
-        f"{action}: {error.strerror or error}: {place}" if place else f"{action}: {error.strerror or error}",
-        "set FASTFACE_HOME to a writable folder",
-    )
-
-
-def _status(error: BaseException) -> int | None:
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    return status if isinstance(status, int) else None
-
-
-def _retry_after(error: BaseException) -> int | None:
-    """Seconds that the server asks to wait: a number, or a date."""
-    value = str(getattr(getattr(error, "response", None), "headers", {}).get("Retry-After", ""))
-    if value.isdigit():
-        return int(value)
-    try:
-        return max(0, round(parsedate_to_datetime(value).timestamp() - time.time()))
-    except (ValueError, TypeError):
-        return None

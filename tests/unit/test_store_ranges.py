@@ -17,7 +17,7 @@ import pytest
 from support.hub_server import hub_server
 from support.tiny_manifest import BIG, CONFIG, MODEL, Shop, fill, sha256, use_hub
 
-from fastface_cli.errors import ModelUnavailableError
+from fastface_cli.errors import ModelUnavailableError, UsageError
 from fastface_cli.store import DownloadProgress, FileFinished, parse_manifest
 from fastface_cli.store.partial import received_bytes
 
@@ -189,14 +189,14 @@ def test_the_pauses_grow_and_the_attempts_are_counted(shop: Shop, pauses: list[f
     assert pauses == [1, 2, 4, 8, 16]
 
 
-@pytest.mark.parametrize("name", ["lora", "open", "url"])
+@pytest.mark.parametrize("name", ["base", "open", "url"])
 def test_slow_answers_are_waited_for_longer_each_time(
     shop: Shop, pauses: list[float], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """A HEAD (`open` has no hashes in the manifest) and a GET whose first byte takes too long."""
-    monkeypatch.setattr("fastface_cli.store.transfer.PATIENCE", (0.1, 0.2, 5.0))
+    monkeypatch.setattr("fastface_cli.store.transfer.PATIENCE", (0.4, 0.8, 20.0))
     monkeypatch.setattr("fastface_cli.store.fetching.FILES", 1)
-    shop.hub.stalls = [0.4, 0.4]
+    shop.hub.stalls = [1.2, 1.2]
     shop.store().ensure([shop[name]])
     assert pauses == [1, 2]
 
@@ -216,6 +216,21 @@ def test_the_cause_is_reported_and_the_other_transfers_stop(shop: Shop) -> None:
     assert time.monotonic() - start < 5, "3.5 MB at 0.8 MB/s were not waited for"
     (status,) = shop.store().status(shop["lora"])
     assert status.state in ("partial", "missing")
+
+
+def test_an_observer_can_end_the_download(shop: Shop) -> None:
+    shop.hub.rate = 100_000
+
+    def cancel(event: object) -> None:
+        if isinstance(event, DownloadProgress) and event.done > 500_000:
+            raise UsageError("cancelled")
+
+    start = time.monotonic()
+    with pytest.raises(UsageError, match="cancelled"):
+        shop.store().ensure([shop["lora"], shop["base"]], progress=cancel)
+    assert time.monotonic() - start < 4, "3.5 MB at 0.8 MB/s were not waited for"
+    (status,) = shop.store().status(shop["lora"])
+    assert 500_000 < status.here < len(BIG)
 
 
 def test_events_of_concurrent_files_do_not_overlap_and_have_unique_names(shop: Shop) -> None:
