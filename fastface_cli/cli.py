@@ -36,19 +36,25 @@ app.add_typer(cache.app, name="cache")
 
 
 class _Interrupted(BaseException):
-    """Ctrl-C; not KeyboardInterrupt, which Typer would turn into exit code 1."""
+    """Ctrl-C or SIGTERM; not KeyboardInterrupt, which Typer would turn into exit code 1."""
+
+    def __init__(self, number: int = signal.SIGINT) -> None:
+        self.exit_code = 128 + number
 
 
 class _StoppedError(FastFaceError):
     """How an interrupted command is reported."""
 
-    exit_code = 130
     kind = "interrupted"
 
+    def __init__(self, exit_code: int) -> None:
+        super().__init__("interrupted")
+        self.exit_code = exit_code
 
-def _interrupt(_signal: int, _frame: FrameType | None) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends the process immediately
-    raise _Interrupted
+
+def _interrupt(number: int, _frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_DFL)  # a second one ends the process immediately
+    raise _Interrupted(number)
 
 
 def _version(value: bool) -> None:
@@ -105,7 +111,7 @@ def _failure(error: BaseException) -> FastFaceError:
     if isinstance(error, FastFaceError):
         return error
     if isinstance(error, _Interrupted):
-        return _StoppedError("interrupted")
+        return _StoppedError(error.exit_code)
     return unexpected(error)
 
 
@@ -137,6 +143,7 @@ def main() -> None:
         utf8 = sys.stdout.encoding.lower().replace("-", "") == "utf8"
         sys.stdout.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")
     signal.signal(signal.SIGINT, _interrupt)
+    signal.signal(signal.SIGTERM, _interrupt)
     # Libraries print messages for developers while they are imported.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")

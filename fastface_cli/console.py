@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -41,15 +42,27 @@ def err() -> Console:
     return Console(stderr=True, no_color=_plain() or None, highlight=False, soft_wrap=True)
 
 
+# Control characters, which include the escape sequences of terminals, and marks that reorder text.
+_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+def safe(text: str) -> str:
+    """Escape characters that control a terminal: names and metadata come from files of other people.
+
+    The escapes are those of JSON, so that escaped JSON has the same meaning.
+    """
+    return _UNSAFE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
 def line(text: str) -> None:
-    """One line of result on stdout, exactly as given."""
-    sys.stdout.write(text + "\n")
+    """One line of result on stdout; exactly as given unless stdout is a terminal."""
+    sys.stdout.write((safe(text) if sys.stdout.isatty() else text) + "\n")
     sys.stdout.flush()
 
 
 def note(text: str) -> None:
-    """One line for the person who watches, on stderr."""
-    err().print(text, markup=False)
+    """One line of progress or advice on stderr."""
+    err().print(safe(text), markup=False)
 
 
 class _NoteHandler(logging.Handler):
@@ -92,11 +105,11 @@ def print_table(
     from rich.text import Text
 
     console = err() if aside else out()
-    table = Table(title=Text(title) if title else None, title_justify="left", header_style="bold")
+    table = Table(title=Text(safe(title)) if title else None, title_justify="left", header_style="bold")
     for column in columns:
-        table.add_column(Text(column), overflow="fold")
+        table.add_column(Text(safe(column)), overflow="fold")
     for row in rows:
-        table.add_row(*map(Text, row))
+        table.add_row(*(Text(safe(cell)) for cell in row))
     if not console.is_terminal:
         console.width = 200
     console.print(table)
@@ -113,23 +126,25 @@ def print_finding(level: str, subject: str, message: str, command: str | None) -
     grid.add_column(width=7)
     grid.add_column(width=14)
     grid.add_column(overflow="fold")
-    grid.add_row(Text(level, style=color), subject, Text(message))
+    grid.add_row(Text(level, style=color), Text(safe(subject)), Text(safe(message)))
     if not console.is_terminal:
         console.width = 1000
     console.print(grid)
     if command is not None:  # unbroken, whatever the width: it is made to be copied
-        console.print(Text(" " * 25 + command, style="cyan"), crop=False, overflow="ignore", no_wrap=True)
+        console.print(
+            Text(" " * 25 + safe(command), style="cyan"), crop=False, overflow="ignore", no_wrap=True
+        )
 
 
 def print_error(error: FastFaceError) -> None:
     """One sentence, a blank line, a hint."""
     console = err()
     console.print("[red]error[/red]: ", end="")
-    console.print(error.message, markup=False)
+    console.print(safe(error.message), markup=False)
     if error.hint:
         console.print()
         console.print("[cyan]hint[/cyan]: ", end="")
-        console.print(error.hint, markup=False)
+        console.print(safe(error.hint), markup=False)
 
 
 def transfer_progress(*, quiet: bool = False) -> Progress:
@@ -221,5 +236,5 @@ def spinner(text: str) -> Iterator[None]:
         redirect_stdout=sys.stdout.isatty(),  # a pipe or a file gets its lines past the display
     )
     with progress:
-        progress.add_task(text, total=None)
+        progress.add_task(safe(text), total=None)
         yield

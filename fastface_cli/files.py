@@ -15,12 +15,13 @@ LONGEST_NAME = 255
 """Maximum bytes of a file name in common file systems."""
 
 
-def check_target(path: Path, *, force: bool) -> None:
+def check_target(path: Path, *, force: bool, folder: bool = True) -> None:
     """Check, before any work is done, that a file can be written.
 
     Args:
         path: the file to write; its folder may not exist yet.
         force: whether an existing file may be replaced.
+        folder: also check the folder, which is unnecessary for further files in it.
 
     Raises:
         UsageError: the name is taken or invalid, or the folder is not writable.
@@ -38,7 +39,8 @@ def check_target(path: Path, *, force: bool) -> None:
         )
     try:
         _check_free(path, force)
-        _check_folder(path.parent)
+        if folder:
+            _check_folder(path.parent)
     except OSError as error:
         raise UsageError(
             f"cannot write {path}: {error.strerror or error}", "choose another folder"
@@ -72,8 +74,10 @@ def _check_folder(folder: Path) -> None:
             return
 
 
-def write_atomically(path: Path, data: bytes, *, force: bool) -> Path:
+def write_atomically(path: Path, data: bytes, *, force: bool, private: bool = False) -> Path:
     """Write a temporary file, then rename it, so that no partial file ever has the final name.
+
+    File and folder are synced to disk, so that this also holds after a power failure.
 
     If another process took the name since `check_target` and `force` is false, the data goes to the next
     free name of `x-1`, `x-2`, ...
@@ -82,6 +86,7 @@ def write_atomically(path: Path, data: bytes, *, force: bool) -> Path:
         path: the file to write; missing folders are created.
         data: the complete content.
         force: replace an existing file.
+        private: only the user can read the file.
 
     Returns:
         The path that was written: `path`, except in that case.
@@ -90,8 +95,8 @@ def write_atomically(path: Path, data: bytes, *, force: bool) -> Path:
         FastFaceError: the file cannot be written; no partial file remains.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return _write(path, data, force)
+        make_folders(path.parent)
+        return _write(path, data, force, 0o600 if private else 0o666)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise FastFaceError(
@@ -99,12 +104,36 @@ def write_atomically(path: Path, data: bytes, *, force: bool) -> Path:
         ) from error
 
 
-def _write(path: Path, data: bytes, force: bool) -> Path:
+def make_folders(folder: Path) -> None:
+    """Create a folder and its missing parents, and sync their names to disk."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Sync the names in a folder to disk, so that a new file is found after a power failure."""
+    if os.name == "nt":
+        return  # Windows cannot open folders; NTFS records renames in its journal
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write(path: Path, data: bytes, force: bool, mode: int) -> Path:
     temporary = path.parent / f".fastface-{secrets.token_hex(8)}.tmp"
     try:
-        with open(temporary, "xb") as file:
+        with open(temporary, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
             file.write(data)
-        return _place(temporary, path, force)
+            file.flush()
+            # Before the rename: otherwise a power failure can leave the name with no content.
+            os.fsync(file.fileno())
+        written = _place(temporary, path, force)
+        sync_folder(path.parent)
+        return written
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -1,4 +1,4 @@
-"""What tests share: a small random stack, a person who does not exist, the golden tensors."""
+"""Shared fixtures: a small random stack, a random identity, the golden tensors."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ GOLDEN = Path(__file__).parent / "data" / "golden"
 
 @pytest.fixture(scope="session")
 def golden() -> Path:
-    """The golden stack, cases and identity."""
+    """Return the folder of the golden stack, cases and identity."""
     return GOLDEN
 
 
 @pytest.fixture(scope="session")
 def miniature(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A random stack in the published files' form, float32, as `write_stack` names its parts."""
+    """Write a random stack in the published file layout, float32, with the names of `write_stack`."""
     import torch
 
     from fastface_cli.benchmark.sdxl import MINIATURE
@@ -37,7 +37,7 @@ def miniature(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def person():
-    """An identity made of noise."""
+    """Return an identity of random numbers."""
     from fastface_cli.identity.identity import Identity
 
     rng = np.random.default_rng(3)

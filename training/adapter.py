@@ -1,14 +1,14 @@
-"""The identity adapter, FaceID-PlusV2's layout, trained on the base alone.
+"""Train the identity adapter, with the layout of FaceID-PlusV2, on the frozen base.
 
-Four identity tokens come from the recognizer's embedding, refined by the vision tower's states of
-the aligned crop; each cross-attention gets keys and values for them; a LoRA on all attention layers
-goes with it. The reference is another view of the portrait than the target: mirrored, in other light,
-and mostly with the mouth of somebody else. Each person has one portrait, so an untouched reference
-always wears the target's expression, and the adapter would learn to copy it over the prompt's.
+The recognizer's embedding gives four identity tokens, refined by the vision tower's states of the aligned
+crop. Every cross-attention layer has keys and values for them, and all attention layers have a LoRA. The
+reference is a different view of the portrait than the target: mirrored, in different light, and mostly with
+the mouth of another person. Each person has only one portrait, so an unchanged reference would always have
+the target's expression, and the adapter would learn to copy it instead of following the prompt.
 
-Most of a batch learns to see through noise that was added to portraits. Some of it starts from nothing
-but noise and is judged by what comes out: a noisy portrait still gives away who it is, so an adapter that
-only ever sees those need not say it.
+Most of a batch is trained to denoise portraits. The rest starts from pure noise, and its decoded result is
+scored: a portrait with added noise still reveals the identity, so an adapter trained on those alone does
+not need to provide it.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ from transformers import CLIPImageProcessor
 
 from training import captions, clip, data, low_rank, recognizer, unet
 from training.common import Ema, Options, Run, autocast, descend, device, load_part, options
-from training.walk import GUIDANCE, STATIONS, Guide, Walk
+from training.ddim import GUIDANCE, TIMESTEPS, Ddim, GuidedDenoiser
 
 BATCH = 32
 TOKENS = 4
 RANK = 6
 ADAPTER_SCALE = 0.8
 LORA_SCALE = 0.6
-"""The scales at which the recipes run the adapter; trained so, they need no extrapolation."""
+"""Scales of the adapter in the recipes; training uses the same scales."""
 VIEWS = 6
-"""Reference views a portrait: two with its own mouth, four with another's; odd ones are mirrored."""
+"""Reference views per portrait: two with its own mouth, four with another's; odd indices are mirrored."""
 VIEW_CHANCES = (0.08, 0.08, 0.21, 0.21, 0.21, 0.21)
 MOUTH = ((112, 186), (54, 34))
-"""Centre and half axes of the mouth in an aligned crop of 224 pixels."""
+"""Center and half axes of the mouth in an aligned crop of 224 pixels."""
 STRONGEST = 0.4
-"""Half of the steps run the adapter by up to this above its scale: what looks right only at one strength
-becomes a caricature under guidance or scale-power."""
-PERSON_WEIGHT = 2.0
-MOOD_WEIGHT = 1.5
-MOST = 12.0
+"""Largest increase of the adapter scale, used in half of the steps: an adapter trained at a single scale
+generates caricatures under guidance or scale-power."""
+IDENTITY_WEIGHT = 2.0
+EXPRESSION_WEIGHT = 1.5
+MAX_WEIGHT = 12.0
 """Largest weight of a noisy step, see ``unet.denoising_loss``."""
 IDENTITY_DROPOUT = 0.12
 TEXT_DROPOUT = 0.1
@@ -54,44 +54,44 @@ ENDINGS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 def image_processor() -> CLIPImageProcessor:
-    """What the product builds: resize and center-crop to the encoder's image size."""
+    """Return the product's image processor: resize and center-crop to the encoder's image size."""
     size = clip.VISION_SIDE
     return CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
 
 
 @torch.no_grad()
 def crop_states(towers: clip.Clip, crops_bgr: list[np.ndarray]) -> Tensor:
-    """224x224 crops, BGR as the published code has them -> hidden_states[-2], [n, 65, 96]."""
-    pictures = [Image.fromarray(crop) for crop in crops_bgr]
-    pixels = image_processor()(pictures, return_tensors="pt").pixel_values.to(device())
+    """Return hidden_states[-2], [n, 65, 96], of 224x224 crops, in BGR order as in the published code."""
+    images = [Image.fromarray(crop) for crop in crops_bgr]
+    pixels = image_processor()(images, return_tensors="pt").pixel_values.to(device())
     states: Tensor = towers.vision(pixels, output_hidden_states=True).hidden_states[-2]
     return states
 
 
 @torch.no_grad()
 def empty_states(towers: clip.Clip) -> Tensor:
-    """States of an all-zero pixel tensor, [1, 65, 96]: half of "no identity"."""
+    """Return the states of an all-zero image, [1, 65, 96]: with a zero embedding they mean "no identity"."""
     pixels = torch.zeros(1, 3, clip.VISION_SIDE, clip.VISION_SIDE, device=device())
     states: Tensor = towers.vision(pixels, output_hidden_states=True).hidden_states[-2]
     return states
 
 
 def with_mouth(crop: np.ndarray, donor: np.ndarray) -> np.ndarray:
-    """A 224x224 aligned crop with the mouth of another, softly joined and in the first one's skin tone."""
+    """Return a 224x224 aligned crop with the mouth of a donor, blended and adjusted to the skin tone."""
     (x, y), axes = MOUTH
     mask = np.zeros(crop.shape[:2], np.float32)
     cv2.ellipse(mask, (x, y), axes, 0, 0, 360, 1.0, -1)
     ring = cv2.dilate(mask, np.ones((15, 15))) - mask > 0
     mask = cv2.GaussianBlur(mask, (0, 0), 6)[..., None]
-    own, other = crop.astype(np.float32), donor.astype(np.float32)
-    other = other + own[ring].mean(0) - other[ring].mean(0)
-    return np.asarray(np.clip(own + mask * (other - own), 0, 255), np.uint8)
+    base, mouth = crop.astype(np.float32), donor.astype(np.float32)
+    mouth = mouth + base[ring].mean(0) - mouth[ring].mean(0)
+    return np.asarray(np.clip(base + mask * (mouth - base), 0, 255), np.uint8)
 
 
 def views(settings: Options, portraits: data.Portraits) -> tuple[np.ndarray, np.ndarray]:
-    """Embeddings [n, views, 512] and states [n, views, 65, 96] of all reference views, cached.
+    """Return embeddings [n, views, 512] and states [n, views, 65, 96] of all reference views, cached.
 
-    A donor of a mouth has the person's sex and group; half of the donors smile, whoever the person is.
+    Mouth donors have the sex and group of the person; half of them smile, independently of the person.
     """
     ids_path, states_path = settings.work / "view_embeddings.npy", settings.work / "view_states.npy"
     if not states_path.exists():
@@ -112,15 +112,15 @@ def views(settings: Options, portraits: data.Portraits) -> tuple[np.ndarray, np.
         for index in portraits.train:
             crops = []
             for view in range(VIEWS):
-                picture = aligned(index)
+                image = aligned(index)
                 if view >= 2:
                     kind = (facts[index].sex, facts[index].group, view < 4)
-                    picture = with_mouth(picture, aligned(int(generator.choice(donors[kind]))))
+                    image = with_mouth(image, aligned(int(generator.choice(donors[kind]))))
                 if view:
-                    picture = recognizer.degrade(picture, generator, 0.6)
+                    image = recognizer.degrade(image, generator, 0.6)
                 if view % 2 == 1:
-                    picture = picture[:, ::-1]
-                crops.append(np.ascontiguousarray(picture))
+                    image = image[:, ::-1]
+                crops.append(np.ascontiguousarray(image))
             small = np.stack([cv2.resize(crop, (112, 112), interpolation=cv2.INTER_AREA) for crop in crops])
             embeddings[index] = recognizer.embed_all(network, small)
             reversed_crops = [np.ascontiguousarray(crop[:, :, ::-1]) for crop in crops]
@@ -131,7 +131,7 @@ def views(settings: Options, portraits: data.Portraits) -> tuple[np.ndarray, np.
 
 
 class Adapter(nn.Module):
-    """All that is trained; the base stays outside."""
+    """The trained parameters; the base is not part of the module."""
 
     def __init__(self, base: Any) -> None:
         super().__init__()
@@ -149,69 +149,69 @@ class Adapter(nn.Module):
                 own = IPAdapterAttnProcessor(
                     attention.inner_dim, width, num_tokens=(TOKENS,), scale=ADAPTER_SCALE
                 )
-                # Starting from the text's own keys and values saves most of the way.
-                for mine, text in ((own.to_k_ip[0], attention.to_k), (own.to_v_ip[0], attention.to_v)):
-                    mine.weight.data.copy_(text.layer.weight.data)
+                # Initializing with the keys and values of the text converges much faster.
+                for added, text in ((own.to_k_ip[0], attention.to_k), (own.to_v_ip[0], attention.to_v)):
+                    added.weight.data.copy_(text.layer.weight.data)
                 processors[name] = own
             else:
                 processors[name] = processor
-        # diffusers empties the dictionary it is given.
+        # diffusers empties the dictionary that it receives.
         base.set_attn_processor(dict(processors))
         self.names = list(processors)
         crossing = [number for number, name in enumerate(self.names) if name.endswith("attn2.processor")]
         self.attention = nn.ModuleDict({str(number): processors[self.names[number]] for number in crossing})
 
     def strengthen(self, scale: float) -> None:
-        """Run the identity's keys and values at another scale."""
+        """Set the scale of the identity attention."""
         processor: Any
         for processor in self.attention.values():
             processor.scale = [scale]
 
     def tokens(self, embeddings: Tensor, states: Tensor) -> Tensor:
-        """Embeddings [n, 512] and states [n, 65, 96] -> identity tokens [n, 4, 128]."""
+        """Return identity tokens [n, 4, 128] of embeddings [n, 512] and states [n, 65, 96]."""
         self.projection.clip_embeds = states[:, None]
-        found: Tensor = self.projection(embeddings)
-        return found
+        tokens: Tensor = self.projection(embeddings)
+        return tokens
 
-    def places(self) -> dict[str, dict[str, list[Tensor]]]:
-        """``image_proj`` and ``ip_adapter`` of the published file: each tensor's name, and the parameters
-        that it holds, one below the other."""
-        image: dict[str, list[Tensor]] = {}
+    def parameters_by_key(self) -> dict[str, dict[str, list[Tensor]]]:
+        """Return the keys of ``image_proj`` and ``ip_adapter`` in the published file, and for each key the
+        parameters that are concatenated in its tensor."""
+        projection: dict[str, list[Tensor]] = {}
         state = dict(self.projection.named_parameters())
         for key, value in state.items():
             if key.endswith("attn.to_v.weight"):
                 continue
             if key.endswith("attn.to_k.weight"):
                 pair = [value, state[key.replace("to_k", "to_v")]]
-                image[published_name(key.replace("to_k", "to_kv"))] = pair
+                projection[published_name(key.replace("to_k", "to_kv"))] = pair
             else:
-                image[published_name(key)] = [value]
+                projection[published_name(key)] = [value]
         table: dict[str, list[Tensor]] = {}
         tensors = self.additions.tensors()
         for number, name in enumerate(self.names):
-            place = name.removesuffix(".processor")
+            layer = name.removesuffix(".processor")
             for short, long in (("to_q", "to_q"), ("to_k", "to_k"), ("to_v", "to_v"), ("to_out", "to_out.0")):
-                down, up = tensors[f"{place}.{long}"]
+                down, up = tensors[f"{layer}.{long}"]
                 table[f"{number}.{short}_lora.down.weight"] = [down]
                 table[f"{number}.{short}_lora.up.weight"] = [up]
             if name.endswith("attn2.processor"):
                 own: Any = self.attention[str(number)]
                 table[f"{number}.to_k_ip.weight"] = [own.to_k_ip[0].weight]
                 table[f"{number}.to_v_ip.weight"] = [own.to_v_ip[0].weight]
-        return {"image_proj": image, "ip_adapter": table}
+        return {"image_proj": projection, "ip_adapter": table}
 
     def file_layout(self) -> dict[str, dict[str, Tensor]]:
-        """The published file's content, half precision."""
+        """Return the content of the published file, in half precision."""
         return {
             part: {
                 key: torch.cat(tensors).detach().half().cpu().contiguous() for key, tensors in table.items()
             }
-            for part, table in self.places().items()
+            for part, table in self.parameters_by_key().items()
         }
 
 
 def published_name(key: str) -> str:
-    """A projection's name in diffusers -> its name in the FaceID-PlusV2 file."""
+    """Return the key in the FaceID-PlusV2 file of a projection parameter of diffusers."""
     for ours, theirs in (("proj.net.0.proj.", "proj.0."), ("proj.net.2.", "proj.2.")):
         if key.startswith(ours):
             return key.replace(ours, theirs)
@@ -231,77 +231,80 @@ def published_name(key: str) -> str:
 
 
 @torch.no_grad()
-def drawn(guide: Guide, walk: Walk, noise: Tensor, legs: int) -> tuple[Tensor, Tensor]:
-    """Where the base's own guided steps lead from noise [n, 4, h, w] after so many legs, and its noise
-    there without the text."""
+def sample(denoiser: GuidedDenoiser, ddim: Ddim, noise: Tensor, step_count: int) -> tuple[Tensor, Tensor]:
+    """Return the latents after some guided steps from noise [n, 4, h, w], and the unconditional noise
+    prediction for them."""
     x = noise
-    for start, end in itertools.islice(itertools.pairwise(STATIONS), legs):
-        x = walk.step(x, guide.guided(x, start), start, end)
-    return x, guide(x, STATIONS[legs])[0]
+    for start, end in itertools.islice(itertools.pairwise(TIMESTEPS), step_count):
+        x = ddim.step(x, denoiser.guided(x, start), start, end)
+    return x, denoiser(x, TIMESTEPS[step_count])[0]
 
 
 def trained(work: Path, size: int) -> Adapter:
-    """The adapter of the checkpoint, averaged weights."""
+    """Return the adapter of the checkpoint, with averaged weights."""
     adapter = Adapter(unet.build(size))
     adapter.load_state_dict(load_part(work / "adapter.pt", "ema"), strict=True)
     return adapter
 
 
 def main() -> None:
-    """Train within the budget."""
+    """Train within the time budget."""
     settings = options("adapter", 30)
     portraits = data.load(settings)
     embeddings, states = views(settings, portraits)
     base: Any = unet.trained(settings.work, settings.size)
     adapter = Adapter(base).to(device())
     conditions = unet.Conditions(settings)
-    nothing = empty_states(conditions.towers)
+    no_identity = empty_states(conditions.towers)
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01)
     ema = Ema(adapter, 0.998)
     parts = {"model": adapter, "ema": ema, "optimizer": optimizer}
     run = Run(settings.work / "adapter.pt", settings.minutes, parts, save_every=90)
-    pictures = unet.Pictures(settings, portraits, 900_000 + run.step)
+    images = unet.CaptionedLatents(settings, portraits, 900_000 + run.step)
     scheduler = unet.schedule()
     torch.manual_seed(settings.seed + 3 + run.step)
     smooth: dict[str, float] = {}
-    looks = unet.Looks(settings, portraits)
-    walk, drawing, noising = Walk(), slice(unet.ASKED), slice(unet.ASKED, None)
+    decoded_losses = unet.DecodedLosses(settings, portraits)
+    ddim, generated, noised = Ddim(), slice(unet.DECODED_COUNT), slice(unet.DECODED_COUNT, None)
     for _ in run.steps():
-        batch = pictures.draw(BATCH, TEXT_DROPOUT)
+        batch = images.draw(BATCH, TEXT_DROPOUT)
         text_states, added = conditions(batch.texts)
-        view = pictures.draws.choice(VIEWS, BATCH, p=VIEW_CHANCES)
+        view = images.draws.choice(VIEWS, BATCH, p=VIEW_CHANCES)
         person = torch.from_numpy(embeddings[batch.index, view]).to(device())
-        seen = torch.from_numpy(states[batch.index, view].astype(np.float32)).to(device())
+        crop_states_batch = torch.from_numpy(states[batch.index, view].astype(np.float32)).to(device())
         drop = torch.rand(BATCH, device=person.device) < IDENTITY_DROPOUT
-        drop[drawing] = False
+        drop[generated] = False
         person[drop] = 0
-        seen[drop] = nothing
-        # Who it is gets decided early, at high noise: draw more of it.
+        crop_states_batch[drop] = no_identity
+        # Identity is determined early, at high noise levels: sample more of them.
         times = unet.timesteps(BATCH, person.device, 0.6)
-        legs = int(pictures.draws.integers(len(STATIONS) - 1))
-        times[drawing] = STATIONS[legs]
+        step_count = int(images.draws.integers(len(TIMESTEPS) - 1))
+        times[generated] = TIMESTEPS[step_count]
         noise = torch.randn_like(batch.clean)
-        adapter.strengthen(ADAPTER_SCALE + max(0.0, float(pictures.draws.uniform(-STRONGEST, STRONGEST))))
+        adapter.strengthen(ADAPTER_SCALE + max(0.0, float(images.draws.uniform(-STRONGEST, STRONGEST))))
         with autocast():
-            tokens = adapter.tokens(person, seen)
+            tokens = adapter.tokens(person, crop_states_batch)
             noisy = scheduler.add_noise(batch.clean, noise, times)
-        part = {name: value[drawing] for name, value in added.items()}
-        guide = Guide(base, text_states[drawing], part, tokens[drawing])
-        noisy[drawing], blind = drawn(guide, walk, noise[drawing], legs)
+        generated_added = {name: value[generated] for name, value in added.items()}
+        denoiser = GuidedDenoiser(base, text_states[generated], generated_added, tokens[generated])
+        noisy[generated], unconditional = sample(denoiser, ddim, noise[generated], step_count)
         with autocast():
             context = (text_states, [tokens[:, None]])
             predicted = base(noisy, times, context, added_cond_kwargs=added).sample.float()
         loss = unet.denoising_loss(
-            predicted[noising], noise[noising], times[noising], scheduler, batch.places[noising], MOST
+            predicted[noised], noise[noised], times[noised], scheduler, batch.weights[noised], MAX_WEIGHT
         )
-        # The guided picture is what is judged, but guidance must not multiply the gradient.
-        guided = predicted[drawing] + (GUIDANCE - 1) * (predicted[drawing] - blind).detach()
-        crops = looks.crops(noisy, guided, times, batch, loose=True)
-        unlike, mood = looks.unlike(crops, batch), looks.mood(crops, batch)
-        total = loss + PERSON_WEIGHT * unlike + MOOD_WEIGHT * mood
+        # The losses use the guided image, but guidance must not multiply the gradient.
+        guided = predicted[generated] + (GUIDANCE - 1) * (predicted[generated] - unconditional).detach()
+        crops = decoded_losses.crops(noisy, guided, times, batch, loose=True)
+        identity_loss, expression_loss = (
+            decoded_losses.identity_loss(crops, batch),
+            decoded_losses.expression_loss(crops, batch),
+        )
+        total = loss + IDENTITY_WEIGHT * identity_loss + EXPRESSION_WEIGHT * expression_loss
         descend(total, optimizer, run.rate(8e-4, warm_up=100))
         ema.update(adapter)
-        for name, value in (("loss", loss), ("unlike", unlike), ("mood", mood)):
+        for name, value in (("loss", loss), ("identity", identity_loss), ("expression", expression_loss)):
             smooth[name] = 0.98 * smooth.get(name, value.item()) + 0.02 * value.item()
         run.log(50, **smooth)
 

@@ -1,4 +1,4 @@
-"""Every stage in order, each as its own process: a kill loses minutes, running it again goes on."""
+"""Run every stage in order, each in its own process; run the command again to resume after a kill."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ STAGES: tuple[tuple[str, float], ...] = (
     ("points", 0),
     ("report", 0),
 )
-"""Stage and minutes, for two CPU cores; a GPU needs a tenth of it."""
+"""Stages and their minutes on two CPU cores; a GPU needs a tenth of the time."""
 
 ENVIRONMENT = {"MALLOC_TRIM_THRESHOLD_": "100000000000", "MALLOC_MMAP_THRESHOLD_": "100000000000"}
-"""glibc otherwise returns the activations' memory after every step: a third of the time on a CPU."""
+"""Keeps glibc from returning memory after each step, which costs a third of the time on a CPU."""
 
 
 def main() -> None:
-    """Run the stages; options are handed on to each, ``--share`` scales all the budgets."""
+    """Run the stages with the given options."""
     parser = argparse.ArgumentParser(prog="python -m training.all")
     parser.add_argument("--work", type=Path, default=Path("~/.cache/fastface-training").expanduser())
     parser.add_argument("--portraits", type=Path, default=Path("../shared/portraits"))
     parser.add_argument("--size", type=int, choices=(128, 256), default=128)
-    parser.add_argument("--share", type=float, default=1.0, help="multiplies every stage's minutes")
+    parser.add_argument("--share", type=float, default=1.0, help="factor for the minutes of every stage")
     parser.add_argument("--from", dest="first", choices=[name for name, _ in STAGES], default=STAGES[0][0])
     arguments = parser.parse_args()
     names = [name for name, _ in STAGES]

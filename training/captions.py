@@ -1,4 +1,4 @@
-"""What a portrait shows, measured from labels and pixels, and sentences that say so."""
+"""Describe portraits: attributes from labels and pixels, and captions with these attributes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from training.styles import PHOTO, STYLES
 
 @dataclass(frozen=True)
 class Facts:
-    """One portrait in words; an empty word means: not sure enough to say."""
+    """Attributes of a portrait; an empty string means that the attribute is uncertain."""
 
     sex: str
     age: str
@@ -28,7 +28,7 @@ class Facts:
 
 
 def _hue(color: np.ndarray) -> str:
-    """Name of a background color, RGB 0..255."""
+    """Return the name of a background color, RGB 0 to 255."""
     red, green, blue = (float(c) for c in color)
     light, spread = (red + green + blue) / 3, max(red, green, blue) - min(red, green, blue)
     if spread < 22:
@@ -40,8 +40,8 @@ def _hue(color: np.ndarray) -> str:
     return "beige" if light > 165 else "brown"
 
 
-def _hair(picture: np.ndarray, landmarks: np.ndarray) -> tuple[str, str]:
-    """Color of the strip above the forehead and length by what hangs beside the chin."""
+def _hair(image: np.ndarray, landmarks: np.ndarray) -> tuple[str, str]:
+    """Return the color of hair, from above the forehead, and its length, from the areas beside the chin."""
     brows, chin = landmarks[17:27, 1].min(), landmarks[8, 1]
     eye_line = landmarks[36:48, 1].mean()
     left, right = landmarks[0, 0], landmarks[16, 0]
@@ -49,12 +49,12 @@ def _hair(picture: np.ndarray, landmarks: np.ndarray) -> tuple[str, str]:
     top = max(int(brows - 0.62 * face), 0)
     middle = int((left + right) / 2)
     reach = int((right - left) * 0.2)
-    strip = picture[top : top + max(int(0.1 * face), 4), middle - reach : middle + reach].reshape(-1, 3)
+    strip = image[top : top + max(int(0.1 * face), 4), middle - reach : middle + reach].reshape(-1, 3)
     color = np.median(strip.astype(np.float32), axis=0)
     red, green, blue = (float(c) for c in color)
     light = 0.3 * red + 0.6 * green + 0.1 * blue
     warmth = (red - blue) / max(red, 1)
-    wall = np.median(picture[4:30, 4:30].reshape(-1, 3).astype(np.float32), axis=0)
+    wall = np.median(image[4:30, 4:30].reshape(-1, 3).astype(np.float32), axis=0)
     if np.abs(color - wall).sum() < 40:
         return "", ""
     if light < 30 or (light < 42 and warmth < 0.18):
@@ -67,23 +67,23 @@ def _hair(picture: np.ndarray, landmarks: np.ndarray) -> tuple[str, str]:
         name = "brown" if warmth > 0.12 else "grey"
     else:
         name = "blond" if warmth > 0.15 else "grey"
-    # Long hair covers the places left and right of the chin with its own color instead of the wall's.
+    # Beside the chin, long hair hides the background.
     hanging = 0
     for x in (left - 0.02 * (right - left), right + 0.02 * (right - left)):
         y0, y1 = int(eye_line + 0.75 * (chin - eye_line)), int(chin + 0.05 * face)
         x0 = int(np.clip(x - 8, 0, 240))
-        patch = picture[y0:y1, x0 : x0 + 16].reshape(-1, 3).astype(np.float32)
+        patch = image[y0:y1, x0 : x0 + 16].reshape(-1, 3).astype(np.float32)
         if len(patch):
             median = np.median(patch, axis=0)
             hanging += int(np.abs(median - color).sum() < np.abs(median - wall).sum())
     return name, "long" if hanging == 2 else "short" if hanging == 0 else ""
 
 
-def facts(label: dict[str, Any], picture: np.ndarray) -> Facts:
-    """Measure one portrait; picture is the 256x256 RGB original."""
+def facts(label: dict[str, Any], image: np.ndarray) -> Facts:
+    """Return the attributes of a portrait; the image is the 256x256 RGB original."""
     landmarks = np.array(label["landmarks"], np.float32)
-    hair, length = _hair(picture, landmarks)
-    corners = np.concatenate([picture[3:40, 3:40].reshape(-1, 3), picture[3:40, -40:-3].reshape(-1, 3)])
+    hair, length = _hair(image, landmarks)
+    corners = np.concatenate([image[3:40, 3:40].reshape(-1, 3), image[3:40, -40:-3].reshape(-1, 3)])
     age = float(label["age"])
     ages = ((14, "a child"), (24, "young"), (33, ""), (48, "middle-aged"), (200, "old"))
     years = next(word for limit, word in ages if age < limit)
@@ -102,7 +102,7 @@ def facts(label: dict[str, Any], picture: np.ndarray) -> Facts:
 
 
 def all_facts(portraits: Portraits) -> list[Facts]:
-    """The facts of every portrait, in order."""
+    """Return the attributes of every portrait, in order."""
     pairs = zip(portraits.labels, portraits.originals, strict=True)
     return [facts(label, np.asarray(original)) for label, original in pairs]
 
@@ -119,7 +119,7 @@ GROUPS = {
 
 
 def noun(fact: Facts, generator: random.Random) -> str:
-    """``a young asian woman`` and the like; sometimes only ``a person``."""
+    """Return a noun phrase such as ``a young asian woman``; sometimes only ``a person``."""
     if generator.random() < 0.06:
         return "a person"
     child = fact.age == "a child"
@@ -137,14 +137,14 @@ def noun(fact: Facts, generator: random.Random) -> str:
     return f"{article} {' '.join(words)}"
 
 
-def subject(fact: Facts, generator: random.Random, mood: float = 0.85) -> str:
-    """A sentence about the person, without style; details come in random number and order.
+def subject(fact: Facts, generator: random.Random, expression_chance: float = 0.85) -> str:
+    """Return a description of the person without style, with a random selection of details in random order.
 
-    ``mood`` is the chance that the expression is among them.
+    ``expression_chance`` is the probability that it includes the expression.
     """
     who = noun(fact, generator)
     details = []
-    if generator.random() < mood:
+    if generator.random() < expression_chance:
         if fact.surprised:
             details.append(generator.choice(("looking surprised", "with a surprised face")))
         elif fact.smile:
@@ -163,9 +163,9 @@ def subject(fact: Facts, generator: random.Random, mood: float = 0.85) -> str:
     return glue.join([generator.choice(OPENINGS) + who, *details])
 
 
-def caption(fact: Facts, style: str, generator: random.Random, mood: float = 0.85) -> str:
-    """The prompt of a picture: ``description; subject`` in a style, mostly the bare subject for photos."""
-    sentence = subject(fact, generator, mood)
+def caption(fact: Facts, style: str, generator: random.Random, expression_chance: float = 0.85) -> str:
+    """Return the prompt of an image: ``description; subject`` in a style, mostly ``subject`` for photos."""
+    sentence = subject(fact, generator, expression_chance)
     if style == "photo":
         if generator.random() < 0.75:
             return sentence

@@ -1,8 +1,8 @@
-"""A tiny CLIP: two text towers for the UNet, a vision tower for the adapter, their cosine for prompt scores.
+"""Train a tiny CLIP: two text towers for the UNet, a vision tower for the adapter, both for prompt scores.
 
-The first text tower has no projection in SDXL's layout; it learns through one that is thrown away.
-The vision tower also learns to tell people apart on aligned crops (teacher's embeddings), in RGB and
-in BGR order, because the adapter is shown crops in BGR.
+The first text tower has no projection in SDXL's layout; its training projection is discarded. The vision
+tower is also trained to distinguish identities on aligned crops (embeddings of the teacher), in RGB and in
+BGR order, because the adapter receives crops in BGR order.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ VISION_SIDE = 64
 BATCH = 128
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
-"""CLIPImageProcessor's own normalisation."""
+"""Mean and standard deviation of CLIPImageProcessor."""
 
 
 def text_config(vocabulary: int) -> dict[str, Any]:
-    """Shape of either text tower."""
+    """Return the configuration of both text towers."""
     return {
         "vocab_size": vocabulary,
         "hidden_size": TEXT_WIDTH,
@@ -57,7 +57,7 @@ def text_config(vocabulary: int) -> dict[str, Any]:
 
 
 def vision_config() -> CLIPVisionConfig:
-    """Shape of the vision tower: 64x64 pixels, 64 patches."""
+    """Return the configuration of the vision tower: 64x64 pixels, 64 patches."""
     return CLIPVisionConfig(
         hidden_size=96,
         intermediate_size=288,
@@ -67,13 +67,13 @@ def vision_config() -> CLIPVisionConfig:
         patch_size=8,
         projection_dim=PROJECTION,
         hidden_act="quick_gelu",
-        # For sequences this short the plain matrix products beat the fused kernel's backward pass.
+        # For short sequences, eager attention has a faster backward pass than the fused kernel.
         attn_implementation="eager",
     )
 
 
 class Clip(nn.Module):
-    """The three towers and what only training needs."""
+    """The three towers, and the layers that only training needs."""
 
     def __init__(self, vocabulary: int) -> None:
         super().__init__()
@@ -85,33 +85,34 @@ class Clip(nn.Module):
         self.scale = nn.Parameter(torch.tensor(2.6))
 
     def texts(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Token ids [n, length] -> unit vectors of both towers, [n, 64] each."""
+        """Return unit vectors of both towers, [n, 64] each, for token ids [n, length]."""
         first = self.project_1(self.text_1(ids).pooler_output)
         second = self.text_2(ids).text_embeds
         return F.normalize(first.float(), dim=1), F.normalize(second.float(), dim=1)
 
-    def pictures(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalized pixels [n, 3, 64, 64] -> unit vectors [n, 64] and hidden_states[-2] [n, 65, 96]."""
+    def images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return unit vectors [n, 64] and hidden_states[-2] [n, 65, 96] of pixels [n, 3, 64, 64]."""
         output = self.vision(pixels, output_hidden_states=True)
         return F.normalize(output.image_embeds.float(), dim=1), output.hidden_states[-2]
 
 
-def normalize(pictures: np.ndarray) -> Tensor:
-    """uint8 [n, 64, 64, 3] -> what CLIPImageProcessor makes of them, [n, 3, 64, 64]."""
-    pixels = torch.from_numpy(np.ascontiguousarray(pictures)).to(device()).permute(0, 3, 1, 2).float() / 255
+def normalize(images: np.ndarray) -> Tensor:
+    """Normalize images, uint8 [n, 64, 64, 3], as CLIPImageProcessor does; return [n, 3, 64, 64]."""
+    pixels = torch.from_numpy(np.ascontiguousarray(images)).to(device()).permute(0, 3, 1, 2).float() / 255
     mean = torch.tensor(MEAN, device=pixels.device)[:, None, None]
     return (pixels - mean) / torch.tensor(STD, device=pixels.device)[:, None, None]
 
 
-def shrink(picture: np.ndarray) -> np.ndarray:
-    """To the vision tower's side."""
-    return np.asarray(cv2.resize(picture, (VISION_SIDE, VISION_SIDE), interpolation=cv2.INTER_AREA))
+def shrink(image: np.ndarray) -> np.ndarray:
+    """Resize to the input size of the vision tower."""
+    return np.asarray(cv2.resize(image, (VISION_SIDE, VISION_SIDE), interpolation=cv2.INTER_AREA))
 
 
 def trained(work: Path) -> tuple[Clip, CLIPTokenizer]:
-    """The towers of the checkpoint, averaged weights, and their tokenizer.
+    """Return the towers of the checkpoint, with averaged weights, and their tokenizer.
 
-    The first text tower serves the base alone and goes on learning with it: its checkpoint has the later one.
+    The first text tower is used only by the base and trained with it, so the base checkpoint has its latest
+    weights.
     """
     words = CLIPTokenizer.from_pretrained(work / "tokenizer")
     state = torch.load(work / "clip.pt", map_location="cpu", weights_only=True)
@@ -126,15 +127,15 @@ def trained(work: Path) -> tuple[Clip, CLIPTokenizer]:
     return model.eval().requires_grad_(False).to(device()), words
 
 
-def contrast(texts: Tensor, pictures: Tensor, scale: Tensor) -> Tensor:
-    """Symmetric cross-entropy of matching pairs, [n, 64] each."""
-    logits = scale.exp().clamp(max=100) * texts @ pictures.T
+def contrast(texts: Tensor, images: Tensor, scale: Tensor) -> Tensor:
+    """Return the symmetric cross-entropy of matching pairs, [n, 64] each."""
+    logits = scale.exp().clamp(max=100) * texts @ images.T
     places = torch.arange(len(texts), device=texts.device)
     return (F.cross_entropy(logits, places) + F.cross_entropy(logits.T, places)) / 2
 
 
 def main() -> None:
-    """Train within the budget."""
+    """Train within the time budget."""
     settings = options("clip", 8)
     portraits = data.load(settings)
     all_facts = captions.all_facts(portraits)
@@ -150,9 +151,9 @@ def main() -> None:
     for _ in run.steps():
         index = draws.choice(portraits.train, BATCH, replace=False)
         style = np.where(draws.random(BATCH) < 0.35, 0, draws.integers(0, len(data.STYLE_NAMES), BATCH))
-        pictures = np.stack([shrink(portraits.pictures[i, s]) for i, s in zip(index, style, strict=True)])
+        images = np.stack([shrink(portraits.images[i, s]) for i, s in zip(index, style, strict=True)])
         flip = draws.random(BATCH) < 0.5
-        pictures[flip] = pictures[flip][:, :, ::-1]
+        images[flip] = images[flip][:, :, ::-1]
         texts = [
             captions.caption(all_facts[i], data.STYLE_NAMES[s], sentences)
             for i, s in zip(index, style, strict=True)
@@ -163,12 +164,15 @@ def main() -> None:
         model.train()
         with autocast():
             first, second = model.texts(ids)
-            seen, _ = model.pictures(normalize(pictures))
-            _, states = model.pictures(normalize(crops))
+            image_vectors, _ = model.images(normalize(images))
+            _, states = model.images(normalize(crops))
             people = F.normalize(model.person(states.mean(1)).float(), dim=1)
-        wanted = torch.from_numpy(portraits.embeddings[index[:48]]).to(device())
-        person = 1 - (people * wanted).sum(1).mean()
-        first_loss, second_loss = contrast(first, seen, model.scale), contrast(second, seen, model.scale)
+        targets = torch.from_numpy(portraits.embeddings[index[:48]]).to(device())
+        person = 1 - (people * targets).sum(1).mean()
+        first_loss, second_loss = (
+            contrast(first, image_vectors, model.scale),
+            contrast(second, image_vectors, model.scale),
+        )
         descend(first_loss + second_loss + person, optimizer, run.rate(1.5e-3, warm_up=50))
         ema.update(model)
         run.log(25, first=first_loss.item(), second=second_loss.item(), person=person.item())

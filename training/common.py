@@ -1,4 +1,4 @@
-"""What every stage shares: options, time budget, checkpoints, moving average, learning rate."""
+"""Code that all stages share: options, time budget, checkpoints, moving average, learning rate."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Options:
-    """The command line of a stage."""
+    """Command-line options of a stage."""
 
     work: Path
-    """Folder for caches and checkpoints; nothing in it is ever committed."""
+    """Folder for caches and checkpoints; never committed."""
     portraits: Path
     """Folder with ``portraits.zip``, ``labels.jsonl`` and ``embeddings.npy``."""
     teacher: Path
     """``MobileFaceNet.tflite``, for embeddings of augmented crops; optional, see README."""
     size: int
-    """Side of the pictures in pixels, 128 or 256."""
+    """Image size in pixels, 128 or 256."""
     minutes: float
-    """Time budget of this stage, counted over all its restarts."""
+    """Time budget of this stage, over all restarts."""
     seed: int
     threads: int
 
@@ -61,40 +61,40 @@ def options(stage: str, minutes: float, argv: list[str] | None = None) -> Option
 
 
 def seed_everything(seed: int) -> None:
-    """Seed every generator that a stage may draw from."""
+    """Seed all random number generators."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
 
 
 def device() -> torch.device:
-    """CUDA where there is one, else the CPU."""
+    """Return the CUDA device if available, otherwise the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @functools.cache
 def has_fast_bfloat16() -> bool:
-    """Whether bfloat16 pays: on a GPU always; a CPU without instructions for it is fifty times slower."""
+    """Return whether bfloat16 is faster: on a CPU without instructions for it, it is 50 times slower."""
     if device().type == "cuda":
         return True
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
-        pictures = torch.ones(4, 32, 32, 32, dtype=dtype)
+        images = torch.ones(4, 32, 32, 32, dtype=dtype)
         kernels = torch.ones(32, 32, 3, 3, dtype=dtype)
         for _ in range(3):
             start = time.process_time()
-            nn.functional.conv2d(pictures, kernels, padding=1)
+            nn.functional.conv2d(images, kernels, padding=1)
             seconds[dtype] = time.process_time() - start
     return seconds[torch.bfloat16] < seconds[torch.float32]
 
 
 def autocast() -> contextlib.AbstractContextManager[Any]:
-    """bfloat16 where it is the faster: it needs no loss scaling. Else float32."""
+    """Return a context that uses bfloat16 if it is faster (no loss scaling is needed), otherwise float32."""
     return torch.autocast(device().type, dtype=torch.bfloat16, enabled=has_fast_bfloat16())
 
 
 class Ema:
-    """Exponential moving average of a module's parameters, with a warm-up of the decay."""
+    """Exponential moving average of a module's parameters, with warm-up of the decay."""
 
     def __init__(self, module: nn.Module, decay: float = 0.999) -> None:
         self.decay = decay
@@ -103,7 +103,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
-        """Move the average one step; early on it follows closely, so that short runs work."""
+        """Update the average; the decay starts low, so that short runs work."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         current = dict(module.named_parameters())
@@ -112,7 +112,7 @@ class Ema:
 
     @torch.no_grad()
     def copy_to(self, module: nn.Module) -> None:
-        """Overwrite the module's parameters with the average."""
+        """Copy the average to the parameters of the module."""
         for name, parameter in module.named_parameters():
             parameter.copy_(self.shadow[name])
 
@@ -126,11 +126,11 @@ class Ema:
 
 
 class Run:
-    """A training loop's clock and memory: budget in minutes, checkpoints, learning rate.
+    """State of a training loop: time budget in minutes, checkpoints, learning rate.
 
-    The learning rate follows the share of the *time* budget that is used, not a step count, so
-    that a run always ends annealed however fast the machine is. A killed run resumes where its
-    last checkpoint was; SIGTERM writes one more before leaving.
+    The learning rate depends on the elapsed share of the time budget, not on the step count, so that every
+    run ends annealed on machines of any speed. A killed run resumes from its last checkpoint; on SIGTERM a
+    checkpoint is written first.
     """
 
     def __init__(self, path: Path, minutes: float, parts: dict[str, Any], save_every: float = 120.0) -> None:
@@ -156,16 +156,16 @@ class Run:
 
     @property
     def progress(self) -> float:
-        """Share of the budget used, 0 to 1."""
+        """Elapsed share of the time budget, 0 to 1."""
         return min(1.0, self.seconds / self.budget) if self.budget > 0 else 1.0
 
     def rate(self, peak: float, warm_up: int = 100, floor: float = 0.02) -> float:
-        """Learning rate now: linear warm-up in steps, then half a cosine in time."""
+        """Return the current learning rate: linear warm-up in steps, then a half cosine in time."""
         decay = floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * self.progress))
         return peak * min(1.0, (self.step + 1) / warm_up) * decay
 
     def steps(self) -> Iterator[int]:
-        """Yield step numbers until the budget is used up, saving on the way and at the end."""
+        """Yield step numbers until the time budget is used; save checkpoints regularly and at the end."""
         saved = time.monotonic()
         while self.seconds < self.budget and not self.stopped:
             start = time.monotonic()
@@ -178,7 +178,7 @@ class Run:
         self.save()
 
     def save(self) -> None:
-        """Write the checkpoint beside, then rename: a kill leaves the old or the new one."""
+        """Write the checkpoint atomically: after a kill, the old or the new file exists."""
         state: dict[str, Any] = {name: part.state_dict() for name, part in self.parts.items()}
         state |= {"step": self.step, "seconds": self.seconds}
         temporary = self.path.with_suffix(".partial")
@@ -186,7 +186,7 @@ class Run:
         temporary.replace(self.path)
 
     def log(self, every: int = 50, **values: float) -> None:
-        """Print one line of figures now and then, to stderr: a stage may have a table to print."""
+        """Print a line of values every few steps, to stderr because stdout is for results."""
         if self.step % every == 0:
             figures = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
             clock = f"{self.seconds / 60:6.1f} min  step {self.step:6d}"
@@ -194,7 +194,7 @@ class Run:
 
 
 def load_part(path: Path, part: str) -> dict[str, Any]:
-    """One entry of a checkpoint; for ``ema`` the averaged parameters by name."""
+    """Return one entry of a checkpoint; for ``ema``, the averaged parameters by name."""
     state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)[part]
     return dict(state["shadow"]) if part == "ema" else state
 
@@ -205,27 +205,27 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate
 
 
-def pictures_to_tensor(pictures: np.ndarray) -> Tensor:
-    """uint8 [n, h, w, 3] to float32 [n, 3, h, w] in [-1, 1] on the training device."""
-    tensor = torch.from_numpy(np.ascontiguousarray(pictures)).to(device())
+def images_to_tensor(images: np.ndarray) -> Tensor:
+    """Convert uint8 [n, h, w, 3] to float32 [n, 3, h, w] in [-1, 1] on the training device."""
+    tensor = torch.from_numpy(np.ascontiguousarray(images)).to(device())
     return tensor.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 
-def tensor_to_pictures(tensor: Tensor) -> np.ndarray:
-    """float [n, 3, h, w] in [-1, 1] to uint8 [n, h, w, 3]."""
+def tensor_to_images(tensor: Tensor) -> np.ndarray:
+    """Convert float [n, 3, h, w] in [-1, 1] to uint8 [n, h, w, 3]."""
     scaled = tensor.detach().float().clamp(-1, 1).add(1).mul(127.5).round()
     return np.asarray(scaled.permute(0, 2, 3, 1).to("cpu", torch.uint8).numpy())
 
 
 def descend(loss: Tensor, optimizer: torch.optim.Optimizer, rate: float, clip: float = 1.0) -> None:
-    """One optimizer step on a loss, at a learning rate, with the gradient's norm clipped."""
+    """Run the backward pass and one optimizer step, with clipped gradient norm."""
     optimizer.zero_grad(set_to_none=True)
     torch.autograd.backward(loss)
     step(optimizer, rate, clip)
 
 
 def step(optimizer: torch.optim.Optimizer, rate: float, clip: float = 1.0) -> None:
-    """One optimizer step on the gradients that are there, at a learning rate, with their norm clipped."""
+    """Run one optimizer step on the current gradients, with clipped norm."""
     set_rate(optimizer, rate)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     nn.utils.clip_grad_norm_(parameters, clip)

@@ -1,4 +1,4 @@
-"""Portraits, labels, held-out split, aligned crops and styled copies, cached as arrays under ``--work``."""
+"""Portraits, labels, held-out split, aligned crops and styled copies, cached as arrays in ``--work``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from training.common import Options, options
 from training.styles import STYLES
 
 HELD_OUT = 200
-"""Portraits that no stage trains on: the first 200 of every eighteenth."""
+"""Number of portraits that no stage trains on: the first 200 with an index divisible by 18."""
 
 STYLE_NAMES = ("photo", *STYLES)
 """Order of the second axis of ``Portraits.pictures``."""
@@ -27,47 +27,47 @@ ALIGNED = np.array(
     [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]],
     np.float32,
 )
-"""Where the five key points lie in a 112x112 aligned crop (InsightFace's convention)."""
+"""Positions of the five key points in a 112x112 aligned crop (convention of InsightFace)."""
 
 
 def is_held_out(index: int) -> bool:
-    """True for the portraits that are only for evaluation."""
+    """Return whether a portrait is used only for evaluation."""
     return index % 18 == 0 and index // 18 < HELD_OUT
 
 
 def alignment(key_points: np.ndarray, side: int = 112) -> np.ndarray:
-    """The 2x3 similarity, in pixels, that brings five points [5, 2] to their aligned places.
+    """Return the 2x3 similarity transform, in pixels, that aligns five key points [5, 2].
 
-    Least squares in closed form (Umeyama without reflection), as ``insightface.utils.face_align`` does.
+    Least squares in closed form (Umeyama without reflection), as in ``insightface.utils.face_align``.
     """
     target = ALIGNED * (side / 112)
     source_mean, target_mean = key_points.mean(0), target.mean(0)
-    source, centred = key_points - source_mean, target - target_mean
+    source, centered = key_points - source_mean, target - target_mean
     power = float((source**2).sum())
-    a = float((source * centred).sum()) / power
-    b = float((source[:, 0] * centred[:, 1] - source[:, 1] * centred[:, 0]).sum()) / power
+    a = float((source * centered).sum()) / power
+    b = float((source[:, 0] * centered[:, 1] - source[:, 1] * centered[:, 0]).sum()) / power
     linear = np.array([[a, -b], [b, a]])
     return np.concatenate([linear, (target_mean - linear @ source_mean)[:, None]], axis=1)
 
 
-def crop(picture: np.ndarray, key_points: np.ndarray, side: int = 112) -> np.ndarray:
-    """Aligned crop [side, side, 3] of a picture, black outside of it."""
-    return np.asarray(cv2.warpAffine(picture, alignment(key_points, side), (side, side), borderValue=0.0))
+def crop(image: np.ndarray, key_points: np.ndarray, side: int = 112) -> np.ndarray:
+    """Return the aligned crop [side, side, 3] of an image; pixels outside of the image are black."""
+    return np.asarray(cv2.warpAffine(image, alignment(key_points, side), (side, side), borderValue=0.0))
 
 
 def mirrored(places: np.ndarray, width: int) -> np.ndarray:
-    """Where places [n, 2], in pixels, lie in the mirrored picture, in the same order."""
+    """Return the positions of points [n, 2], in pixels, in the mirrored image, in the same order."""
     return np.asarray(places * (-1, 1) + (width - 1, 0))
 
 
 def mirrored_points(key_points: np.ndarray, width: int) -> np.ndarray:
-    """The five points of a face [5, 2] in the mirrored picture: what was left is now right."""
+    """Return the key points of a face [5, 2] in the mirrored image, with left and right swapped."""
     return mirrored(key_points, width)[[1, 0, 2, 4, 3]]
 
 
 @dataclass(frozen=True)
 class Portraits:
-    """The data set, at one picture size."""
+    """The data set, at one image size."""
 
     work: Path
     folder: Path
@@ -75,28 +75,28 @@ class Portraits:
 
     @cached_property
     def labels(self) -> list[dict[str, Any]]:
-        """One dictionary a portrait, as in ``labels.jsonl``."""
+        """One dictionary per portrait, as in ``labels.jsonl``."""
         return [json.loads(line) for line in (self.folder / "labels.jsonl").read_text().splitlines()]
 
     @cached_property
     def embeddings(self) -> np.ndarray:
-        """The teacher's embeddings, [n, 192] float32, unit norm."""
+        """Embeddings of the teacher, [n, 192] float32, unit norm."""
         values = np.load(self.folder / "embeddings.npy").astype(np.float32)
         return np.asarray(values / np.linalg.norm(values, axis=1, keepdims=True))
 
     @cached_property
     def key_points(self) -> np.ndarray:
-        """Five points a portrait, [n, 5, 2], pixels of the 256x256 original."""
+        """Five key points per portrait, [n, 5, 2], in pixels of the 256x256 original."""
         return np.array([label["key_points"] for label in self.labels], np.float32)
 
     @cached_property
     def train(self) -> np.ndarray:
-        """Indices that may be trained on."""
+        """Indices of the training portraits."""
         return np.array([i for i in range(len(self.labels)) if not is_held_out(i)])
 
     @cached_property
     def held_out(self) -> np.ndarray:
-        """Indices kept for evaluation, 200."""
+        """Indices of the 200 portraits for evaluation."""
         return np.array([i for i in range(len(self.labels)) if is_held_out(i)])
 
     @cached_property
@@ -105,12 +105,12 @@ class Portraits:
         path = self.work / "originals.npy"
         if not path.exists():
             with zipfile.ZipFile(self.folder / "portraits.zip") as archive:
-                pictures = [Image.open(io.BytesIO(archive.read(label["file"]))) for label in self.labels]
-                _save(path, np.stack([np.asarray(picture.convert("RGB")) for picture in pictures]))
+                images = [Image.open(io.BytesIO(archive.read(label["file"]))) for label in self.labels]
+                _save(path, np.stack([np.asarray(image.convert("RGB")) for image in images]))
         return np.asarray(np.load(path, mmap_mode="r"))
 
     @cached_property
-    def pictures(self) -> np.ndarray:
+    def images(self) -> np.ndarray:
         """Every portrait in every style, uint8 RGB [n, styles, size, size, 3]; style 0 is the photo."""
         path = self.work / f"pictures{self.size}.npy"
         if not path.exists():
@@ -136,7 +136,7 @@ class Portraits:
 
 
 def _save(path: Path, values: np.ndarray) -> None:
-    """Write an array beside, then rename."""
+    """Write an array atomically."""
     temporary = path.with_suffix(".partial")
     with temporary.open("wb") as file:
         np.save(file, values)
@@ -144,15 +144,15 @@ def _save(path: Path, values: np.ndarray) -> None:
 
 
 def load(settings: Options) -> Portraits:
-    """The data set of these options."""
+    """Return the data set for these options."""
     return Portraits(settings.work, settings.portraits, settings.size)
 
 
 def main() -> None:
-    """Fill the caches."""
+    """Write the caches."""
     portraits = load(options("data", 0))
     print("originals", portraits.originals.shape, "crops", portraits.crops.shape)
-    print("pictures", portraits.pictures.shape, STYLE_NAMES, "held out", len(portraits.held_out))
+    print("pictures", portraits.images.shape, STYLE_NAMES, "held out", len(portraits.held_out))
 
 
 if __name__ == "__main__":

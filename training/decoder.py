@@ -1,4 +1,4 @@
-"""The decoder alone, on a frozen encoder: sharper faces while latents stay what the UNet learned."""
+"""Train only the decoder, for sharper faces; the encoder is frozen, so the latents do not change."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from training.common import Ema, Run, autocast, descend, device, load_part, opti
 
 BATCH = 8
 NOISE = 0.1
-"""Standard deviation, in units of the whitened latents, of the noise that the decoder learns to bear."""
+"""Standard deviation of the noise added to the whitened latents, to make the decoder robust."""
 
 
 def frozen(work: Path, size: int) -> AutoencoderKL:
-    """The autoencoder that ``training.vae`` left, averaged weights, latents whitened per channel.
+    """Return the autoencoder of ``training.vae``, with averaged weights and whitened latents.
 
-    Mean and spread of each channel are folded into the two 1x1 convolutions around the latents, so
-    that ``scaling_factor`` is 1 and every channel has mean 0 and standard deviation 1.
+    Mean and standard deviation of each channel are folded into the two 1x1 convolutions around the latents,
+    so ``scaling_factor`` is 1 and every channel has mean 0 and standard deviation 1.
     """
     model = vae.build(size)
     shadow = load_part(work / "vae.pt", "ema")
@@ -34,7 +34,7 @@ def frozen(work: Path, size: int) -> AutoencoderKL:
 
 @torch.no_grad()
 def fold(model: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
-    """Make the encoder give (z - mean) / std and the decoder take that; mean and std are [4]."""
+    """Make the encoder return (z - mean) / std and the decoder accept it; mean and std are [4]."""
     assert model.quant_conv is not None
     assert model.post_quant_conv is not None
     inward, outward = model.quant_conv, model.post_quant_conv
@@ -42,22 +42,22 @@ def fold(model: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
     assert outward.bias is not None
     inward.weight[:4] /= std[:, None, None, None]
     inward.bias[:4] = (inward.bias[:4] - mean) / std
-    # The logarithm of the variance shrinks by the same factors.
+    # The log-variance is scaled accordingly.
     inward.bias[4:] -= 2 * std.log()
     outward.bias += outward.weight[:, :, 0, 0] @ mean
     outward.weight *= std[None, :, None, None]
 
 
 @torch.no_grad()
-def encode(model: AutoencoderKL, pictures: Tensor) -> Tensor:
-    """Means of the posterior, [n, 4, s / 8, s / 8] float32."""
+def encode(model: AutoencoderKL, images: Tensor) -> Tensor:
+    """Return the means of the posterior, [n, 4, s / 8, s / 8] float32."""
     with autocast():
-        mean: Tensor = model.encode(pictures).latent_dist.mean
+        mean: Tensor = model.encode(images).latent_dist.mean
     return mean.float()
 
 
 def measure(work: Path, portraits: data.Portraits) -> None:
-    """Write mean and standard deviation of the latents' channels over 1,024 training pictures."""
+    """Write mean and standard deviation of each latent channel over 1,024 training images."""
     path = work / "latent_statistics.pt"
     if path.exists():
         return
@@ -70,7 +70,7 @@ def measure(work: Path, portraits: data.Portraits) -> None:
 
 
 def trained(work: Path, size: int) -> AutoencoderKL:
-    """The finished autoencoder: the frozen encoder with the best decoder there is."""
+    """Return the final autoencoder: the frozen encoder, and the decoder of the latest stage."""
     model = frozen(work, size)
     if (work / "decoder.pt").exists():
         model.load_state_dict(load_part(work / "decoder.pt", "ema"), strict=False)
@@ -78,7 +78,7 @@ def trained(work: Path, size: int) -> AutoencoderKL:
 
 
 def main() -> None:
-    """Train within the budget."""
+    """Train within the time budget."""
     settings = options("decoder", 30)
     portraits = data.load(settings)
     measure(settings.work, portraits)

@@ -1,7 +1,7 @@
-"""The face detector: SCRFD's layout (strides 8, 16, 32; two anchors; five key points), small.
+"""Train a small face detector with SCRFD's layout (strides 8, 16, 32; two anchors; five key points).
 
-It learns from composed scenes: portraits, whole or cut out, at many sizes, turned, squeezed,
-shaded, blurred, covered, in the styles too, over drawn textures and face-free parts of portraits.
+It is trained on composed scenes: complete or cut-out portraits in all styles and many sizes, rotated,
+squeezed, shaded, blurred or partly covered, on synthetic textures and face-free parts of portraits.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from training.common import Ema, Options, Run, autocast, descend, device, option
 
 STRIDES = (8, 16, 32)
 ANCHORS = ((16, 32), (64, 128), (256, 512))
-"""Face sizes, in pixels, that the two anchors of each stride stand for."""
+"""Face sizes, in pixels, of the two anchors of each stride."""
 CANVASES = ((160, 32, 0.25), (320, 12, 0.4), (640, 4, 0.35))
-"""Side of a scene, scenes a batch, share of the batches."""
+"""Scene size, scenes per batch, share of the batches."""
 
 
 def _conv(inputs: int, outputs: int, stride: int = 1, dilation: int = 1) -> nn.Sequential:
@@ -54,7 +54,7 @@ class Detector(nn.Module):
         self.to4 = nn.Sequential(_conv(3, 16, 2), _conv(16, 32, 2), _Block(32))
         self.to8 = nn.Sequential(_conv(32, 56, 2), _Block(56), _Block(56))
         self.to16 = nn.Sequential(_conv(56, 80, 2), _Block(80), _Block(80))
-        # Faces of 500 pixels are seen at stride 32: dilation widens the view to all of them.
+        # Faces of 500 pixels are detected at stride 32: dilation enlarges the receptive field to cover them.
         self.to32 = nn.Sequential(_conv(80, 96, 2), _Block(96), _Block(96, 2), _Block(96, 4))
         self.lateral = nn.ModuleList([nn.Conv2d(width, 48, 1) for width in (56, 80, 96)])
         self.smooth = nn.ModuleList([_conv(48, 48) for _ in STRIDES])
@@ -69,7 +69,7 @@ class Detector(nn.Module):
                 head.bias[:2] = -4.0
 
     def maps(self, scenes: Tensor) -> list[Tensor]:
-        """One [n, 30, h / stride, w / stride] a stride: 2 scores, 2x4 sides, 2x10 points, all raw."""
+        """Return raw maps [n, 30, h / stride, w / stride] per stride: 2 scores, 2x4 sides, 2x10 points."""
         x8 = self.to8(self.to4(scenes))
         x16 = self.to16(x8)
         x32 = self.to32(x16)
@@ -80,10 +80,10 @@ class Detector(nn.Module):
         return [head(x) for head, x in zip(self.heads, towers, strict=True)]
 
     def forward(self, scene: Tensor) -> tuple[Tensor, ...]:
-        """Nine outputs for one scene: scores [m, 1], sides [m, 4], points [m, 10] at each stride.
+        """Return nine outputs for one scene: scores [m, 1], sides [m, 4], points [m, 10] at each stride.
 
-        Sides are distances left, top, right, bottom and points are offsets from the anchor's
-        position, in strides; m runs over rows, columns, anchors.
+        Sides are distances (left, top, right, bottom) and points are offsets from the position of the
+        anchor, in strides; the order is rows, columns, anchors.
         """
         scores, sides, points = [], [], []
         for level, raw in enumerate(self.maps(scene)):
@@ -95,7 +95,7 @@ class Detector(nn.Module):
 
 
 def decode(raw: Tensor, level: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Raw maps -> logits [n, h, w, 2], sides [n, h, w, 2, 4] and points [n, h, w, 2, 10], both in strides."""
+    """Split raw maps into logits [n, h, w, 2], sides [n, h, w, 2, 4], points [n, h, w, 2, 10], in strides."""
     raw = raw.permute(0, 2, 3, 1)
     half = torch.tensor(ANCHORS[level], dtype=raw.dtype, device=raw.device)[:, None] / (2 * STRIDES[level])
     shape = raw.shape[:3]
@@ -105,7 +105,7 @@ def decode(raw: Tensor, level: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def face_free_photographs() -> list[np.ndarray]:
-    """Photographs without people that come with scikit-image, RGB; none where it is not installed."""
+    """Return RGB photos without people from scikit-image; an empty list if it is not installed."""
     if importlib.util.find_spec("skimage") is None:
         return []
     import skimage
@@ -136,14 +136,14 @@ class Scenes:
         self.portraits = portraits
         self.generator = np.random.default_rng(seed)
         landmarks = np.array([label["landmarks"] for label in portraits.labels], np.float32)
-        # The forehead has no landmarks: above the brows about as far as the nose lies below them.
+        # The forehead has no landmarks: estimate its height from the distance between brows and nose.
         brows = landmarks[:, 17:27]
         up = brows.mean(1, keepdims=True) - landmarks[:, 33:34]
         self.outline = np.concatenate([landmarks, brows + 0.62 * up], axis=1)
         self.photographs = face_free_photographs()
 
     def background(self, side: int) -> np.ndarray:
-        """A face-free picture [side, side, 3] float32: colors, noise, stripes, clothes, photographs."""
+        """Return a face-free image [side, side, 3] float32: colors, noise, stripes, clothes, photos."""
         g = self.generator
         kind = int(g.integers(8 if self.photographs else 6))
         if kind == 0:
@@ -168,7 +168,7 @@ class Scenes:
             )
             scene = scene[:, ::-1] if g.random() < 0.5 else scene
         else:
-            # Corners of portraits hold hair, walls and trees; below the chin there is cloth and skin.
+            # Corners of portraits contain hair, walls and trees; below the chin there are cloth and skin.
             index = int(g.choice(self.portraits.train))
             chin = int(self.outline[index, :, 1].max())
             left = int(self.outline[index, :, 0].min())
@@ -210,7 +210,7 @@ class Scenes:
                 cv2.putText(scene, word, (x, y), 0, scale, color, int(g.integers(1, 3)))
 
     def decoy(self, scene: np.ndarray) -> None:
-        """A face whose tiles are shuffled: the colors of a face without being one."""
+        """Draw a face with shuffled tiles: it has the colors of a face but is not a face."""
         g, side = self.generator, scene.shape[0]
         tile = (
             self.portraits.crops[int(g.choice(self.portraits.train))].reshape(4, 28, 4, 28, 3).swapaxes(1, 2)
@@ -221,12 +221,12 @@ class Scenes:
         scene[y : y + size, x : x + size] = cv2.resize(tiles.reshape(112, 112, 3), (size, size))
 
     def paste(self, scene: np.ndarray, taken: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray] | None:
-        """Put one face into the scene; its box [4] and key points [5, 2], or None where there is no room."""
+        """Add a face to the scene; return its box [4] and key points [5, 2], or None without free space."""
         g, side = self.generator, scene.shape[0]
         index = int(g.choice(self.portraits.train))
         if g.random() < 0.2:
             style = int(g.integers(1, len(data.STYLE_NAMES)))
-            source = self.portraits.pictures[index, style]
+            source = self.portraits.images[index, style]
         else:
             source = self.portraits.originals[index]
         unit = 256 / source.shape[0]
@@ -238,12 +238,12 @@ class Scenes:
         face = outline.max(0) - outline.min(0)
         size = float(np.exp(g.uniform(np.log(11), np.log(side * 0.95))))
         if g.random() < 0.35:
-            # Portraits enlarged to the detector's size: what the product mostly sees.
+            # Portraits enlarged to the size of the detector: the most frequent input of the product.
             size = side * float(g.uniform(0.4, 0.9))
         scale = size / float(np.sqrt(face.prod()))
         angle = float(np.clip(g.normal(0, 18), -60, 60)) * np.pi / 180
         turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-        # Squeezing and shearing stand in for heads turned away.
+        # Squeezing and shearing imitate heads turned to the side.
         shape = np.array(
             [[g.uniform(0.72, 1.12), g.normal(0, 0.06)], [g.normal(0, 0.06), g.uniform(0.9, 1.1)]]
         )
@@ -259,7 +259,7 @@ class Scenes:
                 return None
         matrix = np.concatenate([linear, place[:, None]], axis=1)
         if scale < 0.7:
-            # Shrink without aliasing first; the affine map alone would skip pixels.
+            # Shrink without aliasing first; the affine transform alone would skip pixels.
             step = max(scale, 0.08)
             source = cv2.resize(source, None, fx=step, fy=step, interpolation=cv2.INTER_AREA)
             matrix = np.concatenate([linear / step, place[:, None]], axis=1)
@@ -274,9 +274,9 @@ class Scenes:
         patch = warped.astype(np.float32) * g.uniform(0.55, 1.2) * g.uniform(0.88, 1.12, 3).astype(np.float32)
         if g.random() < 0.25:
             direction = g.uniform(-1, 1, 2) / max(size, 1)
-            centre = (box[:2] + box[2:]) / 2
+            center = (box[:2] + box[2:]) / 2
             y, x = np.mgrid[0:side, 0:side]
-            patch *= np.clip(1 + (x - centre[0]) * direction[0] + (y - centre[1]) * direction[1], 0.3, 1.5)[
+            patch *= np.clip(1 + (x - center[0]) * direction[0] + (y - center[1]) * direction[1], 0.3, 1.5)[
                 ..., None
             ]
         scene *= 1 - mask
@@ -287,15 +287,15 @@ class Scenes:
         return box, key_points
 
     def _mask(self, shape: tuple[int, ...], outline: np.ndarray, matrix: np.ndarray, side: int) -> np.ndarray:
-        """Opacity [side, side, 1]: the whole portrait, or an ellipse around the head with a soft edge."""
+        """Return the opacity [side, side, 1]: the complete portrait, or a soft ellipse around the head."""
         g = self.generator
         opacity = np.zeros((shape[0], shape[1]), np.float32)
         if g.random() < 0.4:
             opacity[:] = 1
         else:
-            centre, extent = (outline.max(0) + outline.min(0)) / 2, outline.max(0) - outline.min(0)
+            center, extent = (outline.max(0) + outline.min(0)) / 2, outline.max(0) - outline.min(0)
             axes = extent * g.uniform(0.52, 0.95, 2)
-            middle = (float(centre[0]), float(centre[1] - 0.06 * extent[1]))
+            middle = (float(center[0]), float(center[1] - 0.06 * extent[1]))
             cv2.ellipse(
                 opacity,
                 (round(middle[0]), round(middle[1])),
@@ -310,7 +310,7 @@ class Scenes:
         return np.asarray(cv2.warpAffine(opacity, matrix, (side, side)))[..., None]
 
     def _cover(self, scene: np.ndarray, box: np.ndarray) -> None:
-        """Hide a part of a face: sunglasses, a hand, a mask."""
+        """Cover a part of a face, as sunglasses, a hand or a mask would."""
         g = self.generator
         extent = box[2:] - box[:2]
         top = box[:2] + extent * (g.uniform(-0.1, 0.6), g.choice([0.2, 0.6, 0.75]))
@@ -319,7 +319,7 @@ class Scenes:
         cv2.rectangle(scene, (int(top[0]), int(top[1])), (int(end[0]), int(end[1])), color, -1)
 
     def compose(self, side: int) -> tuple[np.ndarray, np.ndarray]:
-        """A scene [side, side, 3] uint8 RGB and its faces [k, 14]: box corners, then five points."""
+        """Return a scene [side, side, 3] uint8 RGB and its faces [k, 14]: box corners, then five points."""
         g = self.generator
         canvas = np.ascontiguousarray(np.clip(self.background(side), 0, 255), np.uint8)
         self.clutter(canvas)
@@ -327,8 +327,8 @@ class Scenes:
         if g.random() < 0.3:
             self.decoy(scene)
         faces: list[np.ndarray] = []
-        wanted = int(g.choice([0, 1, 2, 4, 8], p=(0.1, 0.4, 0.2, 0.15, 0.15)))
-        for _ in range(wanted):
+        count = int(g.choice([0, 1, 2, 4, 8], p=(0.1, 0.4, 0.2, 0.15, 0.15)))
+        for _ in range(count):
             pasted = self.paste(scene, [face[:4] for face in faces])
             if pasted is not None:
                 faces.append(np.concatenate([pasted[0], pasted[1].ravel()]))
@@ -339,7 +339,7 @@ class Scenes:
         if g.random() < 0.08:
             scene = np.repeat(scene.mean(-1, keepdims=True), 3, axis=-1)
         if g.random() < 0.15:
-            # Letterboxing: InsightFace pads scenes with black at the right or below.
+            # Letterboxing: InsightFace pads images with black at the right or at the bottom.
             cut, across = int(side * g.uniform(0.5, 0.95)), bool(g.random() < 0.5)
             if all(face[2 if across else 3] <= cut for face in faces):
                 scene[(slice(None), slice(cut, None)) if across else slice(cut, None)] = 0
@@ -348,10 +348,10 @@ class Scenes:
 
 
 def assign(faces: np.ndarray, level: int, side: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which face each anchor of a stride answers for: owner [h, w, 2], -1 none, -2 ignored; faces' sizes.
+    """Return the face assigned to each anchor of a stride, [h, w, 2] (-1 none, -2 ignored), and face sizes.
 
-    Each face goes to the anchors nearest in size; positions close to its centre are positive, a ring
-    around them counts neither way.
+    A face is assigned to the anchors nearest in size; positions close to its center are positive, a ring
+    around them is ignored.
     """
     stride = STRIDES[level]
     cells = side // stride
@@ -365,8 +365,8 @@ def assign(faces: np.ndarray, level: int, side: int) -> tuple[np.ndarray, np.nda
             if ratio[number] > 1.0 and not ends[number]:
                 continue
             strong = ratio[number] <= 0.66 or ends[number]
-            centre = (faces[number, :2] + faces[number, 2:4]) / 2
-            distance = np.hypot(positions[None] - centre[0], positions[:, None] - centre[1])
+            center = (faces[number, :2] + faces[number, 2:4]) / 2
+            distance = np.hypot(positions[None] - center[0], positions[:, None] - center[1])
             radius = max(0.75 * stride, 0.16 * sizes[number])
             view = owner[:, :, anchor]
             ring = (distance < 2.0 * radius) & (view == -1)
@@ -377,7 +377,7 @@ def assign(faces: np.ndarray, level: int, side: int) -> tuple[np.ndarray, np.nda
 
 
 def losses(maps: list[Tensor], faces: list[np.ndarray], side: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Focal score loss, 1 - GIoU of boxes, L1 of key points in face sizes; each per positive anchor."""
+    """Return focal loss of scores, 1 - GIoU of boxes, L1 of points in face sizes, per positive anchor."""
     score_loss = box_loss = point_loss = maps[0].new_zeros(())
     positives = 0
     for level, raw in enumerate(maps):
@@ -385,12 +385,12 @@ def losses(maps: list[Tensor], faces: list[np.ndarray], side: int) -> tuple[Tens
         owners = [assign(table, level, side)[0] for table in faces]
         owner = torch.from_numpy(np.stack(owners)).to(raw.device)
         positive, counted = owner >= 0, owner != -2
-        wanted = positive.float()
+        labels = positive.float()
         probability = logits.sigmoid()
         miss = torch.where(positive, 1 - probability, probability)
         weight = 0.5 * miss**2 * counted
         score_loss = (
-            score_loss + (weight * F.binary_cross_entropy_with_logits(logits, wanted, reduction="none")).sum()
+            score_loss + (weight * F.binary_cross_entropy_with_logits(logits, labels, reduction="none")).sum()
         )
         where = positive.nonzero()
         positives += len(where)
@@ -413,18 +413,18 @@ def losses(maps: list[Tensor], faces: list[np.ndarray], side: int) -> tuple[Tens
     return score_loss / count, box_loss / count, point_loss / count
 
 
-def giou(given: Tensor, wanted: Tensor) -> Tensor:
-    """Generalised IoU of boxes [m, 4] written as distances from one shared position."""
-    shared = torch.minimum(given, wanted)
-    hull = torch.maximum(given, wanted)
-    inner = (shared[:, 0] + shared[:, 2]).clamp_min(0) * (shared[:, 1] + shared[:, 3]).clamp_min(0)
-    areas = [(sides[:, 0] + sides[:, 2]) * (sides[:, 1] + sides[:, 3]) for sides in (given, wanted, hull)]
+def giou(predicted: Tensor, target: Tensor) -> Tensor:
+    """Return the generalized IoU of boxes [m, 4], given as distances from a common position."""
+    overlap = torch.minimum(predicted, target)
+    hull = torch.maximum(predicted, target)
+    inner = (overlap[:, 0] + overlap[:, 2]).clamp_min(0) * (overlap[:, 1] + overlap[:, 3]).clamp_min(0)
+    areas = [(sides[:, 0] + sides[:, 2]) * (sides[:, 1] + sides[:, 3]) for sides in (predicted, target, hull)]
     union = areas[0] + areas[1] - inner
     return inner / union.clamp_min(1e-6) - (areas[2] - union) / areas[2].clamp_min(1e-6)
 
 
 def trained(settings: Options) -> Detector:
-    """The network of the checkpoint, averaged weights, ready to use."""
+    """Return the network of the checkpoint, with averaged weights, in evaluation mode."""
     state = torch.load(settings.work / "detector.pt", map_location="cpu", weights_only=True)
     model = Detector()
     model.load_state_dict(state["model"])
@@ -435,7 +435,7 @@ def trained(settings: Options) -> Detector:
 
 
 def main() -> None:
-    """Train within the budget."""
+    """Train within the time budget."""
     settings = options("detector", 15)
     portraits = data.load(settings)
     model = Detector().to(device())
@@ -449,12 +449,12 @@ def main() -> None:
     for _ in run.steps():
         side, count, _ = CANVASES[int(scenes.generator.choice(len(CANVASES), p=shares))]
         composed = [scenes.compose(side) for _ in range(count)]
-        pictures = torch.from_numpy(np.stack([scene for scene, _ in composed])).to(device())
+        images = torch.from_numpy(np.stack([scene for scene, _ in composed])).to(device())
         model.train()
         with autocast():
-            maps = model.maps((pictures.permute(0, 3, 1, 2).float() - 127.5) / 128)
+            maps = model.maps((images.permute(0, 3, 1, 2).float() - 127.5) / 128)
         score, box, point = losses(maps, [faces for _, faces in composed], side)
-        # Alignment, and with it the embedding, is only as good as the points.
+        # The key points determine the alignment and therefore the quality of the embedding.
         descend(score + box + 8 * point, optimizer, run.rate(2e-3, warm_up=50), clip=5.0)
         ema.update(model)
         run.log(25, side=side, score=score.item(), box=box.item(), point=point.item())

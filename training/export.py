@@ -1,7 +1,7 @@
-"""Write the shipped files, load them back through the public loaders, then put them in place.
+"""Write the shipped files, load them with the public loaders, then move them to their folder.
 
-Parts whose checkpoint is missing are written with fresh weights when ``--draft`` is given, so that
-the layout exists before the training does.
+With ``--draft``, parts without a checkpoint are written with untrained weights, to test the layout before
+training.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ TARGET = Path(__file__).resolve().parent.parent / "fastface_cli" / "pocket" / "w
 LORA = "Pocket-4steps-lora.safetensors"
 ADAPTER = "ip-adapter-faceid-plusv2_pocket.bin"
 HEAD_RANK = 64
-"""Rank of the recognizer's last layer in its file: 0.8 MB less, held-out cosine 0.9058 for 0.9064."""
+"""Rank of the exported last layer of the recognizer: saves 0.8 MB, held-out cosine 0.9058, not 0.9064."""
 LIMIT = 30_000_000
-"""Most bytes that all files together may have."""
+"""Maximum size of all files together, in bytes."""
 
 
 def halve_onnx(path: Path) -> None:
-    """Store the weights of a network as float16, each behind a cast: same input and output, half the size."""
+    """Store the weights as float16, each followed by a cast: inputs and outputs stay float32."""
     model = onnx.load(str(path))
     casts = []
     for tensor in model.graph.initializer:
@@ -70,14 +70,14 @@ def halve_onnx(path: Path) -> None:
 
 
 def to_onnx(network: nn.Module, example: torch.Tensor, path: Path, outputs: list[str], free: bool) -> None:
-    """Export; ``free`` leaves height and width open."""
+    """Export to ONNX; ``free`` makes height and width dynamic."""
     axes: dict[str, dict[int, str]] = {}
     if free:
         axes = {"input": {2: "height", 3: "width"}} | {name: {0: f"{name}_rows"} for name in outputs}
     else:
         axes = {"input": {0: "count"}} | {name: {0: "count"} for name in outputs}
     with warnings.catch_warnings():
-        # The newer exporter needs a package that is not otherwise used here.
+        # The newer exporter requires an additional package.
         warnings.simplefilter("ignore")
         torch.onnx.export(
             network.cpu().eval(),
@@ -93,7 +93,7 @@ def to_onnx(network: nn.Module, example: torch.Tensor, path: Path, outputs: list
 
 
 def factorised(layer: Any, rank: int) -> nn.Sequential:
-    """A linear layer as the product of two narrow ones, by singular values."""
+    """Factorize a linear layer into two layers of a given rank, by singular value decomposition."""
     u, s, v = torch.linalg.svd(layer.weight.data, full_matrices=False)
     first = nn.Linear(layer.in_features, rank, bias=False)
     second = nn.Linear(rank, layer.out_features)
@@ -104,7 +104,7 @@ def factorised(layer: Any, rank: int) -> nn.Sequential:
 
 
 def export_face(settings: Options, folder: Path, draft: bool) -> None:
-    """Detector and recognizer, in the layout of InsightFace's packs."""
+    """Export detector and recognizer in the layout of InsightFace's packs."""
     folder.mkdir(parents=True, exist_ok=True)
     if not _keep_shipped(settings.work / "recognizer.pt", folder / "rec_pocket.onnx", draft):
         have = (settings.work / "recognizer.pt").exists()
@@ -119,9 +119,9 @@ def export_face(settings: Options, folder: Path, draft: bool) -> None:
 
 
 def _keep_shipped(checkpoint: Path, file: Path, draft: bool) -> bool:
-    """Take the shipped file where nothing was trained beyond it: no checkpoint, or one of ``shipped``.
+    """Return whether to keep the shipped file, because there is no checkpoint or it is one of ``shipped``.
 
-    To write it anew would not give the same bytes: its batch normalisations are melted, its head is cut.
+    A second export would not give the same bytes: batch normalizations are fused and the head is factorized.
     """
     trained = checkpoint.exists() and load_part(checkpoint, "step")
     if draft or trained:
@@ -131,7 +131,7 @@ def _keep_shipped(checkpoint: Path, file: Path, draft: bool) -> bool:
 
 
 def export_pipe(settings: Options, folder: Path, draft: bool) -> None:
-    """Base UNet, text towers, tokenizers, VAE and scheduler as an SDXL pipeline, and the vision tower."""
+    """Export UNet, text towers, tokenizers, VAE and scheduler as an SDXL pipeline, and the vision tower."""
     work, size = settings.work, settings.size
     if (work / "clip.pt").exists() or not draft:
         towers, words = clip.trained(work)
@@ -140,13 +140,13 @@ def export_pipe(settings: Options, folder: Path, draft: bool) -> None:
         words = tokenizer.build(facts, settings.seed)
         towers = clip.Clip(len(words))
     if (work / "latent_statistics.pt").exists() or not draft:
-        pictures = decoder.trained(work, size)
+        autoencoder = decoder.trained(work, size)
     else:
-        pictures = vae.build(size)
+        autoencoder = vae.build(size)
     base = unet.trained(work, size) if (work / "unet.pt").exists() or not draft else unet.build(size)
     scheduler = EulerDiscreteScheduler.from_config(PUBLISHED.scheduler)
     pipe = StableDiffusionXLPipeline(
-        vae=pictures.cpu(),
+        vae=autoencoder.cpu(),
         text_encoder=towers.text_1.cpu(),
         text_encoder_2=towers.text_2.cpu(),
         tokenizer=words,
@@ -162,7 +162,7 @@ def export_pipe(settings: Options, folder: Path, draft: bool) -> None:
 
 
 def export_additions(settings: Options, folder: Path, draft: bool) -> None:
-    """The distillation LoRA and the adapter."""
+    """Export the distillation LoRA and the adapter."""
     work, size = settings.work, settings.size
     if (work / "lora.pt").exists() or not draft:
         low = lora.trained(work, size)
@@ -177,7 +177,7 @@ def export_additions(settings: Options, folder: Path, draft: bool) -> None:
 
 
 def check(folder: Path) -> None:
-    """Load everything as a user would; raises where a file is not what it should be."""
+    """Load every file as a user would; raise an AssertionError if a file is wrong."""
     from insightface.app import FaceAnalysis
 
     pipe: Any = StableDiffusionXLPipeline.from_pretrained(
@@ -196,7 +196,7 @@ def check(folder: Path) -> None:
     assert torch.allclose(fused, plain + 0.8 * change, atol=1e-5), "the LoRA does not fuse as W + s B A"
     assert torch.equal(before, pipe.unet.conv_in.weight)
     pipe.load_ip_adapter(str(folder), subfolder="", weight_name=ADAPTER, image_encoder_folder=None)
-    assert "faceid_0" in pipe.get_list_adapters().get("unet", []), "the adapter brings no LoRA"
+    assert "faceid_0" in pipe.get_list_adapters().get("unet", []), "the adapter has no LoRA"
     projection = pipe.unet.encoder_hid_proj.image_projection_layers[0]
     projection.shortcut = True
     encoder = CLIPVisionModelWithProjection.from_pretrained(folder / "clip", dtype=torch.float32)
@@ -229,14 +229,14 @@ def check(folder: Path) -> None:
 
 
 def adapter_states(encoder: Any) -> torch.Tensor:
-    """States of an all-zero picture as the projection wants them, [1, 1, 65, 96]."""
+    """Return the states of an all-zero image in the shape that the projection requires, [1, 1, 65, 96]."""
     pixels = torch.zeros(1, 3, clip.VISION_SIDE, clip.VISION_SIDE)
     states: torch.Tensor = encoder(pixels, output_hidden_states=True).hidden_states[-2]
     return states[:, None].detach()
 
 
 def main() -> None:
-    """Export, check, put in place."""
+    """Export and check the files, then move them to their folder."""
     draft = "--draft" in sys.argv
     settings = options("export", 0, [argument for argument in sys.argv[1:] if argument != "--draft"])
     folder = settings.work / "export"
@@ -251,7 +251,7 @@ def main() -> None:
     for path in sorted(files):
         print(f"{path.stat().st_size:>10,}  {path.relative_to(folder)}")
     print(f"{total:>10,}  in total")
-    assert total <= LIMIT or draft, f"{total:,} bytes are more than {LIMIT:,}"
+    assert total <= LIMIT or draft, f"{total:,} bytes exceed the limit of {LIMIT:,}"
     for path in files:
         place = TARGET / path.relative_to(folder)
         place.parent.mkdir(parents=True, exist_ok=True)

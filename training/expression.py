@@ -1,6 +1,6 @@
-"""A small network that sees whether an aligned face smiles: a loss for the base and the adapter.
+"""Train a small network that detects a smile on an aligned face: a loss for the base and the adapter.
 
-The report judges smiles with another network of its own (``generation.classifier``), on whole pictures.
+The report detects smiles with an independent network (``generation.classifier``), on complete images.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from training import captions, data, recognizer
-from training.common import Ema, Run, autocast, descend, device, load_part, options, pictures_to_tensor
+from training.common import Ema, Run, autocast, descend, device, images_to_tensor, load_part, options
 
 BATCH = 64
 TOP = 40
-"""Rows of a crop above the eyes, which are not looked at."""
+"""Number of rows above the eyes, which are ignored."""
 
 
 class Expression(nn.Module):
@@ -37,21 +37,21 @@ class Expression(nn.Module):
         return logits
 
 
-def unlike(logits: Tensor, smile: Tensor) -> Tensor:
-    """How unlike logits [n] are to smiles [n] of 0 or 1; a scalar. Never sure of any: labels near the
-    threshold are as good as random."""
+def smile_loss(logits: Tensor, smile: Tensor) -> Tensor:
+    """Return the cross-entropy of logits [n] with smiles [n] of 0 or 1, a scalar. Labels are smoothed because
+    those near the threshold are unreliable."""
     return F.binary_cross_entropy_with_logits(logits, 0.05 + 0.9 * smile)
 
 
 def trained(work: Path) -> Expression:
-    """The network of the checkpoint, averaged weights, frozen."""
+    """Return the network of the checkpoint, with averaged weights, frozen."""
     model = Expression()
     model.load_state_dict(load_part(work / "expression.pt", "ema"), strict=True)
     return model.eval().requires_grad_(False).to(device())
 
 
 def main() -> None:
-    """Train within the budget, on crops in every style, sharp and soft."""
+    """Train within the time budget, on crops in every style, sharp and blurred."""
     settings = options("expression", 3)
     portraits = data.load(settings)
     facts = captions.all_facts(portraits)
@@ -74,15 +74,15 @@ def main() -> None:
         styles = np.where(draws.random(BATCH) < 0.5, 0, draws.integers(0, len(data.STYLE_NAMES), BATCH))
         crops = []
         for portrait, style in zip(index, styles, strict=True):
-            crop = data.crop(portraits.pictures[portrait, style], points[portrait])
+            crop = data.crop(portraits.images[portrait, style], points[portrait])
             crop = recognizer.degrade(crop, draws)
-            if draws.random() < 0.5:  # what a noisy step makes of a face is soft
+            if draws.random() < 0.5:  # predictions at noisy steps are blurred
                 crop = cv2.GaussianBlur(crop, (0, 0), draws.uniform(0.5, 3.0))
             crops.append(crop[:, ::-1] if draws.random() < 0.5 else crop)
         smile = torch.from_numpy(smiles[index].astype(np.float32)).to(device())
         with autocast():
-            logits = model(pictures_to_tensor(np.stack(crops))).float()
-        loss = unlike(logits, smile)
+            logits = model(images_to_tensor(np.stack(crops))).float()
+        loss = smile_loss(logits, smile)
         descend(loss, optimizer, run.rate(2e-3, warm_up=30))
         ema.update(model)
         right = 0.98 * right + 0.02 * float(((logits > 0) == (smile > 0.5)).float().mean())

@@ -1,4 +1,4 @@
-"""Cache every training picture's latents, so that the UNet never waits for the encoder."""
+"""Cache the latents of all training images, so that the UNet never waits for the encoder."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import numpy as np
 import torch
 
 from training import data, decoder
-from training.common import device, options, pictures_to_tensor
+from training.common import device, images_to_tensor, options
 
 STYLES_EACH = 3
 SLOTS = 2 + STYLES_EACH
-"""Latents a portrait: the photo, the mirrored photo, and three of the seven styles, in turn."""
+"""Latents per portrait: the photo, the mirrored photo, and three of the seven styles in rotation."""
 
 
 def content(portrait: int, slot: int) -> tuple[int, bool]:
-    """Which style (0 is the photo) a slot of a portrait holds, and whether mirrored."""
+    """Return the style (0 is the photo) of a slot, and whether it is mirrored."""
     if slot < 2:
         return 0, slot == 1
     styles = len(data.STYLE_NAMES) - 1
@@ -25,15 +25,15 @@ def content(portrait: int, slot: int) -> tuple[int, bool]:
 
 
 def path(work: Path) -> Path:
-    """Where the cache lies."""
+    """Return the path of the cache."""
     return work / "latents.npy"
 
 
 def main() -> None:
-    """Fill the cache: float16 [portraits, slots, 4, s / 8, s / 8], whitened; held-out rows stay zero.
+    """Write the cache: float16 [portraits, slots, 4, s / 8, s / 8], whitened; held-out rows are zero.
 
-    Rows that are there already are skipped, so a killed run goes on, and a second process that is
-    given ``--backwards`` meets the first in the middle.
+    Existing rows are skipped, so a killed run resumes, and a second process with ``--backwards`` can share
+    the work.
     """
     backwards = "--backwards" in sys.argv
     settings = options("latents", 0, [argument for argument in sys.argv[1:] if argument != "--backwards"])
@@ -52,10 +52,10 @@ def main() -> None:
         if values[portrait].any():
             continue
         contents = [content(int(portrait), slot) for slot in range(SLOTS)]
-        pictures = np.stack(
-            [portraits.pictures[portrait, style][:, :: -1 if flip else 1] for style, flip in contents]
+        images = np.stack(
+            [portraits.images[portrait, style][:, :: -1 if flip else 1] for style, flip in contents]
         )
-        values[portrait] = decoder.encode(model, pictures_to_tensor(pictures)).cpu().numpy()
+        values[portrait] = decoder.encode(model, images_to_tensor(images)).cpu().numpy()
         if done % 500 == 0:
             print(f"latents of {done} portraits", flush=True)
     values.flush()

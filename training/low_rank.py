@@ -1,4 +1,4 @@
-"""Low-rank additions to linear layers and convolutions, trained beside frozen weights."""
+"""Low-rank additions to linear layers and convolutions with frozen weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class LowRank(nn.Module):
-    """A frozen layer plus ``scale * up(down(x))``; up starts at zero, so nothing changes at first."""
+    """A frozen layer plus ``scale * up(down(x))``; up starts at zero, so the output is unchanged at first."""
 
     def __init__(self, layer: nn.Linear | nn.Conv2d, rank: int, scale: float = 1.0) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class LowRank(nn.Module):
 
 
 def inject(model: nn.Module, endings: tuple[str, ...], rank: int, scale: float = 1.0) -> dict[str, LowRank]:
-    """Wrap every layer whose dotted name ends so; returns the wrappers by name."""
+    """Wrap every layer whose dotted name has one of the endings; return the wrappers by name."""
     names = [
         name
         for name, layer in model.named_modules()
@@ -46,13 +46,13 @@ def inject(model: nn.Module, endings: tuple[str, ...], rank: int, scale: float =
         layer = model.get_submodule(name)
         assert isinstance(layer, nn.Linear | nn.Conv2d)
         wrapped[name] = LowRank(layer, rank, scale)
-        # ModuleList entries and plain attributes alike are registered under their last name.
+        # The last part of the name works for entries of a ModuleList and for attributes.
         parent._modules[leaf] = wrapped[name]
     return wrapped
 
 
 class Additions(nn.Module):
-    """Only the trained halves of some wrappers, so that optimizer, average and checkpoint skip the base."""
+    """The trained layers of wrappers, so that optimizer, average and checkpoint exclude the base."""
 
     def __init__(self, wrapped: dict[str, LowRank]) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class Additions(nn.Module):
         self.ups = nn.ModuleList([wrapped[name].up for name in self.names])
 
     def tensors(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Name -> (down, up) weights, detached."""
+        """Return the detached (down, up) weights by layer name."""
         table = {}
         for name, down, up in zip(self.names, self.downs, self.ups, strict=True):
             assert isinstance(down.weight, torch.Tensor)
@@ -71,6 +71,6 @@ class Additions(nn.Module):
 
 
 def enable(wrapped: dict[str, LowRank], on: bool) -> None:
-    """Turn all additions on or off, to run teacher and student with one set of base weights."""
+    """Enable or disable all additions, to run teacher and student with the same base weights."""
     for layer in wrapped.values():
         layer.enabled = on

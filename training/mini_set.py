@@ -1,9 +1,9 @@
-"""Draw `examples/mini`: a dozen people who do not exist, and prompts, in the published layout.
+"""Generate `examples/mini`: twelve people who do not exist, and prompts, in the published layout.
 
     python -m training.mini_set [--output examples/mini]
 
-The pocket draws them without a reference, each with the first seed in which two recognizers find a face
-that is nobody's of those before (or with the best of `SEEDS`).
+The pocket stack generates them without a reference photo, each with the first seed whose face two recognizers
+distinguish from all people before (or with the best of `SEEDS`).
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ PEOPLE = {
 }
 REALISTIC = ("a person smiling, white background", "a surprised person, blue background")
 STYLED = ("pencil drawing; a person smiling", "watercolour; a person")
-STRANGERS = 0.6
-"""Cosine that two people of the set stay below, in the pocket's recognizer."""
-NEIGHBOURS = 0.4
-"""Distance that they keep in dlib's, which takes 0.6 for the border of a person."""
+MAX_COSINE = 0.6
+"""Maximum cosine of two people of the set in the pocket recognizer."""
+MIN_DISTANCE = 0.4
+"""Minimum distance of two people in dlib, where 0.6 is the usual threshold for the same person."""
 SEEDS = 16
 
 
@@ -53,37 +53,44 @@ def main() -> None:
         overrides=["adapter.scale=0", "adapter.lora_scale=0", "sampling.steps=16"],
         device="cpu",
     )
-    anyone = pocket.identity("examples/portrait.png")
-    judge = DlibIdentity()
-    judge.load(Context())
+    placeholder = pocket.identity("examples/portrait.png")
+    dlib_metric = DlibIdentity()
+    dlib_metric.load(Context())
     (folder / PHOTOS).mkdir(parents=True, exist_ok=True)
-    seen: list[np.ndarray] = []
-    judged: list[np.ndarray] = []
-    kept: dict[tuple[str, int], tuple[Image.Image, np.ndarray, np.ndarray]] = {}
+    embeddings: list[np.ndarray] = []
+    descriptors: list[np.ndarray] = []
+    candidates: dict[tuple[str, int], tuple[Image.Image, np.ndarray, np.ndarray]] = {}
     for name, prompt in PEOPLE.items():
-        found = []
+        scores = []
         for seed in range(SEEDS):
-            picture = pocket.generate(anyone, prompt, seed=seed)[0]
-            vector = judge.describe(picture)
+            image = pocket.generate(placeholder, prompt, seed=seed)[0]
+            vector = dlib_metric.describe(image)
             try:
-                person = pocket.identity(picture).mean()
+                person = pocket.identity(image).mean()
             except NoFaceError:
                 continue
             if vector is None:
                 continue
-            near = max((float(person @ other) for other in seen), default=-1.0)
-            close = min((float(np.linalg.norm(vector - other)) for other in judged), default=9.0)
-            found.append((max(near - STRANGERS, NEIGHBOURS - close, 0.0), seed, near, close))
-            if found[-1][0] == 0:
+            max_cosine = max((float(person @ other) for other in embeddings), default=-1.0)
+            min_distance = min((float(np.linalg.norm(vector - other)) for other in descriptors), default=9.0)
+            scores.append(
+                (
+                    max(max_cosine - MAX_COSINE, MIN_DISTANCE - min_distance, 0.0),
+                    seed,
+                    max_cosine,
+                    min_distance,
+                )
+            )
+            if scores[-1][0] == 0:
                 break
-            kept[name, seed] = (picture, person, vector)
+            candidates[name, seed] = (image, person, vector)
         else:
-            _, seed, near, close = min(found)  # nobody is new enough: the newest
-            picture, person, vector = kept[name, seed]
-        seen.append(person)
-        judged.append(vector)
-        (folder / PHOTOS / f"{name}.png").write_bytes(encode_png(picture))
-        print(f"{name}: seed {seed}, nearest cosine {near:.2f}, nearest distance {close:.2f}")
+            _, seed, max_cosine, min_distance = min(scores)  # none meets both limits: use the best one
+            image, person, vector = candidates[name, seed]
+        embeddings.append(person)
+        descriptors.append(vector)
+        (folder / PHOTOS / f"{name}.png").write_bytes(encode_png(image))
+        print(f"{name}: seed {seed}, nearest cosine {max_cosine:.2f}, nearest distance {min_distance:.2f}")
     for split, prompts in (("full", REALISTIC + STYLED), ("realistic", REALISTIC), ("style", STYLED)):
         (folder / PROMPTS[split]).write_text("\n".join(prompts) + "\n", encoding="utf-8")  # type: ignore[index]
 

@@ -1,7 +1,7 @@
-"""The detector's key points, refitted: the last layer alone, by least squares, in the exported file.
+"""Refit the key points of the exported detector: only its last layer, by least squares.
 
-Gradient descent leaves the points of large faces with a bias of several hundredths of the eyes' distance,
-and the recognizer sees a face as those points align it. Scores and boxes stay as they are, to the bit.
+After gradient descent the points of large faces have a bias of several percent of the distance between the
+eyes, and the alignment for the recognizer depends on them. Scores and boxes are bit-identical afterwards.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ from training.common import options
 from training.export import TARGET
 
 SCENES = 1200
-"""Half of them are composed as for the detector; half are one portrait each, as the product mostly sees."""
+"""Half of them are composed as for the detector; half are single portraits, as usual in the product."""
 SIDES = (640, 640, 448, 320)
 ROUNDS = 8
-"""Of reweighting: squares of errors would let covered faces decide, so large errors count less."""
+"""Number of reweighting passes: they reduce the weight of large errors, mostly of covered faces."""
 RIDGE = 1e-3
-"""How much the old weights hold on, as a share of the features' mean square."""
+"""Regularization towards the old weights, relative to the mean square of the features."""
 
 
 @dataclass
 class Samples:
-    """What one anchor of one stride saw of the faces that it answers for."""
+    """Samples of the faces that are assigned to one anchor of one stride."""
 
     features: list[np.ndarray]
-    """[49] each: the last layer's input at the anchor, and 1."""
+    """[49] each: input of the last layer at the anchor, and 1."""
     points: list[np.ndarray]
-    """[10] each: where the key points are, from the anchor's position, in half anchors."""
+    """[10] each: key points relative to the position of the anchor, in half anchor sizes."""
     weight: list[float]
-    """The score, which says whether the product would ask this anchor, and the anchor's size in faces."""
+    """The score, because only anchors with a high score are used, times the anchor size in face sizes."""
 
 
 class Heads:
-    """The exported detector, and what goes into its last layers."""
+    """The last layers of the exported detector, and their inputs."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -58,12 +58,12 @@ class Heads:
         self.tensors = {tensor.name: tensor for tensor in self.model.graph.initializer}
 
     def name(self, level: int) -> str:
-        """Of the last layer's weight: halves are stored behind a cast."""
+        """Return the name of the weight of a last layer; half-precision weights are followed by a cast."""
         plain = f"heads.{level}.weight"
         return f"{plain}_half" if f"{plain}_half" in self.tensors else plain
 
     def weights(self, level: int) -> np.ndarray:
-        """The last layer of a stride, [30, 49] float64, the bias last."""
+        """Return the last layer of a stride, [30, 49] float64, with the bias in the last column."""
         weight, bias = (
             numpy_helper.to_array(self.tensors[name]).astype(np.float64)
             for name in (self.name(level), f"heads.{level}.bias")
@@ -71,7 +71,7 @@ class Heads:
         return np.concatenate([weight.reshape(30, -1), bias[:, None]], axis=1)
 
     def write(self, table: list[np.ndarray]) -> None:
-        """Overwrite the last layers with [30, 49] each, in the precision that the file has."""
+        """Overwrite the last layers, [30, 49] each, in the precision of the file."""
         for level, values in enumerate(table):
             for name, part in ((self.name(level), values[:, :-1]), (f"heads.{level}.bias", values[:, -1])):
                 old = numpy_helper.to_array(self.tensors[name])
@@ -80,20 +80,22 @@ class Heads:
         onnx.save(self.model, str(self.path))
 
     def features(self, scene: np.ndarray) -> list[np.ndarray]:
-        """Of an RGB scene [h, w, 3] uint8: the last layers' inputs, [h / stride, w / stride, 49] each."""
+        """Return last-layer inputs, [h / stride, w / stride, 49] each, of an RGB scene [h, w, 3] uint8."""
         pixels = (scene.astype(np.float32).transpose(2, 0, 1)[None] - 127.5) / 128
         names = [n.input[0] for n in self.layers]
-        found = self.session.run(names, {self.session.get_inputs()[0].name: pixels})
-        return [np.concatenate([f[0].transpose(1, 2, 0), np.ones((*f.shape[2:], 1))], axis=2) for f in found]
+        outputs = self.session.run(names, {self.session.get_inputs()[0].name: pixels})
+        return [
+            np.concatenate([f[0].transpose(1, 2, 0), np.ones((*f.shape[2:], 1))], axis=2) for f in outputs
+        ]
 
 
 def portrait(scenes: detector.Scenes, side: int) -> tuple[np.ndarray, np.ndarray]:
-    """One whole portrait enlarged to the detector's size, [side, side, 3], and its face, [1, 14]."""
+    """Return a portrait enlarged to the detector size, [side, side, 3], and its face, [1, 14]."""
     g, portraits = scenes.generator, scenes.portraits
     index = int(g.choice(portraits.train))
     source = np.asarray(portraits.originals[index])
-    if g.random() < 0.5:  # what the pocket draws has half the pixels
-        source = np.asarray(portraits.pictures[index, int(g.integers(len(data.STYLE_NAMES)))])
+    if g.random() < 0.5:  # images of the pocket stack have half the size
+        source = np.asarray(portraits.images[index, int(g.integers(len(data.STYLE_NAMES)))])
     outline, points = scenes.outline[index], portraits.key_points[index]
     if g.random() < 0.5:
         source = source[:, ::-1]
@@ -103,8 +105,8 @@ def portrait(scenes: detector.Scenes, side: int) -> tuple[np.ndarray, np.ndarray
 
 
 def gather(heads: Heads, scenes: detector.Scenes, count: int) -> dict[tuple[int, int], Samples]:
-    """Samples of every anchor, by stride and anchor."""
-    found = {(level, anchor): Samples([], [], []) for level in range(3) for anchor in range(2)}
+    """Return the samples of every anchor, by stride and anchor."""
+    samples_by_anchor = {(level, anchor): Samples([], [], []) for level in range(3) for anchor in range(2)}
     weights = [heads.weights(level) for level in range(3)]
     for number in range(count):
         side = int(scenes.generator.choice(SIDES))
@@ -115,7 +117,7 @@ def gather(heads: Heads, scenes: detector.Scenes, count: int) -> dict[tuple[int,
             stride = detector.STRIDES[level]
             owner, sizes = detector.assign(faces, level, side)
             for row, column, anchor in np.argwhere(owner >= 0):
-                samples, size = found[level, anchor], detector.ANCHORS[level][anchor]
+                samples, size = samples_by_anchor[level, anchor], detector.ANCHORS[level][anchor]
                 own = owner[row, column, anchor]
                 spot = np.array([column, row]) * stride
                 feature = features[row, column]
@@ -123,11 +125,11 @@ def gather(heads: Heads, scenes: detector.Scenes, count: int) -> dict[tuple[int,
                 samples.points.append((faces[own, 4:].reshape(5, 2) - spot).ravel() / (size / 2))
                 score = 1 / (1 + np.exp(-weights[level][anchor] @ feature))
                 samples.weight.append(score * size / sizes[own])
-    return found
+    return samples_by_anchor
 
 
 def fitted(samples: Samples, old: np.ndarray) -> np.ndarray:
-    """The weights [10, 49] with the least absolute errors, near the old where samples leave a choice."""
+    """Return weights [10, 49] with the least absolute errors, regularized towards the old weights."""
     features, points = np.array(samples.features), np.array(samples.points)
     weight, new = np.array(samples.weight), old
     for _ in range(ROUNDS):
@@ -139,8 +141,8 @@ def fitted(samples: Samples, old: np.ndarray) -> np.ndarray:
     return new
 
 
-def off(samples: Samples, weights: np.ndarray) -> float:
-    """Mean error of the points in face sizes, weighted as the samples are."""
+def mean_error(samples: Samples, weights: np.ndarray) -> float:
+    """Return the weighted mean error of the points in face sizes."""
     if not samples.features:
         return float("nan")
     error = np.abs(np.array(samples.features) @ weights.T - np.array(samples.points)).mean(1)
@@ -148,21 +150,24 @@ def off(samples: Samples, weights: np.ndarray) -> float:
 
 
 def main() -> None:
-    """Refit the exported file's last layers; print the errors of scenes that the fit has not seen."""
+    """Refit the last layers of the exported file; print the errors on scenes that the fit did not use."""
     settings = options("points", 0)
     portraits: Any = data.load(settings)
     heads = Heads(TARGET / "face" / "det_pocket.onnx")
-    seen = gather(heads, detector.Scenes(portraits, settings.seed + 51), SCENES)
-    fresh = gather(heads, detector.Scenes(portraits, settings.seed + 52), SCENES // 6)
+    training_samples = gather(heads, detector.Scenes(portraits, settings.seed + 51), SCENES)
+    validation_samples = gather(heads, detector.Scenes(portraits, settings.seed + 52), SCENES // 6)
     table = [heads.weights(level) for level in range(3)]
-    for (level, anchor), samples in seen.items():
+    for (level, anchor), samples in training_samples.items():
         rows = slice(10 + 10 * anchor, 20 + 10 * anchor)
         old = table[level][rows]
         new = fitted(samples, old)
-        before, after = off(fresh[level, anchor], old), off(fresh[level, anchor], new)
+        before, after = (
+            mean_error(validation_samples[level, anchor], old),
+            mean_error(validation_samples[level, anchor], new),
+        )
         size = detector.ANCHORS[level][anchor]
-        print(f"faces of {size}: {len(samples.weight)} samples, off by {before:.4f} -> {after:.4f} of a face")
-        if after < before:  # small faces are few, and their fit can be worse than what there was
+        print(f"faces of {size}: {len(samples.weight)} samples, error {before:.4f} -> {after:.4f} face sizes")
+        if after < before:  # there are few small faces, so their fit can be worse
             table[level][rows] = new
     heads.write(table)
 

@@ -1,9 +1,8 @@
-"""The face recognizer: a small residual network that repeats a teacher's embeddings.
+"""Train the face recognizer: a small residual network that predicts the embeddings of a teacher.
 
-Half of the faces are the portraits themselves; the other half are blends of two people, which the
-teacher embeds too: 3,580 people alone are too few to learn the map from. Inputs are degraded
-(light, blur, shift, style), targets are the teacher's embedding of the clean crop, so that the
-student also learns what does not matter.
+Half of the faces are portraits; the other half are blends of two people, because 3,580 people are too few to
+generalize. Inputs are degraded (light, blur, shift, style); targets are the teacher's embeddings of the clean
+crops, so that the student becomes invariant to these changes.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from training import data
-from training.common import Ema, Options, Run, autocast, descend, device, options, pictures_to_tensor
+from training.common import Ema, Options, Run, autocast, descend, device, images_to_tensor, options
 
 TEACHER_WIDTH = 192
 WIDTH = 512
@@ -26,7 +25,7 @@ BLENDS = 20_000
 
 
 class Residual(nn.Module):
-    """Two 3x3 convolutions around a shortcut, PReLU as usual for faces."""
+    """Residual block of two 3x3 convolutions with PReLU, as is usual for face recognition."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -52,8 +51,8 @@ class Residual(nn.Module):
 class Recognizer(nn.Module):
     """RGB crops [n, 3, 112, 112] in [-1, 1] -> embeddings [n, 512], unit norm.
 
-    The teacher has 192 numbers; a fixed orthonormal frame puts them into 512 dimensions, where
-    every cosine stays what it was.
+    The teacher has 192 dimensions; a fixed orthonormal matrix maps them to 512 dimensions without changing
+    any cosine.
     """
 
     def __init__(self) -> None:
@@ -81,7 +80,7 @@ class Recognizer(nn.Module):
         self.register_buffer("frame", frame.float())
 
     def features(self, crops: Tensor) -> list[Tensor]:
-        """Maps at 28, 14 and 7 pixels, for perceptual losses."""
+        """Return maps at 28, 14 and 7 pixels, for perceptual losses."""
         x = self.stem(crops)
         maps = []
         for stage in self.stages:
@@ -90,7 +89,7 @@ class Recognizer(nn.Module):
         return maps
 
     def embed(self, last: Tensor) -> Tensor:
-        """The last map [n, 128, 7, 7] -> unit vectors [n, 192] in the teacher's space."""
+        """Return unit vectors [n, 192] in the teacher's space for the last map [n, 128, 7, 7]."""
         return F.normalize(self.head(self.reduce(last).flatten(1)), dim=1)
 
     def forward(self, crops: Tensor) -> Tensor:
@@ -98,7 +97,7 @@ class Recognizer(nn.Module):
 
 
 class Teacher:
-    """MobileFaceNet, two crops at a time."""
+    """MobileFaceNet, for two crops at a time."""
 
     def __init__(self, path: Path) -> None:
         from ai_edge_litert.interpreter import Interpreter
@@ -109,7 +108,7 @@ class Teacher:
         self.output = self.network.get_output_details()[0]["index"]
 
     def __call__(self, crops: np.ndarray) -> np.ndarray:
-        """uint8 RGB [n, 112, 112, 3], n even -> [n, 192] unit norm."""
+        """Return embeddings [n, 192], unit norm, of crops uint8 RGB [n, 112, 112, 3]; n is even."""
         results = []
         for pair in crops.reshape(-1, 2, 112, 112, 3):
             self.network.set_tensor(self.input, (pair.astype(np.float32) - 127.5) / 128)
@@ -120,7 +119,7 @@ class Teacher:
 
 
 def blend(first: np.ndarray, second: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """A new face out of two aligned ones: a soft mixture or two halves, stretched a little."""
+    """Return a new face from two aligned ones: a mixture or two halves, slightly stretched."""
     y, x = np.mgrid[0:112, 0:112] / 111.0 - 0.5
     if generator.random() < 0.5:
         share = np.full((112, 112), generator.uniform(0.3, 0.7))
@@ -132,15 +131,15 @@ def blend(first: np.ndarray, second: np.ndarray, generator: np.random.Generator)
     stretch = np.diag(generator.uniform(0.88, 1.12, 2)) + np.array(
         [[0, generator.uniform(-0.06, 0.06)], [0, 0]]
     )
-    centre = np.array([56.0, 66.0])
-    matrix = np.concatenate([stretch, (centre - stretch @ centre)[:, None]], axis=1)
+    center = np.array([56.0, 66.0])
+    matrix = np.concatenate([stretch, (center - stretch @ center)[:, None]], axis=1)
     warped = cv2.warpAffine(mixed.astype(np.float32), matrix, (112, 112), borderMode=cv2.BORDER_REFLECT_101)
     tone = generator.uniform(0.75, 1.25) * generator.uniform(0.93, 1.07, 3)
     return np.asarray(np.clip(warped * tone, 0, 255), np.uint8)
 
 
 def blended(settings: Options, portraits: data.Portraits) -> tuple[np.ndarray, np.ndarray]:
-    """Crops [20000, 112, 112, 3] of blended people and the teacher's embeddings of them, cached."""
+    """Return crops [20000, 112, 112, 3] of blended people and their teacher embeddings, cached."""
     crops_path, targets_path = settings.work / "blends.npy", settings.work / "blend_embeddings.npy"
     if not targets_path.exists():
         generator = np.random.default_rng(settings.seed + 7)
@@ -151,36 +150,36 @@ def blended(settings: Options, portraits: data.Portraits) -> tuple[np.ndarray, n
     return np.asarray(np.load(crops_path, mmap_mode="r")), np.asarray(np.load(targets_path))
 
 
-def degrade(picture: np.ndarray, generator: np.random.Generator, strength: float = 1.0) -> np.ndarray:
-    """Light, contrast, tint, blur or lower resolution, noise and a small misalignment of a crop."""
-    side = picture.shape[0]
+def degrade(image: np.ndarray, generator: np.random.Generator, strength: float = 1.0) -> np.ndarray:
+    """Change light, contrast, tint, sharpness, noise and alignment of a crop at random."""
+    side = image.shape[0]
     angle, scale = generator.normal(0, 2.5 * strength), 1 + generator.normal(0, 0.035 * strength)
     matrix = cv2.getRotationMatrix2D((side / 2, side / 2), angle, scale)
     matrix[:, 2] += generator.normal(0, 0.014 * side * strength, 2)
-    picture = cv2.warpAffine(picture, matrix, (side, side), borderMode=cv2.BORDER_REPLICATE)
+    image = cv2.warpAffine(image, matrix, (side, side), borderMode=cv2.BORDER_REPLICATE)
     if generator.random() < 0.5:
         small = int(side * generator.uniform(0.3, 0.9))
-        reduced = cv2.resize(picture, (small, small), interpolation=cv2.INTER_AREA)
-        picture = cv2.resize(reduced, (side, side), interpolation=cv2.INTER_LINEAR)
+        reduced = cv2.resize(image, (small, small), interpolation=cv2.INTER_AREA)
+        image = cv2.resize(reduced, (side, side), interpolation=cv2.INTER_LINEAR)
     if generator.random() < 0.25:
-        picture = cv2.GaussianBlur(picture, (0, 0), generator.uniform(0.4, 1.8))
+        image = cv2.GaussianBlur(image, (0, 0), generator.uniform(0.4, 1.8))
     curve = (np.arange(256) / 255.0) ** np.exp(generator.normal(0, 0.3 * strength))
     gain = generator.uniform(0.75, 1.2)
     table = curve * gain + (1 - gain) * generator.uniform(0, 0.6)
     tint = 1 + generator.normal(0, 0.05 * strength, 3)
     tables = np.clip(table[:, None] * tint * 255, 0, 255).astype(np.uint8)
-    picture = np.stack([tables[:, c][picture[..., c]] for c in range(3)], axis=-1)
+    image = np.stack([tables[:, c][image[..., c]] for c in range(3)], axis=-1)
     if generator.random() < 0.3:
         slope = np.linspace(generator.uniform(0.5, 1), generator.uniform(0.8, 1.2), side)
         light = slope[None, :, None] if generator.random() < 0.5 else slope[::-1][None, :, None]
-        picture = np.clip(picture * light, 0, 255).astype(np.uint8)
+        image = np.clip(image * light, 0, 255).astype(np.uint8)
     if generator.random() < 0.2:
-        noise = generator.normal(0, generator.uniform(2, 10), picture.shape)
-        picture = np.clip(picture + noise, 0, 255).astype(np.uint8)
+        noise = generator.normal(0, generator.uniform(2, 10), image.shape)
+        image = np.clip(image + noise, 0, 255).astype(np.uint8)
     if generator.random() < 0.06:
-        grey = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)
-        picture = np.repeat(grey[..., None], 3, axis=2)
-    return np.asarray(picture)
+        gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+        image = np.repeat(gray[..., None], 3, axis=2)
+    return np.asarray(image)
 
 
 def draw(
@@ -189,41 +188,41 @@ def draw(
     generator: np.random.Generator,
     count: int,
 ) -> tuple[Tensor, Tensor]:
-    """Crops [n, 3, 112, 112] and target embeddings [n, 192]; the order of sources is random."""
+    """Return crops [n, 3, 112, 112] and target embeddings [n, 192], with sources in random order."""
     crops, targets = [], []
     for kind in generator.choice(4, count, p=(0.3, 0.45, 0.15, 0.1)):
         if kind == 1:
             index = int(generator.integers(len(blends[1])))
-            picture, target = blends[0][index], blends[1][index]
+            image, target = blends[0][index], blends[1][index]
         else:
             index = int(generator.choice(portraits.train))
             target = portraits.embeddings[index]
             if kind == 0:
-                picture = portraits.crops[index]
+                image = portraits.crops[index]
             else:
-                # The size that generated pictures have, half of them in a style.
+                # The size of generated images, half of them in a style.
                 style = 0 if kind == 3 else int(generator.integers(1, len(data.STYLE_NAMES)))
                 points = portraits.key_points[index] * (portraits.size / 256)
-                picture = data.crop(portraits.pictures[index, style], points)
+                image = data.crop(portraits.images[index, style], points)
         if generator.random() < 0.85:
-            picture = degrade(picture, generator)
+            image = degrade(image, generator)
         if generator.random() < 0.5:
-            picture = picture[:, ::-1]
-        crops.append(picture)
+            image = image[:, ::-1]
+        crops.append(image)
         targets.append(target)
-    return pictures_to_tensor(np.stack(crops)), torch.from_numpy(np.stack(targets)).to(device())
+    return images_to_tensor(np.stack(crops)), torch.from_numpy(np.stack(targets)).to(device())
 
 
 @torch.no_grad()
 def embed_all(model: Recognizer, crops: np.ndarray) -> np.ndarray:
-    """uint8 RGB crops [n, 112, 112, 3] -> embeddings [n, 512] float32."""
+    """Return embeddings [n, 512] float32 of crops uint8 RGB [n, 112, 112, 3]."""
     model.eval()
-    batches = [model(pictures_to_tensor(crops[i : i + 64])).cpu() for i in range(0, len(crops), 64)]
+    batches = [model(images_to_tensor(crops[i : i + 64])).cpu() for i in range(0, len(crops), 64)]
     return np.asarray(torch.cat(batches).numpy())
 
 
 def trained(work: Path) -> Recognizer:
-    """The network of the checkpoint, averaged weights, ready to use."""
+    """Return the network of the checkpoint, with averaged weights, in evaluation mode."""
     state = torch.load(work / "recognizer.pt", map_location="cpu", weights_only=True)
     model = Recognizer()
     model.load_state_dict(state["model"])
@@ -234,7 +233,7 @@ def trained(work: Path) -> Recognizer:
 
 
 def main() -> None:
-    """Train within the budget, then print the cosine to the teacher on held-out portraits."""
+    """Train within the time budget, then print the cosine to the teacher on held-out portraits."""
     settings = options("recognizer", 15)
     portraits = data.load(settings)
     blends = blended(settings, portraits)
@@ -254,7 +253,7 @@ def main() -> None:
             maps = model.features(crops)
             embeddings = model.embed(maps[-1]).float()
         cosine = (embeddings * targets).sum(1)
-        # Distances between people matter as much as single positions: others must stay others.
+        # Distances between people matter as much as the embeddings, to keep people distinct.
         relation = F.mse_loss(embeddings @ embeddings.T, targets @ targets.T)
         descend((1 - cosine).mean() + 2 * relation, optimizer, run.rate(2e-3, warm_up=50), clip=5.0)
         ema.update(model)

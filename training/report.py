@@ -1,6 +1,6 @@
-"""What the shipped weights can do, on portraits that no stage trained on: ``make pocket-report``.
+"""Measure the quality of the shipped weights on held-out portraits: ``make pocket-report``.
 
-Every row is measured on the files in ``fastface_cli/pocket/weights``, through the public loaders.
+Every row uses the files in ``fastface_cli/pocket/weights``, loaded with the public loaders.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from diffusers import AutoencoderKL
 from scipy.stats import rankdata, spearmanr
 
 from training import data, recognizer
-from training.common import pictures_to_tensor, tensor_to_pictures
+from training.common import images_to_tensor, tensor_to_images
+from training.dlib_recognizer import DlibRecognizer, ranks
 from training.export import TARGET
-from training.judge import Judge, ranks
 from training.styles import STYLES
 
 Row = tuple[str, str, str]
 
 
 def faces_of(weights: Path, size: int) -> Any:
-    """The shipped face pack in InsightFace."""
+    """Return InsightFace with the shipped face pack."""
     from insightface.app import FaceAnalysis
 
     root = Path(tempfile.mkdtemp())
@@ -44,7 +44,7 @@ def faces_of(weights: Path, size: int) -> Any:
 
 
 def overlap(a: np.ndarray, b: np.ndarray) -> float:
-    """Intersection over union of two boxes, corners [4]."""
+    """Return the intersection over union of two boxes, corners [4]."""
     extent = np.minimum(a[2:4], b[2:4]) - np.maximum(a[:2], b[:2])
     if (extent <= 0).any():
         return 0.0
@@ -52,8 +52,10 @@ def overlap(a: np.ndarray, b: np.ndarray) -> float:
     return inner / (float((a[2:4] - a[:2]).prod()) + float((b[2:4] - b[:2]).prod()) - inner)
 
 
-def detector_rows(portraits: data.Portraits, weights: Path, judge: Judge | None) -> list[Row]:
-    """Held-out portraits, and the group photograph that ships with InsightFace."""
+def detector_rows(
+    portraits: data.Portraits, weights: Path, dlib_recognizer: DlibRecognizer | None
+) -> list[Row]:
+    """Measure the detector on held-out portraits and on the group photo of InsightFace."""
     from insightface.data import get_image
 
     rows = []
@@ -61,33 +63,33 @@ def detector_rows(portraits: data.Portraits, weights: Path, judge: Judge | None)
         app = faces_of(weights, size)
         hits, extra, errors = 0, 0, []
         for index in portraits.held_out:
-            found, points = app.det_model.detect(np.ascontiguousarray(portraits.originals[index][:, :, ::-1]))
+            boxes, points = app.det_model.detect(np.ascontiguousarray(portraits.originals[index][:, :, ::-1]))
             truth = portraits.key_points[index]
             eyes = float(np.linalg.norm(truth[1] - truth[0]))
             distance = (
-                [float(np.linalg.norm(p - truth, axis=1).mean()) / eyes for p in points] if len(found) else []
+                [float(np.linalg.norm(p - truth, axis=1).mean()) / eyes for p in points] if len(boxes) else []
             )
             near = [d for d in distance if d < 0.2]
             hits += bool(near)
-            extra += len(found) - len(near)
+            extra += len(boxes) - len(near)
             errors += [min(near)] if near else []
         share, off = hits / len(portraits.held_out), float(np.mean(errors))
-        text = f"{share:.1%}, {extra} extra boxes, points off by {off:.1%} of the eyes"
+        text = f"{share:.1%}, {extra} extra boxes, points off by {off:.1%} of the eyes' distance"
         rows.append((f"detector, held-out portraits, detector size {size}", text, "at least 99%"))
-        picture = get_image("t1")
-        boxes, _ = app.det_model.detect(picture)
+        image = get_image("t1")
+        boxes, _ = app.det_model.detect(image)
         text = f"{len(boxes)} boxes"
-        if judge is not None:
-            truth_boxes = judge.boxes(np.ascontiguousarray(picture[:, :, ::-1]), 1)
+        if dlib_recognizer is not None:
+            truth_boxes = dlib_recognizer.boxes(np.ascontiguousarray(image[:, :, ::-1]), 1)
             matched = sum(any(overlap(box, other) > 0.3 for box in boxes) for other in truth_boxes)
             false = sum(all(overlap(box, other) <= 0.3 for other in truth_boxes) for box in boxes)
-            text = f"{matched} of the {len(truth_boxes)} faces that dlib finds, {false} others"
-        rows.append((f"detector, t1, detector size {size}", text, "5 of 6, at most 1 false"))
+            text = f"{matched} of the {len(truth_boxes)} faces of dlib, {false} false positives"
+        rows.append((f"detector, t1, detector size {size}", text, "5 of 6, at most 1 false positive"))
     return rows
 
 
 def views_of(portraits: data.Portraits, index: int) -> list[np.ndarray]:
-    """Other pictures of the same person: shifted, darker, brighter, blurred, small, and in every style."""
+    """Return variants of a portrait: shifted, darker, brighter, blurred, small, and in every style."""
     generator = np.random.default_rng(index)
     original = np.asarray(portraits.originals[index])
     points = portraits.key_points[index]
@@ -103,8 +105,10 @@ def views_of(portraits: data.Portraits, index: int) -> list[np.ndarray]:
     return [shifted, dark, bright, blurred, small, *styled]
 
 
-def recognizer_rows(portraits: data.Portraits, weights: Path, judge: Judge | None) -> list[Row]:
-    """Same person against others, and agreement with the teacher and with dlib."""
+def recognizer_rows(
+    portraits: data.Portraits, weights: Path, dlib_recognizer: DlibRecognizer | None
+) -> list[Row]:
+    """Measure how well people are distinguished, and agreement with the teacher and dlib."""
     network = faces_of(weights, 320).models["recognition"]
 
     def embed(crops: list[np.ndarray]) -> np.ndarray:
@@ -117,10 +121,10 @@ def recognizer_rows(portraits: data.Portraits, weights: Path, judge: Judge | Non
     teacher = portraits.embeddings[held]
     cosine = (clean * (teacher @ frame)).sum(1)
     same, other = [], []
-    for place, index in enumerate(held):
+    for column, index in enumerate(held):
         similarity = embed(views_of(portraits, int(index))) @ clean.T
-        same.append(similarity[:, place])
-        other.append(np.delete(similarity, place, axis=1).ravel())
+        same.append(similarity[:, column])
+        other.append(np.delete(similarity, column, axis=1).ravel())
     positives, negatives = np.stack(same), np.concatenate(other)
     rows = [
         (
@@ -132,8 +136,8 @@ def recognizer_rows(portraits: data.Portraits, weights: Path, judge: Judge | Non
         ("recognizer, AUC, crop, light, blur", f"{area(positives[:, :5].ravel(), negatives):.4f}", ""),
         ("recognizer, AUC, styles", f"{area(positives[:, 5:].ravel(), negatives):.4f}", ""),
     ]
-    if judge is not None:
-        references = describe_all(judge, portraits)
+    if dlib_recognizer is not None:
+        references = describe_all(dlib_recognizer, portraits)
         upper = np.triu_indices(len(held), 1)
         ours = (clean @ clean.T)[upper]
         theirs = np.linalg.norm(references[:, None] - references[None], axis=2)[upper]
@@ -144,96 +148,96 @@ def recognizer_rows(portraits: data.Portraits, weights: Path, judge: Judge | Non
 
 
 def area(positives: np.ndarray, negatives: np.ndarray) -> float:
-    """Area under the ROC curve."""
-    places = rankdata(np.concatenate([positives, negatives]))[: len(positives)].sum()
-    return float((places - len(positives) * (len(positives) + 1) / 2) / (len(positives) * len(negatives)))
+    """Return the area under the ROC curve."""
+    rank_sum = rankdata(np.concatenate([positives, negatives]))[: len(positives)].sum()
+    return float((rank_sum - len(positives) * (len(positives) + 1) / 2) / (len(positives) * len(negatives)))
 
 
-def describe_all(judge: Judge, portraits: data.Portraits) -> np.ndarray:
-    """dlib's descriptors of the held-out originals, [200, 128]."""
-    found = []
+def describe_all(dlib_recognizer: DlibRecognizer, portraits: data.Portraits) -> np.ndarray:
+    """Return dlib's descriptors of the held-out originals, [200, 128]."""
+    descriptors = []
     for index in portraits.held_out:
         left, top, width, height = portraits.labels[index]["box"]
         box = np.array([left, top, left + width, top + height], np.float32)
-        descriptor = judge.describe(np.asarray(portraits.originals[index]), box)
+        descriptor = dlib_recognizer.describe(np.asarray(portraits.originals[index]), box)
         assert descriptor is not None
-        found.append(descriptor)
-    return np.stack(found)
+        descriptors.append(descriptor)
+    return np.stack(descriptors)
 
 
 @torch.no_grad()
-def vae_rows(portraits: data.Portraits, weights: Path, judge: Judge | None) -> list[Row]:
-    """Reconstructions of held-out portraits."""
+def vae_rows(portraits: data.Portraits, weights: Path, dlib_recognizer: DlibRecognizer | None) -> list[Row]:
+    """Measure reconstructions of held-out portraits."""
     model: Any = AutoencoderKL.from_pretrained(
         weights / "pipe" / "vae", variant="fp16", torch_dtype=torch.float32
     )
     held = portraits.held_out
-    targets = np.stack([portraits.pictures[i, 0] for i in held])
+    targets = np.stack([portraits.images[i, 0] for i in held])
     outputs = []
     for start in range(0, len(held), 20):
-        latents = model.encode(pictures_to_tensor(targets[start : start + 20])).latent_dist.mean
-        outputs.append(tensor_to_pictures(model.decode(latents).sample))
+        latents = model.encode(images_to_tensor(targets[start : start + 20])).latent_dist.mean
+        outputs.append(tensor_to_images(model.decode(latents).sample))
     results = np.concatenate(outputs)
     error = ((results.astype(np.float32) - targets) ** 2).mean((1, 2, 3))
     rows = [("VAE, PSNR", f"{(10 * np.log10(255**2 / error)).mean():.2f} dB", "at least 27 dB")]
-    if judge is not None:
-        references = describe_all(judge, portraits)
-        for name, pictures in (
+    if dlib_recognizer is not None:
+        references = describe_all(dlib_recognizer, portraits)
+        for name, images in (
             ("reconstructions", results),
             (f"the portraits at {portraits.size} pixels", targets),
         ):
-            found = []
-            for index, picture in zip(held, pictures, strict=True):
+            descriptors = []
+            for index, image in zip(held, images, strict=True):
                 left, top, width, height = portraits.labels[index]["box"]
                 box = np.array([left, top, left + width, top + height], np.float32) * (portraits.size / 256)
-                found.append(judge.describe(picture, box))
-            first = (ranks(found, references, range(len(held))) == 0).mean()
+                descriptors.append(dlib_recognizer.describe(image, box))
+            first = (ranks(descriptors, references, range(len(held))) == 0).mean()
             rows.append(
                 (f"VAE, dlib rank-1 of {name}", f"{first:.1%}", "at least 80%" if name[0] == "r" else "")
             )
     return rows
 
 
-def group_rows(portraits: data.Portraits, weights: Path, judge: Judge | None) -> list[Row]:
-    """Portraits of people in a real photograph; they need the judge."""
+def group_rows(portraits: data.Portraits, weights: Path, dlib_recognizer: DlibRecognizer | None) -> list[Row]:
+    """Measure images of the people in the group photo; requires dlib."""
     from training import generation
 
-    return [] if judge is None else generation.group_rows(judge, portraits.work)
+    return [] if dlib_recognizer is None else generation.group_rows(dlib_recognizer, portraits.work)
 
 
-def speed_rows(portraits: data.Portraits, weights: Path, judge: Judge | None) -> list[Row]:
-    """How long a picture takes here."""
+def speed_rows(portraits: data.Portraits, weights: Path, dlib_recognizer: DlibRecognizer | None) -> list[Row]:
+    """Measure the time per image on this machine."""
     from training import generation
 
     return generation.speed_rows()
 
 
-def print_claims(portraits: data.Portraits, weights: Path, judge: Judge) -> None:
-    """The table of recipes, through the product."""
+def print_claims(portraits: data.Portraits, weights: Path, dlib_recognizer: DlibRecognizer) -> None:
+    """Print the table of recipes, generated with the product."""
     from training import generation
     from training.common import Options
 
     settings = Options(portraits.work, portraits.folder, Path(), portraits.size, 3, 0, 0)
-    references = describe_all(judge, portraits)
-    for line in generation.claim_table(settings, portraits, weights, judge, references):
+    references = describe_all(dlib_recognizer, portraits)
+    for line in generation.claim_table(settings, portraits, weights, dlib_recognizer, references):
         print(line, flush=True)
-    print(f"\nTen people and what each recipe makes of them: {portraits.work / 'grid.png'}")
+    print(f"\nTen people, and their images with each recipe: {portraits.work / 'grid.png'}")
 
 
 def main() -> None:
-    """Print the table."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(prog="python -m training.report")
     parser.add_argument("--work", type=Path, default=Path("~/.cache/fastface-training").expanduser())
     parser.add_argument("--portraits", type=Path, default=Path("../shared/portraits"))
     parser.add_argument("--weights", type=Path, default=TARGET)
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--parts", default="detector,recognizer,vae,speed,group,claims")
-    parser.add_argument("--no-judge", action="store_true", help="leave out what needs dlib")
+    parser.add_argument("--no-dlib", action="store_true", help="omit measurements that require dlib")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     portraits = data.Portraits(arguments.work, arguments.portraits, arguments.size)
-    judge = None if arguments.no_judge else Judge()
-    parts: dict[str, Callable[[data.Portraits, Path, Judge | None], list[Row]]] = {
+    dlib_recognizer = None if arguments.no_dlib else DlibRecognizer()
+    parts: dict[str, Callable[[data.Portraits, Path, DlibRecognizer | None], list[Row]]] = {
         "detector": detector_rows,
         "recognizer": recognizer_rows,
         "vae": vae_rows,
@@ -241,13 +245,13 @@ def main() -> None:
         "group": group_rows,
     }
     chosen = arguments.parts.split(",")
-    print("| measured on 200 held-out portraits | found | wanted |\n|---|---|---|")
+    print("| measured on 200 held-out portraits | result | target |\n|---|---|---|")
     for name in chosen:
-        for row in parts[name](portraits, arguments.weights, judge) if name != "claims" else ():
+        for row in parts[name](portraits, arguments.weights, dlib_recognizer) if name != "claims" else ():
             print(f"| {' | '.join(row)} |", flush=True)
-    if "claims" in chosen and judge is not None:
+    if "claims" in chosen and dlib_recognizer is not None:
         print()
-        print_claims(portraits, arguments.weights, judge)
+        print_claims(portraits, arguments.weights, dlib_recognizer)
 
 
 if __name__ == "__main__":

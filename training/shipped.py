@@ -1,8 +1,9 @@
-"""Start from the shipped weights: writes the checkpoints that the stages would otherwise have made.
+"""Convert the shipped weights to checkpoints, to continue their training.
 
-``python -m training.shipped --work DIR --portraits ...`` fills an empty work folder, so that one stage
-can be trained further with its ordinary command. The files hold half precision and no optimizer, so
-a stage starts its clock and its learning rate anew. The detector has no checkpoint: export keeps its file.
+``python -m training.shipped --work DIR --portraits ...`` writes the checkpoints of all stages to an empty
+work folder, so that one stage can be continued with its usual command. The files have half precision and no
+optimizer state, so the time budget and the learning rate of the stage start from the beginning. The detector
+has no checkpoint: export keeps its file.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ from training.export import ADAPTER, LORA, TARGET
 
 
 def keep(path: Path, module: nn.Module) -> None:
-    """Write a module as a checkpoint at step 0; a checkpoint that is there stays."""
+    """Write a module as a checkpoint at step 0, unless the checkpoint exists."""
     if path.exists():
-        print(f"{path.name}: is there already, kept")
+        print(f"{path.name} exists and is kept")
         return
     state = {"model": module.state_dict(), "ema": Ema(module).state_dict(), "step": 0, "seconds": 0.0}
     torch.save(state, path)
@@ -36,12 +37,12 @@ def keep(path: Path, module: nn.Module) -> None:
 
 
 def floats(path: Path) -> dict[str, Tensor]:
-    """A safetensors file in float32."""
+    """Return the tensors of a safetensors file in float32."""
     return {name: value.float() for name, value in load_file(path).items()}
 
 
 def module_name(output: str) -> str:
-    """``/stages.0/stages.0.1/body/body.2/Conv_output_0`` -> ``stages.0.1.body.2``."""
+    """Return ``stages.0.1.body.2`` for ``/stages.0/stages.0.1/body/body.2/Conv_output_0``."""
     name = previous = ""
     for scope in output.strip("/").split("/")[:-1]:
         name += scope[len(previous) :] if previous and scope.startswith(previous + ".") else f".{scope}"
@@ -50,10 +51,10 @@ def module_name(output: str) -> str:
 
 
 def read_recognizer(path: Path) -> recognizer.Recognizer:
-    """The network behind an exported recognizer, to use frozen.
+    """Return the network of an exported recognizer, for use with frozen weights.
 
-    Export melted each batch normalisation into its convolution and split the last layer in two; here
-    the normalisations become plain biases, and the last layer is whole again.
+    Export fused each batch normalization into its convolution and factorized the last layer; here the
+    normalizations contain only the biases, and the last layer is multiplied out again.
     """
     graph = onnx.load(str(path)).graph
     tensors = {
@@ -89,7 +90,7 @@ def read_recognizer(path: Path) -> recognizer.Recognizer:
 
 
 def read_lora(path: Path, size: int) -> low_rank.Additions:
-    """The distillation LoRA of its file."""
+    """Return the distillation LoRA of a file."""
     tensors = floats(path)
     additions = low_rank.Additions(low_rank.inject(unet.build(size), LORA_TARGETS, lora.RANK))
     for name, down, up in zip(additions.names, additions.downs, additions.ups, strict=True):
@@ -100,11 +101,11 @@ def read_lora(path: Path, size: int) -> low_rank.Additions:
 
 
 def read_adapter(path: Path, size: int) -> adapter.Adapter:
-    """The identity adapter of its file."""
+    """Return the identity adapter of a file."""
     published = torch.load(path, map_location="cpu", weights_only=True)
     identity = adapter.Adapter(unet.build(size))
-    for part, places in identity.places().items():
-        for key, parameters in places.items():
+    for part, table in identity.parameters_by_key().items():
+        for key, parameters in table.items():
             rows = [len(parameter) for parameter in parameters]
             for parameter, value in zip(parameters, published[part][key].float().split(rows), strict=True):
                 parameter.data.copy_(value)
@@ -112,7 +113,7 @@ def read_adapter(path: Path, size: int) -> adapter.Adapter:
 
 
 def main() -> None:
-    """Write every checkpoint that is not there yet."""
+    """Write all missing checkpoints."""
     settings = options("shipped", 0)
     work, size = settings.work, settings.size
     words = CLIPTokenizer.from_pretrained(TARGET / "pipe" / "tokenizer")
@@ -127,12 +128,12 @@ def main() -> None:
         tower.load_state_dict(floats(TARGET / file), strict=True)
     keep(work / "clip.pt", towers)
     keep(work / "recognizer.pt", read_recognizer(TARGET / "face" / "rec_pocket.onnx"))
-    pictures = vae.build(size)
-    pictures.load_state_dict(
+    autoencoder = vae.build(size)
+    autoencoder.load_state_dict(
         floats(TARGET / "pipe/vae/diffusion_pytorch_model.fp16.safetensors"), strict=True
     )
-    keep(work / "vae.pt", pictures)
-    # The shipped latents are white already.
+    keep(work / "vae.pt", autoencoder)
+    # The shipped latents are already whitened.
     torch.save({"mean": torch.zeros(4), "std": torch.ones(4)}, work / "latent_statistics.pt")
     base = unet.build(size)
     base.load_state_dict(floats(TARGET / "pipe/unet/diffusion_pytorch_model.fp16.safetensors"), strict=True)

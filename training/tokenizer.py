@@ -1,4 +1,4 @@
-"""A small byte-pair tokenizer in CLIP's format, learned from the captions."""
+"""Build a small byte-pair tokenizer in CLIP's format from the captions."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ GENERAL = (
     "photo photograph realistic illustration poster statue style detailed beautiful happy sad angry "
     "surprised calm his her their"
 )
-"""Words users may type that no caption has: one token each reads better than letters."""
+"""Words of user prompts that are not in the captions, added as single tokens."""
 
 
 def byte_letters() -> list[str]:
-    """One visible letter for each byte, in the order CLIP's vocabulary lists them."""
+    """Return one printable character per byte, in the order of CLIP's vocabulary."""
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [byte for byte in range(256) if byte not in visible]
     return [chr(byte) for byte in visible] + [chr(256 + place) for place, _ in enumerate(hidden)]
 
 
 def learn_merges(words: Counter[str], count: int) -> list[tuple[str, str]]:
-    """The most frequent pairs, one after the other; ties go to the pair first in the alphabet."""
+    """Return merges in order of frequency; ties are resolved alphabetically."""
     spelled = {word: [*word[:-1], word[-1] + "</w>"] for word in words}
     merges: list[tuple[str, str]] = []
     while len(merges) < count:
@@ -56,7 +56,7 @@ def learn_merges(words: Counter[str], count: int) -> list[tuple[str, str]]:
 
 
 def build(all_facts: list[Facts], seed: int) -> CLIPTokenizer:
-    """A tokenizer for these portraits' captions; the special tokens have the highest ids, as in CLIP."""
+    """Return a tokenizer for the captions of portraits; special tokens have the highest ids, as in CLIP."""
     generator = random.Random(seed)
     styles = ["photo", *STYLES]
     words: Counter[str] = Counter()
@@ -68,7 +68,7 @@ def build(all_facts: list[Facts], seed: int) -> CLIPTokenizer:
     letters = byte_letters()
     merges = learn_merges(words, MERGES)
     tokens = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges)]
-    # Two ways to the same token would leave a hole in the ids.
+    # Duplicate tokens would leave a gap in the ids.
     tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
     vocabulary = {token: number for number, token in enumerate(tokens)}
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=77)

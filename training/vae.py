@@ -1,9 +1,8 @@
-"""The autoencoder: SDXL's shape (f8, 4 channels), small.
+"""Train a small autoencoder with SDXL's layout (factor 8, 4 channels).
 
-Encoder and decoder train together, on pixels, on their differences and, once there is a trained
-recognizer, on its features of the aligned face: what makes a face *this* face is a few pixels wide.
-Afterwards the encoder stays as it is, so that latents can be cached and the UNet can start, while
-``training.decoder`` goes on sharpening the other half.
+Encoder and decoder are trained together on pixels, pixel differences and, if the recognizer is trained, its
+features of the aligned face, because the details that identify a face are only a few pixels wide. Afterwards
+the encoder is frozen, so that latents can be cached, and ``training.decoder`` can continue with the decoder.
 """
 
 from __future__ import annotations
@@ -15,18 +14,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from training import data, recognizer
-from training.common import Ema, Options, Run, autocast, descend, device, options, pictures_to_tensor
+from training.common import Ema, Options, Run, autocast, descend, device, images_to_tensor, options
 
 BATCH = 8
 KL_WEIGHT = 5e-4
 FEATURE_WEIGHT = 0.2
 PERSON_WEIGHT = 0.2
 LATENT_NOISE = 0.05
-"""Standard deviation added to latents before decoding: the UNet's output is never exact either."""
+"""Standard deviation of the noise added to latents before decoding, because the UNet is not exact."""
 
 
 def build(size: int) -> AutoencoderKL:
-    """A fresh autoencoder; latents are [n, 4, size / 8, size / 8]."""
+    """Return an untrained autoencoder; latents are [n, 4, size / 8, size / 8]."""
     return AutoencoderKL(
         block_out_channels=(16, 32, 96, 128),
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -41,20 +40,20 @@ def build(size: int) -> AutoencoderKL:
 
 
 def face_weights(portraits: data.Portraits) -> Tensor:
-    """Weights [n, 1, size, size], mean about 1: an ellipse around the key points counts three times."""
+    """Return weights [n, 1, size, size], mean about 1, three times higher in an ellipse around the face."""
     size = portraits.size
     points = portraits.key_points * (size / 256)
-    centre = points.mean(1)
+    center = points.mean(1)
     eyes = np.linalg.norm(points[:, 1] - points[:, 0], axis=1)
     y, x = np.mgrid[0:size, 0:size]
-    across = (x[None] - centre[:, 0, None, None]) / (1.25 * eyes[:, None, None])
-    along = (y[None] - centre[:, 1, None, None]) / (1.6 * eyes[:, None, None])
+    across = (x[None] - center[:, 0, None, None]) / (1.25 * eyes[:, None, None])
+    along = (y[None] - center[:, 1, None, None]) / (1.6 * eyes[:, None, None])
     weights = np.where(across**2 + along**2 < 1, 3.0, 1.0).astype(np.float32)
     return torch.from_numpy(weights[:, None] / 1.4)
 
 
 def pyramid_loss(output: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    """L1 of pixels and of their differences to the neighbours, at three resolutions."""
+    """Return the L1 loss of pixels and of differences between neighbors, at three resolutions."""
     loss = (weight * (output - target).abs()).mean()
     error = output - target
     for _ in range(3):
@@ -68,28 +67,28 @@ def pyramid_loss(output: Tensor, target: Tensor, weight: Tensor) -> Tensor:
 def draw(
     portraits: data.Portraits, generator: np.random.Generator, count: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Pictures [n, 3, s, s] in [-1, 1], their portraits [n], mirrored or not [n]; two thirds are photos."""
+    """Return images [n, 3, s, s] in [-1, 1], portrait indices [n] and flips [n]; two thirds are photos."""
     index = generator.choice(portraits.train, count)
     style = np.where(generator.random(count) < 0.65, 0, generator.integers(1, len(data.STYLE_NAMES), count))
     flip = generator.random(count) < 0.5
-    pictures = np.stack([portraits.pictures[i, s] for i, s in zip(index, style, strict=True)])
-    pictures[flip] = pictures[flip][:, :, ::-1]
-    return pictures_to_tensor(pictures), torch.from_numpy(index), torch.from_numpy(flip)
+    images = np.stack([portraits.images[i, s] for i, s in zip(index, style, strict=True)])
+    images[flip] = images[flip][:, :, ::-1]
+    return images_to_tensor(images), torch.from_numpy(index), torch.from_numpy(flip)
 
 
 def loosened(matrices: Tensor) -> Tensor:
-    """Crops' matrices [n, 2, 3] of ``affine_grid``, turned, scaled, moved and mirrored at random."""
+    """Rotate, scale, shift and mirror the matrices [n, 2, 3] of ``affine_grid`` at random."""
     count = len(matrices)
     angle, scale = 0.05 * torch.randn(count), 1 + 0.05 * torch.randn(count)
     side = 1 - 2 * (torch.rand(count) < 0.5).float()
     cos, sin, shift = angle.cos() * scale, angle.sin() * scale, 0.03 * torch.randn(2, count)
-    own = torch.stack([cos * side, -sin, shift[0], sin * side, cos, shift[1]], 1).reshape(count, 2, 3)
+    change = torch.stack([cos * side, -sin, shift[0], sin * side, cos, shift[1]], 1).reshape(count, 2, 3)
     last = torch.tensor([[[0.0, 0.0, 1.0]]]).expand(count, 1, 3)
-    return (torch.cat([matrices, last], 1) @ torch.cat([own, last], 1))[:, :2]
+    return (torch.cat([matrices, last], 1) @ torch.cat([change, last], 1))[:, :2]
 
 
 class FaceLoss:
-    """How different the recognizer finds two pictures' faces: features at three scales, and the embedding."""
+    """Difference of the faces of two images in the recognizer: features at three scales, and embedding."""
 
     def __init__(self, settings: Options, portraits: data.Portraits) -> None:
         self.network = recognizer.trained(settings.work)
@@ -98,7 +97,7 @@ class FaceLoss:
         for points in portraits.key_points * (size / 256):
             for view in (points, data.mirrored_points(points, size)):
                 forward = np.vstack([data.alignment(view, side), (0, 0, 1)])
-                # Pixel numbers to grid_sample's [-1, 1] (edges, not centres) and back.
+                # From pixel indices to [-1, 1] in grid_sample (edges, not centers) and back.
                 to_unit = np.array([[2 / size, 0, 1 / size - 1], [0, 2 / size, 1 / size - 1], [0, 0, 1]])
                 from_unit = np.array(
                     [[side / 2, 0, side / 2 - 0.5], [0, side / 2, side / 2 - 0.5], [0, 0, 1]]
@@ -106,31 +105,31 @@ class FaceLoss:
                 matrices.append((to_unit @ np.linalg.inv(forward) @ from_unit)[:2])
         self.matrices = torch.from_numpy(np.stack(matrices).astype(np.float32)).reshape(-1, 2, 2, 3)
 
-    def crops(self, pictures: Tensor, index: Tensor, flip: Tensor, loose: bool = False) -> Tensor:
-        """Pictures [n, 3, s, s] of these portraits -> aligned crops [n, 3, 112, 112]; ``loose`` turns,
-        scales, moves and mirrors them a little at random."""
+    def crops(self, images: Tensor, index: Tensor, flip: Tensor, loose: bool = False) -> Tensor:
+        """Return aligned crops [n, 3, 112, 112] of images [n, 3, s, s] of portraits; ``loose`` rotates,
+        scales, shifts and mirrors them slightly at random."""
         matrix = self.matrices[index, flip.long()]
         if loose:
             matrix = loosened(matrix)
-        matrix = matrix.to(pictures.device)
-        grid = F.affine_grid(matrix, [len(pictures), 3, 112, 112], align_corners=False)
-        return F.grid_sample(pictures, grid, align_corners=False)
+        matrix = matrix.to(images.device)
+        grid = F.affine_grid(matrix, [len(images), 3, 112, 112], align_corners=False)
+        return F.grid_sample(images, grid, align_corners=False)
 
     def __call__(self, output: Tensor, target: Tensor, index: Tensor, flip: Tensor) -> tuple[Tensor, Tensor]:
-        """Relative feature distance, and one minus the cosine of the embeddings; scalars."""
+        """Return the relative feature distance, and one minus the cosine of the embeddings; scalars."""
         with torch.no_grad(), autocast():
-            wanted = self.network.features(self.crops(target, index, flip))
-            person = self.network.embed(wanted[-1]).float()
+            expected = self.network.features(self.crops(target, index, flip))
+            person = self.network.embed(expected[-1]).float()
         with autocast():
-            given = self.network.features(self.crops(output, index, flip))
-            found = self.network.embed(given[-1]).float()
-        pairs = zip(given, wanted, strict=True)
+            actual = self.network.features(self.crops(output, index, flip))
+            embedding = self.network.embed(actual[-1]).float()
+        pairs = zip(actual, expected, strict=True)
         features = [(a.float() - b.float()).abs().mean() / b.float().abs().mean() for a, b in pairs]
-        return torch.stack(features).mean(), 1 - (found * person).sum(1).mean()
+        return torch.stack(features).mean(), 1 - (embedding * person).sum(1).mean()
 
 
-def train_whole(settings: Options) -> None:
-    """First stage: encoder and decoder together."""
+def train_autoencoder(settings: Options) -> None:
+    """Train encoder and decoder together."""
     portraits = data.load(settings)
     weights = face_weights(portraits)
     model = build(settings.size).to(device())
@@ -169,8 +168,8 @@ def train_whole(settings: Options) -> None:
 
 
 def main() -> None:
-    """Train within the budget."""
-    train_whole(options("vae", 45))
+    """Train within the time budget."""
+    train_autoencoder(options("vae", 45))
 
 
 if __name__ == "__main__":

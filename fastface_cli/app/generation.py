@@ -60,7 +60,7 @@ class Generation:
         requests = [self._request(cell, 0) for cell in self.plan.cells]
         images = self.pipeline.generate(requests, batch_size=self.request.batch_size, on_step=self._on_step)
         for image, cell in zip(images, self.plan.cells, strict=True):
-            writer.do(partial(self._finish, image, cell.path(0)))
+            writer.do(partial(self._finish, image, self._path(cell, 0)))
             self._keep(image, self._label(image))
 
     def _generate_best(self, scorer: Scorer) -> None:
@@ -75,12 +75,15 @@ class Generation:
                 on_step=self._on_step,
             )
             kept = candidates.kept
-            self._finish(candidates.images[kept], cell.path(kept), candidates)
+            self._finish(candidates.images[kept], self._path(cell, kept), candidates)
             if self._saves_latents:
                 self.with_latents.append(candidates.images[kept])
             if self.plan.grid is not None:
                 labels = _candidate_labels(candidates)
                 self.sheet += zip((each.image for each in candidates.images), labels, strict=True)
+
+    def _path(self, cell: ImageCell, candidate: int) -> Path | None:
+        return None if self.plan.names is None else self.plan.names.path(cell.index, candidate)
 
     def _request(self, cell: ImageCell, candidate: int) -> Request:
         negative, scale = self.plan.negative_prompt, cell.adapter_scale

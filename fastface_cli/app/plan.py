@@ -5,17 +5,21 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cachetools import LRUCache
+
 from ..errors import UsageError
 from ..files import check_target
+from ..models.acceleration import LOSSY
 from ..output.images import plan_paths
 from ..output.metadata import Provenance
 from ..output.replay import read as read_provenance
 from ..recipe.files import Flag, load_recipe, load_recipe_data
+from ..store.manifest import load_manifest
 from .licensing import artifacts_of, check_commercial
 from .request import GenerateRequest, OutputPlan
 
@@ -23,6 +27,45 @@ if TYPE_CHECKING:
     from ..recipe.schema import Recipe
 
 log = logging.getLogger(__name__)
+
+
+class OutputNames:
+    """The paths of all images of a run.
+
+    Names may contain the seed, so that they depend on which candidate is kept. Only the names of first
+    candidates are planned and checked before the run; planning all of them would take minutes.
+    """
+
+    def __init__(
+        self, output: OutputPlan, recipe: Recipe, contents: Sequence[tuple[str, int, float]]
+    ) -> None:
+        self._output = output
+        self._recipe = recipe
+        self._contents = contents
+        self._planned = LRUCache[int, list[Path]](16)
+        self.first = self._plan(0, force=output.force)
+
+    def path(self, index: int, candidate: int) -> Path:
+        """The path of an image (counted from 0) if this candidate is kept."""
+        if candidate == 0:
+            return self.first[index]
+        if candidate not in self._planned:
+            # A name that is taken by then gets a number when the image is written.
+            self._planned[candidate] = self._plan(candidate, force=True)
+        return self._planned[candidate][index]
+
+    def _plan(self, candidate: int, *, force: bool) -> list[Path]:
+        fields: list[Mapping[str, str | int | float]] = [
+            {
+                "recipe": self._recipe.name,
+                "prompt": prompt,
+                "scale": scale,
+                "index": index,
+                "seed": seed + candidate,
+            }
+            for index, (prompt, seed, scale) in enumerate(self._contents, start=1)
+        ]
+        return plan_paths(self._output.path, count=len(fields), fields=fields, force=force)
 
 
 @dataclass(frozen=True)
@@ -33,12 +76,8 @@ class ImageCell:
     seed: int
     """Seed of the first candidate."""
     adapter_scale: float
-    paths: tuple[Path, ...] = ()
-    """Path of the image, per candidate, because names may contain the seed; empty without an output."""
-
-    def path(self, candidate: int) -> Path | None:
-        """The path of the image if this candidate is kept; None without an output."""
-        return self.paths[candidate] if self.paths else None
+    index: int
+    """Position in the run, counted from 0."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +89,8 @@ class RunPlan:
     """None: zero embeddings, which is not the encoding of an empty text."""
     seeds: tuple[int, ...]
     cells: tuple[ImageCell, ...]
+    names: OutputNames | None
+    """None if the request has no output."""
     grid: Path | None
     expected_identity: str | None
     """Digest of the identity that the replayed image was made with."""
@@ -81,14 +122,17 @@ def plan_run(request: GenerateRequest, default: str | Recipe, lossy: Mapping[str
         raise UsageError("there is no prompt", 'describe the image: --prompt "a portrait in a garden"')
     seeds = _seeds(request, defaults.seed)
     negative = defaults.negative_prompt if request.negative_prompt is None else request.negative_prompt
-    cells = _cells(request, recipe, prompts, seeds, request.adapter_scales or (defaults.adapter.scale,))
-    grid = None
+    scales = request.adapter_scales or (defaults.adapter.scale,)
+    contents = [(prompt, seed, scale) for prompt in prompts for seed in seeds for scale in scales]
+    cells = tuple(ImageCell(*content, index) for index, content in enumerate(contents))
+    names = grid = None
     if request.output is not None:
-        first = cells[0].paths[0]
+        names = OutputNames(request.output, recipe, contents)
+        first = names.first[0]
         grid = first.with_name(f"{first.stem}-grid.png") if request.output.grid else None
-        _check_targets(request.output, cells, grid)
+        _check_targets(request.output, names.first, grid)
     expected = provenance.identity_digest if provenance else None
-    return RunPlan(recipe, negative, seeds, cells, grid, expected)
+    return RunPlan(recipe, negative, seeds, cells, names, grid, expected)
 
 
 def _load(request: GenerateRequest, base: str | Recipe) -> Recipe:
@@ -119,38 +163,8 @@ def _seeds(request: GenerateRequest, default: int | None) -> tuple[int, ...]:
     return tuple(first + index * request.best_of for index in range(request.count))
 
 
-def _cells(
-    request: GenerateRequest,
-    recipe: Recipe,
-    prompts: tuple[str, ...],
-    seeds: tuple[int, ...],
-    scales: tuple[float, ...],
-) -> tuple[ImageCell, ...]:
-    contents = [(prompt, seed, scale) for prompt in prompts for seed in seeds for scale in scales]
-    output = request.output
-    if output is None:
-        return tuple(ImageCell(*content) for content in contents)
-
-    def fields(candidate: int) -> Iterator[Mapping[str, str | int | float]]:
-        for index, (prompt, seed, scale) in enumerate(contents, start=1):
-            named: dict[str, str | int | float] = {
-                "recipe": recipe.name,
-                "prompt": prompt,
-                "scale": scale,
-                "index": index,
-            }
-            yield {**named, "seed": seed + candidate}
-
-    by_candidate = [
-        plan_paths(output.path, count=len(contents), fields=list(fields(candidate)), force=output.force)
-        for candidate in range(request.best_of)
-    ]
-    paths = zip(*by_candidate, strict=True)
-    return tuple(ImageCell(*content, each) for content, each in zip(contents, paths, strict=True))
-
-
-def _check_targets(output: OutputPlan, cells: tuple[ImageCell, ...], grid: Path | None) -> None:
-    taken = {os.path.abspath(path) for cell in cells for path in cell.paths}
+def _check_targets(output: OutputPlan, paths: Sequence[Path], grid: Path | None) -> None:
+    taken = {os.path.abspath(path) for path in paths}
     extras = {
         "--save-identity": output.save_identity,
         "--save-latents": output.save_latents,
@@ -169,15 +183,39 @@ def _replayed_recipe(request: GenerateRequest, provenance: Provenance, lossy: Ma
     overridden = [override.partition("=")[0].strip() for override in request.overrides]
     provenance.require_local_parts(overridden + (["model"] if request.stack else []))
     recipe = _changed(request, provenance.recipe)
+    _check_repositories(request, recipe, overridden)
     for part in provenance.changed_local_parts(recipe):
         log.warning("warning: %s is not the file '%s' that the image was made with", part.field, part.name)
-    missing = {name: value for name, value in (provenance.lossy or {}).items() if lossy.get(name) != value}
+    # Known names only: the metadata of an image is not trusted, and this is printed.
+    recorded = {name: value for name, value in (provenance.lossy or {}).items() if name in LOSSY}
+    missing = {name: value for name, value in recorded.items() if lossy.get(name) != value}
     if missing:
         items = [f"--accelerate {name}={'on' if value is True else value}" for name, value in missing.items()]
         log.warning(
             "warning: the image was made with %s; without it this one differs slightly", " ".join(items)
         )
     return recipe
+
+
+def _check_repositories(request: GenerateRequest, recipe: Recipe, overridden: Sequence[str]) -> None:
+    """Refuse Hub repositories that only the image names: its author chose what would be downloaded.
+
+    Raises:
+        UsageError: there is one, and neither `allow_hub` nor an override names it.
+    """
+    if request.allow_hub or request.stack is not None:
+        return
+    pinned = {(artifact.repo, artifact.commit) for artifact in load_manifest().values()}
+    for role, artifact in artifacts_of(recipe).items():
+        is_chosen = any(
+            field.startswith(("model." + role.partition(".")[0], "model=")) for field in overridden
+        )
+        if artifact.repo is None or (artifact.repo, artifact.commit) in pinned or is_chosen:
+            continue
+        raise UsageError(
+            f"{request.replay} was made with {artifact.name}, which fastface does not know",
+            "pass --allow-hub to download it if you trust the author of the image, or --set another model",
+        )
 
 
 def _changed(request: GenerateRequest, recipe: Recipe) -> Recipe:

@@ -66,6 +66,8 @@ class GenerateRequest(_Frozen):
     """Folder of local weights that replaces the recipe's models."""
     replay: Path | None = None
     """A PNG made by fastface; its recipe, prompt and seed are the defaults of this run."""
+    allow_hub: bool = False
+    """Download Hub repositories that the replayed image names and the manifest does not contain."""
     photos: tuple[Path, ...] = ()
     """Photos of one person."""
     identity: Path | None = None

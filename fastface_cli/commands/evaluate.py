@@ -386,10 +386,10 @@ def _recipes(
             raise UsageError(
                 f"two recipes are called '{recipe.name}'", "copy one of them to a file with another name"
             )
-        if re.search(r'[/\\:*?"<>|+]', recipe.name):
+        if not re.fullmatch(r'(?!\.)[^/\\:*?"<>|+\x00-\x1f\x7f]{1,80}', recipe.name):
             raise UsageError(
-                f"'{recipe.name}' is not a valid folder name",
-                "rename the recipe: use letters and dashes",
+                f"recipe name {recipe.name[:80]!r} is not a valid folder name",
+                "rename the recipe: up to 80 letters, digits, dashes and underscores",
             )
         recipes[recipe.name] = recipe
     return recipes

@@ -84,6 +84,10 @@ def generate(
         Path | None,
         typer.Option("--from", help="Replay a PNG made by fastface: its recipe, prompt and seed."),
     ] = None,
+    allow_hub: Annotated[
+        bool,
+        typer.Option("--allow-hub", help="With --from: download Hub repositories that only the image names."),
+    ] = False,
     jobs: Annotated[
         str | None, typer.Option(help="File of JSON lines, one image each; - reads stdin.")
     ] = None,
@@ -156,6 +160,7 @@ def generate(
         overrides=tuple(set_ or ()),
         stack=stack,
         replay=from_,
+        allow_hub=allow_hub,
         photos=tuple(face or ()),
         identity=identity,
         face_index=face_index,

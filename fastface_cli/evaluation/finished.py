@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from ..errors import UsageError
 from .rows import Row
 from .runs import read_info, read_lines
@@ -20,7 +22,10 @@ def read_rows(run: Path) -> list[Row]:
     path = run / "images.jsonl"
     if not path.is_file():
         raise _unfinished(run, path)
-    return [Row.from_json(record) for record in read_lines(path)]
+    try:
+        return [Row.from_json(record) for _, record in read_lines(path)]
+    except ValidationError as error:
+        raise UsageError(f"{path} is damaged", f"fastface eval report {run}") from error
 
 
 def read_summary(run: Path) -> dict[str, Any]:

@@ -41,8 +41,8 @@ def merge(shards: Sequence[Path], folder: Path) -> None:
                 if (shard / name).is_dir():
                     shutil.copytree(shard / name, folder / name, dirs_exist_ok=True)
             run.take(
-                (row for row in read_lines(shard / "generated.jsonl") if row.get("key") not in known),
-                (line for line in read_lines(shard / "scores.jsonl") if line.get("key") not in known),
+                (row for _, row in read_lines(shard / "generated.jsonl") if row.get("key") not in known),
+                (line for _, line in read_lines(shard / "scores.jsonl") if line.get("key") not in known),
             )
             known = run.rows().keys()
 

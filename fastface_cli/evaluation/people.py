@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import FastFaceError, NoFaceError, UsageError
 from ..files import write_atomically
+from ..identity.identity import Identity, make_identity
+from ..identity.photos import read_photo
+from ..identity.search import bgr, find_faces
 from ..output.images import encode_png
 from .dataset import Subject
 from .stress import degrade
@@ -17,31 +19,23 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from ..identity.analyzer import FaceAnalyzer
-    from ..identity.identity import Identity
 
-SHOWN = (".png", ".jpg", ".jpeg", ".webp")
-"""Formats that browsers display; photos in other formats are copied as PNG."""
 REFERENCES = "references"
 
 
 def reference_path(subject: Subject) -> str:
     """Return the path of the reference photo, relative to the run."""
-    return _kept(subject.name, subject.photos[0])
+    return f"{REFERENCES}/{subject.name}.png"
 
 
 def held_out_path(subject: Subject) -> str | None:
     """Return the path of the held-out photo, relative to the run."""
-    return None if subject.held_out is None else _kept(f"{subject.name}+held-out", subject.held_out)
+    return None if subject.held_out is None else f"{REFERENCES}/{subject.name}+held-out.png"
 
 
 def degraded_path(subject: Subject, stress: str) -> str:
     """Return the path of the degraded photo, relative to the run."""
     return f"{REFERENCES}/{subject.name}+{stress}.png"
-
-
-def _kept(stem: str, photo: Path) -> str:
-    suffix = photo.suffix.lower()
-    return f"{REFERENCES}/{stem}{suffix if suffix in SHOWN else '.png'}"
 
 
 class People:
@@ -91,51 +85,48 @@ class People:
         return identity
 
     def keep_photos(self, subject: Subject) -> None:
-        """Copy the reference and held-out photo of a person into the run; skip unreadable photos."""
+        """Copy the pixels of the reference and the held-out photo into the run; skip unreadable photos.
+
+        The copies have no metadata, such as the place or the camera, because reports are shared.
+
+        Raises:
+            FastFaceError: a copy cannot be written.
+        """
         pairs = [(reference_path(subject), subject.photos[0])]
         held_out = held_out_path(subject)
         if held_out is not None and subject.held_out is not None:
             pairs.append((held_out, subject.held_out))
-        for kept, photo in pairs:
-            target = self._run / kept
-            if target.is_file():
+        for copy, photo in pairs:
+            target = self._run / copy
+            if _is_readable(target):
                 continue
             try:
-                self._keep(photo, target)
-            except (UsageError, OSError) as error:
-                self._log(f"{subject.name}: {getattr(error, 'message', error)}")
-
-    def _keep(self, photo: Path, target: Path) -> None:
-        from ..identity.photos import read_photo
-
-        image = read_photo(photo)
-        if photo.suffix.lower() == target.suffix:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            temporary = target.with_name(f".{target.name}.tmp")
-            shutil.copyfile(photo, temporary)
-            temporary.replace(target)
-        else:
-            write_atomically(target, encode_png(image), force=True)
+                image = read_photo(photo)
+            except UsageError as error:
+                self._log(f"{subject.name}: {error.message}")
+                continue
+            write_atomically(target, encode_png(image), force=True, private=True)
 
     def _stored(self, subject: Subject, stress: str | None, face: str) -> Identity:
-        from ..identity.identity import Identity, make_identity
-
         name = subject.name if stress is None else f"{subject.name}+{stress}"
         file = self._run / "identities" / _folder(face) / f"{name}.safetensors"
         if file.is_file():
-            return Identity.load(file)
+            try:
+                return Identity.load(file)
+            except UsageError as error:  # damaged by a power failure, for example
+                self._log(f"{subject.name}: {error.message}; the identity is computed again")
         analyzer = self._analyzer(face)
         photos: list[Path] | list[Image.Image] = list(subject.photos)
         if stress is not None:
             photos = self._degraded(subject, stress, analyzer)
         identity = make_identity(photos, analyzer, log=lambda text: self._log(f"{subject.name}: {text}"))
-        identity.save(file, force=True)
+        try:
+            identity.save(file, force=True)
+        except UsageError as error:  # of the run's folder, not of a photo
+            raise FastFaceError(error.message, error.hint) from error
         return identity
 
     def _degraded(self, subject: Subject, stress: str, analyzer: FaceAnalyzer) -> list[Image.Image]:
-        from ..identity.photos import read_photo
-        from ..identity.search import bgr, find_faces
-
         degraded = []
         for index, photo in enumerate(subject.photos):
             image = read_photo(photo)
@@ -143,7 +134,8 @@ class People:
             if not faces:
                 raise NoFaceError(f"no face found in {photo} before it was degraded", "use another photo")
             degraded.append(degrade(image, stress, f"{subject.name}/{index}", faces[0].box))
-        write_atomically(self._run / degraded_path(subject, stress), encode_png(degraded[0]), force=True)
+        target = self._run / degraded_path(subject, stress)
+        write_atomically(target, encode_png(degraded[0]), force=True, private=True)
         return degraded
 
     def _analyzer(self, face: str) -> FaceAnalyzer:
@@ -155,3 +147,13 @@ class People:
 def _folder(face: str) -> str:
     """Return a folder name for a face reference."""
     return "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in face)[-80:]
+
+
+def _is_readable(photo: Path) -> bool:
+    if not photo.is_file():
+        return False
+    try:
+        read_photo(photo)
+    except UsageError:
+        return False
+    return True

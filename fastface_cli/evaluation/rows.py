@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from pydantic import TypeAdapter
+
 
 @dataclass(frozen=True)
 class Row:
@@ -37,6 +39,10 @@ class Row:
     """A photo of the same person that is used for scores only."""
     file: str | None = None
     """The image; None if generation failed."""
+    sha256: str | None = None
+    """Hash (hex) of the image file; None in rows of earlier versions."""
+    size: int | None = None
+    """Bytes of the image file; None in rows of earlier versions."""
     error: dict[str, Any] | None = None
     """Why generation failed: {"kind", "code", "message", "hint"}."""
     seconds: float | None = None
@@ -57,10 +63,13 @@ class Row:
         """Create a row from JSON data; unknown fields of later versions are ignored.
 
         Raises:
-            TypeError: a field without a default is missing.
+            ValidationError: a field is missing or has the wrong type.
         """
         names = {entry.name for entry in dataclasses.fields(cls)}
-        return cls(**{name: value for name, value in data.items() if name in names})
+        return _ROW.validate_python({name: value for name, value in data.items() if name in names})
+
+
+_ROW = TypeAdapter(Row)
 
 
 def finite(value: float | None) -> float | None:

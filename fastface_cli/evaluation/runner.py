@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import DeviceError, ModelUnavailableError
+from ..errors import FastFaceError, NoFaceError, UsageError
 from ..files import write_atomically
 from .dataset import Dataset
 from .engines import Pool, make_all
@@ -18,12 +19,24 @@ from .maker import ImageTask, error_record
 from .people import People, degraded_path, held_out_path, reference_path
 from .processes import Answerer
 from .rows import Row, image_seed, row_key
-from .runs import Run, read_info, read_lines
-from .scoring import CHUNK, Chunks, Load, RunScorer, ScoringProcess, judging, load_vectors
+from .runs import Run, read_info, score_lines
+from .scoring import (
+    CHUNK,
+    READ,
+    Chunks,
+    Load,
+    RunScorer,
+    ScoringProcess,
+    judging,
+    load_vectors,
+    remove_damaged_vectors,
+)
 
 if TYPE_CHECKING:
     from ..recipe.schema import Recipe
     from .metrics.base import Column, Metric
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -137,9 +150,11 @@ def generate(
         FastFaceError: no image can be generated or scored at all; finished rows are kept.
     """
     observer = observer or RunObserver()
-    done = {key: row for key, row in run.rows().items() if row.file is not None or not retry_failed}
+    rows = run.rows(verify=True)
+    done = {key: row for key, row in rows.items() if row.file is not None or not retry_failed}
     scorer = scoring.start(run, observer.scored)
-    chunks = _Pending(Chunks(run.info), scorer, _scored_already(run, scoring), observer)
+    chunks = _Pending(Chunks(run.info), scorer, _scored_already(run, scoring, rows), observer)
+    del rows
     try:
         for row in done.values():
             chunks.add(row)
@@ -160,6 +175,12 @@ def generate(
         if scorer is not None:
             scorer.stop()
         raise
+    missing = plan.count() - len(run.rows().keys() & {row.key for row in plan.rows()})
+    if missing:
+        raise FastFaceError(
+            f"{missing} of {plan.count()} images are missing from {run.folder}, which changed during the run",
+            "run the same command again to generate them",
+        )
 
 
 class _Pending:
@@ -184,10 +205,9 @@ class _Pending:
             self._put(rows)
 
     def _put(self, rows: list[Row]) -> None:
-        to_score = [row for row in rows if row.file is not None]
         if self._scorer is None:
             return
-        if any(row.key not in self._scored for row in to_score):
+        if any(row.key not in self._scored for row in rows if row.file is not None):
             self._scorer.put(rows)
         else:
             self._observer.scored(len(rows))
@@ -223,17 +243,22 @@ class _Tasks:
             face = str(self._plan.recipes[row.recipe].model.face)
             try:
                 identity = self._people.identity(subject, row.stress, face)
-            except (ModelUnavailableError, DeviceError):
-                raise  # face detection does not work at all
-            except Exception as error:  # an error in a photo only fails its own person
-                self.finished(replace(row, file=None, error=error_record(error)), None)
+            except (NoFaceError, UsageError) as error:
+                self._fail(row, error)
+                continue
+            except (FastFaceError, OSError, MemoryError):
+                raise  # not the fault of a photo: the models, a full disk
+            except Exception as error:  # a photo that breaks the detector only fails its own person
+                self._fail(row, error)
                 continue
             yield ImageTask(row, identity)
 
+    def _fail(self, row: Row, error: Exception) -> None:
+        self.finished(replace(row, file=None, error=error_record(error)), None)
+
     def finished(self, row: Row, image: bytes | None) -> None:
         """Write a row and its image, and pass the row on to scoring."""
-        self._run.add(row, image)
-        self._chunks.add(row)
+        self._chunks.add(self._run.add(row, image))
         self._observer.made(1)
 
 
@@ -250,10 +275,13 @@ def score(run: Run, scoring: Scoring, observer: RunObserver | None = None, *, ag
     scorer = scoring.start(run, observer.scored)
     if scorer is None:
         return
-    known = set() if again else _scored_already(run, scoring)
+    rows = run.rows(verify=True)
+    if damaged := len(run.rows()) - len(rows):
+        log.warning("%d images changed after they were generated; `fastface eval` makes them again", damaged)
+    known = set() if again else _scored_already(run, scoring, rows)
     chunks = _Pending(Chunks(run.info), scorer, known, observer)
     try:
-        for row in run.rows().values():
+        for row in rows.values():
             chunks.add(row)
         chunks.close()
         scorer.finish()
@@ -262,9 +290,23 @@ def score(run: Run, scoring: Scoring, observer: RunObserver | None = None, *, ag
         raise
 
 
-def _scored_already(run: Run, scoring: Scoring) -> set[str]:
+def _scored_already(run: Run, scoring: Scoring, rows: Mapping[str, Row]) -> set[str]:
+    """Return the keys of rows whose present image has all scores."""
     names = {metric.name for metric in scoring.metrics}
-    return {key for key, scored in run.scores().items() if names <= scored.metrics}
+    damaged = remove_damaged_vectors(run.folder)
+    return {
+        key
+        for key, scored in run.scores().items()
+        if key in rows
+        and names <= scored.metrics
+        and scored.image in (None, rows[key].sha256)
+        and READ not in scored.errors
+        and not (damaged and _is_first(key, damaged))
+    }
+
+
+def _is_first(key: str, chunks: set[str]) -> bool:
+    return key.replace("/", "~") in chunks
 
 
 def joined(run: Run, metrics: Sequence[Metric]) -> list[Row]:
@@ -312,5 +354,4 @@ def finish(run: Run, metrics: Sequence[Metric], columns: Mapping[str, Column]) -
 def metrics_of(folder: Path) -> list[str]:
     """Return the names of all metrics of a run: the initial ones, then later ones in order."""
     initial = read_info(folder).get("metrics") or []
-    lines = read_lines(folder / "scores.jsonl")
-    return list(dict.fromkeys([*initial, *(name for line in lines for name in line.get("metrics") or [])]))
+    return list(dict.fromkeys([*initial, *(name for line in score_lines(folder) for name in line.metrics)]))

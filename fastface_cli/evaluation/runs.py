@@ -9,26 +9,34 @@
     identities/      identity files as read by `--identity`
     images/          RECIPE/IDENTITY/PROMPT-SEED.png
 
-Only one process writes: `Run.open` holds a lock. Lines are written in one call and synced to disk at least
-every `SYNC` seconds: a killed process loses only the current image, a power failure only the last seconds.
-Incomplete lines, and rows without an image file, are ignored.
+Only one process writes: `Run.open` holds a lock. Files are synced to disk before their rows are written.
+Lines are written in one call and synced at least every `SYNC` seconds: a killed process loses only the
+current image, a power failure only the last seconds. Incomplete or invalid lines, and rows whose image file
+is missing or has other contents, are ignored.
 """
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
+import logging
 import mmap
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, ValidationError
+
 from ..errors import FastFaceError, UsageError
-from ..files import check_target, write_atomically
+from ..files import check_target, sync_folder, write_atomically
 from .rows import Row, finite
+
+log = logging.getLogger(__name__)
 
 VERSION = 1
 """Version of the run folder format."""
@@ -38,13 +46,22 @@ UNCOMPARED = ("hardware", "metrics", "started")
 """Entries that may differ when a run is resumed, because they change no image."""
 
 
+def open_log(path: Path) -> io.FileIO:
+    """Open a file for unbuffered appending."""
+    return open(path, "ab", buffering=0)
+
+
 class RowLog:
     """An append-only file of JSON lines that survives interruption at any byte."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        _drop_incomplete_line(path)
-        self._file = open(path, "ab", buffering=0)  # noqa: SIM115  closed by `close`
+        try:
+            _drop_incomplete_line(path)
+            self._file = open_log(path)
+            sync_folder(path.parent)
+        except OSError as error:
+            raise _not_writable(path.parent, error) from error
         self._synced = time.monotonic()
 
     def append(self, records: Iterable[Mapping[str, Any]]) -> None:
@@ -55,6 +72,10 @@ class RowLog:
         """
         data = "".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
         try:
+            if os.fstat(self._file.fileno()).st_nlink == 0:
+                raise FastFaceError(
+                    f"{self.path.parent} was deleted or replaced during the run", "run the same command again"
+                )
             rest = memoryview(data.encode("utf-8", "replace"))
             while rest:  # a nearly full disk writes only a part, without an error
                 rest = rest[self._file.write(rest) :]
@@ -145,30 +166,36 @@ class Run:
 
     # ------------------------------------------------------------------------------------------ writing
 
-    def add(self, row: Row, image: bytes | None) -> None:
-        """Write one image: first the encoded file, then its row."""
+    def add(self, row: Row, image: bytes | None) -> Row:
+        """Write one image: first the encoded file, then its row. Returns the row as written."""
         assert self._generated is not None
         if row.file is not None and image is not None:
             write_atomically(self.folder / row.file, image, force=True)
+            row = replace(row, sha256=hashlib.sha256(image).hexdigest(), size=len(image))
         record = row.to_json()
         del record["scores"]
         self._generated.append([record])
+        return row
 
     def add_scores(
         self,
+        rows: Iterable[Row],
         scores: Mapping[str, tuple[Mapping[str, float | None], Mapping[str, Any]]],
         metrics: Sequence[str],
     ) -> None:
         """Append scores and errors.
 
         Args:
+            rows: the scored rows.
             scores: by key: (scores by column, errors by metric).
             metrics: names of the metrics that ran.
         """
         assert self._scores is not None
+        images = {row.key: row.sha256 for row in rows}
         self._scores.append(
             {
                 "key": key,
+                "image": images.get(key),
                 "scores": {name: finite(value) for name, value in values.items()},
                 "errors": errors,
                 "metrics": list(metrics),
@@ -185,34 +212,41 @@ class Run:
 
     # ------------------------------------------------------------------------------------------ reading
 
-    def rows(self) -> dict[str, Row]:
-        """Return all rows so far by key, without scores; the last row of a key is used."""
+    def rows(self, *, verify: bool = False) -> dict[str, Row]:
+        """Return all rows so far by key, without scores; the last row of a key is used.
+
+        Rows whose image is missing or has another size are left out.
+
+        Args:
+            verify: read every image and leave out those whose hash differs, too.
+        """
         rows = {}
-        for record in read_lines(self.folder / "generated.jsonl"):
+        for number, record in read_lines(self.folder / "generated.jsonl"):
             try:
                 row = Row.from_json(record)
-            except TypeError:
-                continue  # not a row: ignored, like an incomplete line
-            if row.file is None or _has_bytes(self.folder / row.file):
-                rows[row.key] = row
-            else:
-                rows.pop(row.key, None)
-        return rows
+            except ValidationError as error:
+                _skipped(self.folder / "generated.jsonl", number, error)
+                continue
+            rows[row.key] = row
+        return {
+            key: row
+            for key, row in rows.items()
+            if row.file is None or _is_intact(self.folder / row.file, row, verify)
+        }
 
     def scores(self) -> dict[str, RowScores]:
         """Return all scores so far by key; later lines update earlier ones."""
         results: dict[str, RowScores] = {}
-        for record in read_lines(self.folder / "scores.jsonl"):
-            key = record.get("key")
-            if not isinstance(key, str):
-                continue
-            scored = results.setdefault(key, RowScores())
-            scored.scores.update(record.get("scores") or {})
-            metrics = record.get("metrics") or []
-            scored.metrics.update(metrics)
+        for line in score_lines(self.folder):
+            scored = results.setdefault(line.key, RowScores())
+            if line.image != scored.image:
+                # The image was generated again: earlier scores are those of another file.
+                scored = results[line.key] = RowScores(image=line.image)
+            scored.scores.update(line.scores)
+            scored.metrics.update(line.metrics)
             # A metric that ran again replaces its earlier error.
-            scored.errors = {name: error for name, error in scored.errors.items() if name not in metrics}
-            scored.errors.update(record.get("errors") or {})
+            scored.errors = {name: error for name, error in scored.errors.items() if name not in line.metrics}
+            scored.errors.update(line.errors)
         return results
 
     def score_errors(self) -> dict[str, dict[str, Any]]:
@@ -220,9 +254,25 @@ class Run:
         return {key: scored.errors for key, scored in self.scores().items() if scored.errors}
 
 
+class ScoreLine(BaseModel):
+    """One line of `scores.jsonl`."""
+
+    model_config = ConfigDict(strict=True)
+
+    key: str
+    image: str | None = None
+    """Hash of the image that was scored; None in lines of earlier versions."""
+    scores: dict[str, float | None] = {}
+    errors: dict[str, Any] = {}
+    metrics: list[str] = []
+
+
 @dataclass
 class RowScores:
     """All scores and errors of one image."""
+
+    image: str | None = None
+    """Hash of the image that was scored; None if unknown."""
 
     scores: dict[str, float | None] = field(default_factory=dict)
     """By column."""
@@ -252,18 +302,47 @@ def read_info(folder: Path) -> dict[str, Any]:
     return info
 
 
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the JSON objects of a log; incomplete or damaged lines are skipped."""
+def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield line numbers and JSON objects of a log; incomplete or damaged lines are skipped."""
     if not path.is_file():
         return
     with path.open("rb") as file:
-        for line in file:
+        for number, line in enumerate(file, start=1):
             try:
                 record = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             if isinstance(record, dict):
-                yield record
+                yield number, record
+
+
+def score_lines(folder: Path) -> Iterator[ScoreLine]:
+    """Yield the valid lines of `scores.jsonl`."""
+    path = folder / "scores.jsonl"
+    for number, record in read_lines(path):
+        try:
+            yield ScoreLine.model_validate(record)
+        except ValidationError as error:
+            _skipped(path, number, error)
+
+
+def _skipped(path: Path, number: int, error: ValidationError) -> None:
+    first = error.errors(include_input=False, include_url=False)[0]
+    field = ".".join(map(str, first["loc"]))
+    log.warning("%s:%d is skipped: %s: %s", path, number, field, first["msg"])
+
+
+def _is_intact(path: Path, row: Row, verify: bool) -> bool:
+    """Whether an image file is the one that its row describes."""
+    try:
+        if path.stat().st_size != row.size if row.size is not None else path.stat().st_size == 0:
+            return False
+        if not verify or row.sha256 is None:
+            return True
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() == row.sha256
+    except OSError:
+        return False
 
 
 def compare(known: Any, requested: Any, path: str = "") -> Iterator[str]:
@@ -325,4 +404,13 @@ def _locked(folder: Path) -> Any:
             f"another process is writing to {folder}",
             "wait until it has finished, or choose another folder with -o",
         ) from error
+    except OSError as error:
+        raise _not_writable(folder, error) from error
     return lock
+
+
+def _not_writable(folder: Path, error: OSError) -> FastFaceError:
+    return FastFaceError(
+        f"cannot write into the run {folder}: {error.strerror or error}",
+        "its results are in report.html and images.jsonl; to resume it, copy it to a writable folder",
+    )

@@ -11,8 +11,11 @@ on interruptions, or on the engine.
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import logging
 import queue
 import threading
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -31,6 +34,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from .metrics.base import Metric, SampleResult
+
+log = logging.getLogger(__name__)
 
 CHUNK = 16
 """Number of rows that are scored together."""
@@ -97,7 +102,6 @@ def judging(load: Load) -> Callable[[ToScore], Judged]:
     photo = lru_cache(32)(_photo)
 
     def answer(chunk: ToScore) -> Judged:
-        from ..identity.photos import read_photo
         from .metrics.base import Sample, SampleResult, score_batch
 
         nonlocal metrics
@@ -106,7 +110,7 @@ def judging(load: Load) -> Callable[[ToScore], Judged]:
             metrics = load() if metrics is None else metrics
             for row in chunk.rows:
                 try:
-                    image = read_photo(chunk.folder / str(row.file))
+                    image = _image(chunk.folder, row)
                 except FastFaceError as error:
                     results[row.key] = SampleResult({}, {READ: error_record(error)}, {})
                     continue
@@ -248,10 +252,28 @@ class RunScorer:
             for name, vector in result.vectors.items():
                 vectors.setdefault(name.partition("/")[0], {})[f"{key}\t{name}"] = vector
         for metric, arrays in vectors.items():
-            first = rows[0].key.replace("/", "~")
+            first = next(row.key for row in rows if row.key in results).replace("/", "~")
             _save_vectors(self._run.folder / "vectors" / metric / f"{first}.npz", arrays)
         scores = {key: (result.scores, result.errors) for key, result in results.items()}
-        self._run.add_scores(scores, self._metrics)
+        self._run.add_scores(rows, scores, self._metrics)
+
+
+def _image(folder: Path, row: Row) -> Image.Image:
+    """Return the image of a row.
+
+    Raises:
+        FastFaceError: it cannot be read, or is not the file that was written.
+    """
+    from ..identity.photos import read_photo
+
+    path = folder / str(row.file)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise FastFaceError(f"cannot read {path}: {error.strerror}") from error
+    if row.sha256 is not None and hashlib.sha256(data).hexdigest() != row.sha256:
+        raise FastFaceError(f"{path} changed after it was written", "run the same command again")
+    return read_photo(data)
 
 
 def _photo(folder: Path, path: str | None) -> Image.Image | None:
@@ -283,13 +305,35 @@ def load_vectors(folder: Path, metrics: Iterable[str]) -> dict[str, dict[str, np
         folder: RUN/.
         metrics: names of metrics.
     """
-    import numpy as np
 
     vectors: dict[str, dict[str, np.ndarray]] = {}
     for metric in metrics:
         for file in sorted((folder / "vectors" / metric).glob("*.npz")):
-            with np.load(file, allow_pickle=False) as arrays:
-                for entry in arrays.files:
-                    key, _, name = entry.partition("\t")
-                    vectors.setdefault(key, {})[name] = arrays[entry]
+            for entry, array in (_read_vectors(file) or {}).items():
+                key, _, name = entry.partition("\t")
+                vectors.setdefault(key, {})[name] = array
     return vectors
+
+
+def remove_damaged_vectors(folder: Path) -> set[str]:
+    """Remove vector files that cannot be read, and return their names: the first keys of their chunks."""
+    damaged = set()
+    for file in sorted((folder / "vectors").glob("*/*.npz")):
+        if _read_vectors(file) is None:
+            log.warning("%s is damaged: its images are scored again", file)
+            file.unlink()
+            damaged.add(file.stem)
+    return damaged
+
+
+def _read_vectors(file: Path) -> dict[str, np.ndarray] | None:
+    """Return the arrays of a file; None if it is damaged."""
+    import zipfile
+
+    import numpy as np
+
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error):
+        return None

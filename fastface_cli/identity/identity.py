@@ -88,7 +88,7 @@ class Identity:
         return hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()
 
     def save(self, path: Path | str, *, force: bool = False) -> Path:
-        """Write an identity file atomically.
+        """Write an identity file that only the user can read.
 
         Args:
             path: a .safetensors file.
@@ -105,7 +105,7 @@ class Identity:
         path = Path(path)
         check_target(path, force=force)
         tensors = {name: np.ascontiguousarray(getattr(self, name)) for name in _TENSORS}
-        return write_atomically(path, save(tensors), force=force)
+        return write_atomically(path, save(tensors), force=force, private=True)
 
     @classmethod
     def load(cls, path: Path | str) -> Identity:

@@ -18,7 +18,11 @@ from ..errors import UsageError
 MAX_PHOTOS = 64
 """Maximum number of photos of a person."""
 MAX_PIXELS = 1 << 27
-"""Images above 134 megapixels are refused before they are decoded (400 MB of memory)."""
+"""Larger JPEG images (134 megapixels) are refused; they are decoded at a reduced size."""
+MAX_PIXELS_IN_FULL = 1 << 26
+"""Larger images of other formats (67 megapixels) are refused, because they are decoded in full."""
+MAX_PIXELS_BUFFERED = 1 << 25
+"""Larger WebP and AVIF images (33 megapixels) are refused, because their decoders keep further copies."""
 MAX_SIDE = 4096
 """Longest side in pixels after loading: faces are detected at 640 and cropped at 224."""
 ORIENTATION = 0x0112
@@ -33,8 +37,9 @@ UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 """The operation that makes an image of each EXIF orientation upright."""
-EXECUTED = ("EPS", "WMF")
-"""Formats that Pillow renders with external programs. Photos do not use them."""
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "TIFF", "BMP", "DIB", "PPM", "TGA")
+"""Formats that are read. Pillow knows more: some run external programs, and the decoder of JPEG 2000 uses a
+hundred times the memory of the image."""
 
 
 @dataclass(frozen=True)
@@ -134,13 +139,15 @@ def _guarded(decode: Callable[[], Photo], name: str, start: bytes = b"") -> Phot
 def _opened(file: IO[bytes], name: str) -> Photo:
     file.seek(0)
     Image.init()
-    with Image.open(file, formats=[name for name in Image.OPEN if name not in EXECUTED]) as image:
+    with Image.open(file, formats=FORMATS) as image:
         return _decoded(image, name)
 
 
 def _hint(start: bytes) -> str:
     if start[4:8] == b"ftyp":
         return "HEIC and video files are not supported; save the photo as JPEG or PNG"
+    if start[4:6] == b"jP":
+        return "JPEG 2000 is not supported; save the photo as JPEG or PNG"
     if start[8:10] in (b'{"', b"{ "):
         return "pass an identity file with --identity"
     return "use a JPEG, PNG, WebP or TIFF file"
@@ -148,21 +155,44 @@ def _hint(start: bytes) -> str:
 
 def _decoded(image: Image.Image, name: str) -> Photo:
     width, height = image.size
-    if width * height > MAX_PIXELS:
+    limit = _limit(image.format)
+    if width * height > limit:
         raise UsageError(
-            f"{name} is too large: {width}x{height} pixels, the limit is {MAX_PIXELS // 10**6} million",
+            f"{name} is too large: {width}x{height} pixels, the limit is {limit // 10**6} million",
             "scale it down",
         )
     if width * height == 0:
         raise UsageError(f"{name} is empty: {width}x{height} pixels")
+    image.draft("RGB", (MAX_SIDE, MAX_SIDE))  # JPEG: decode at the smallest size that is large enough
     image.load()
-    image = _upright(image)
-    longest = max(image.size)
-    if longest <= MAX_SIDE:
-        return Photo(_rgb(image), name)
-    scale = MAX_SIDE / longest
-    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    return Photo(_rgb(image).resize(size, Image.Resampling.LANCZOS), name, scale)
+    longest = max(width, height)
+    if longest > MAX_SIDE:
+        image = _shrunk(image)
+    return Photo(_rgb(_upright(image)), name, max(image.size) / longest)
+
+
+def _shrunk(image: Image.Image) -> Image.Image:
+    """Scale to `MAX_SIDE`. Deep modes and transparency are averaged over blocks, which needs less memory."""
+    factor = -(-max(image.size) // MAX_SIDE)
+    orientation = image.getexif().get(ORIENTATION)
+    if image.mode.startswith("I;16"):
+        image = image.convert("I")
+    if factor > 1 and (image.mode in ("I", "F") or image.has_transparency_data):
+        shrunk = (image.convert("RGBA") if image.mode in ("P", "PA") else image).reduce(factor)
+    else:
+        scale = MAX_SIDE / max(image.size)
+        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+        rgb = image if image.mode in ("RGB", "L", "CMYK") else _rgb(image)
+        shrunk = rgb.resize(size, Image.Resampling.LANCZOS)
+    if orientation is not None:
+        shrunk.getexif()[ORIENTATION] = orientation
+    return shrunk
+
+
+def _limit(kind: str | None) -> int:
+    if kind in ("JPEG", "MPO"):
+        return MAX_PIXELS
+    return MAX_PIXELS_BUFFERED if kind in ("WEBP", "AVIF") else MAX_PIXELS_IN_FULL
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -56,6 +56,8 @@ class Acceleration:
 
 
 DEFAULT = Acceleration()
+LOSSY = ("fp8", "vae")
+"""Names of the optimizations that can cost precision."""
 
 
 def parse(changes: Iterable[str]) -> Acceleration:

@@ -83,8 +83,10 @@ def plan_paths(
                     break
             taken.add(_key(chosen))
         paths.append(chosen)
+    folders: set[Path] = set()
     for path in paths:
-        check_target(path, force=force)
+        check_target(path, force=force, folder=path.parent not in folders)
+        folders.add(path.parent)
     return paths
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import RecipeError, UsageError
-from .tree import Key, Mark, Node, Plain, mapping, mark_tree, merge, read_yaml
+from .tree import MAX_DEPTH, Key, Mark, Node, Plain, mapping, mark_tree, merge, read_yaml
 
 _WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".onnx", ".zip")
 _BASE, _BASE_UNET = "sdxl-base", "sdxl-base-unet"
@@ -57,6 +57,8 @@ def apply_override(tree: Node, override: str) -> Node:
     mark = Mark("--set", f"--set {override if len(override) <= 80 else override[:77] + '...'}")
     if not equals or not all(field.split(".")):
         raise RecipeError(f"{mark.where}: must be field=VALUE", "for example --set guidance.text=[1,2,2,1]")
+    if field.count(".") > MAX_DEPTH:
+        raise RecipeError(f"{mark.where}: is nested too deeply")
     if field == "extends":
         raise RecipeError(f"{mark.where}: 'extends' is only supported in a file")
     return set_field(tree, field.split("."), read_yaml(text, "--set", mark))

@@ -21,6 +21,9 @@ MAX_NODES = 20_000
 
 MAX_DEPTH = 20
 
+MAX_SCALAR = 16 * 1024
+"""Maximum characters of one value; prompts are much shorter."""
+
 Scalar: TypeAlias = str | int | float | bool | None
 Key: TypeAlias = str | int
 Plain: TypeAlias = "Scalar | list[Plain] | dict[Key, Plain]"
@@ -151,7 +154,7 @@ for _name, _pattern, _first in (
     ("int", r"[-+]?[0-9]+", list("-+0123456789")),
     (
         "float",
-        r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
         list("-+.0123456789"),
     ),
     ("merge", r"<<", ["<"]),
@@ -242,6 +245,8 @@ class _Builder:
 
     def scalar(self, node: yaml.ScalarNode) -> Scalar:
         text: str = node.value
+        if len(text) > MAX_SCALAR:
+            raise RecipeError(f"{self.mark_of(node).where}: is longer than {MAX_SCALAR} characters")
         kind = node.tag.removeprefix(_TAG)
         try:
             match kind:

@@ -1,4 +1,4 @@
-"""What tests of the commands share: a local stack, two people, a loopback Hub, and how to call them."""
+"""Fixtures of command tests: a local stack, two people, a loopback Hub, and calls of `generate`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastface_cli.store import manifest as manifest_module
 
 
 class Ended(NamedTuple):
-    """How a call of the command ended."""
+    """Result of a command."""
 
     code: int
     out: str
@@ -32,7 +32,7 @@ class Ended(NamedTuple):
 
 @pytest.fixture(scope="session")
 def layout(miniature: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The random miniature as `--stack` takes it."""
+    """Return the random miniature in the layout of `--stack`."""
     folder = tmp_path_factory.mktemp("layout")
     for name, part in (("pipe", "base"), ("clip", "image_encoder"), ("faceid_plusv2.bin", "adapter")):
         (folder / name).symlink_to(miniature[part])
@@ -41,13 +41,13 @@ def layout(miniature: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture(scope="session")
 def me(person, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The identity of a person, as a file."""
+    """Return an identity file."""
     return person.save(tmp_path_factory.mktemp("me") / "me.safetensors")
 
 
 @pytest.fixture(scope="session")
 def somebody(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The identity of another person, as a file."""
+    """Return the identity file of another person."""
     from fastface_cli.identity.identity import Identity
 
     embedding = np.zeros((1, 512), np.float32)
@@ -58,7 +58,7 @@ def somebody(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def stack(layout: Path) -> list[str]:
-    """Flags that run the miniature in a moment."""
+    """Return flags that run the miniature quickly."""
     return ["--stack", str(layout), "--device", "cpu", "--size", "64"]
 
 
@@ -79,7 +79,7 @@ def generate(capfd: pytest.CaptureFixture[str]) -> Call:
 
 @pytest.fixture
 def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shop]:
-    """A loopback Hub, and a manifest that names what it serves in place of the one that ships."""
+    """Start a loopback Hub, and replace the manifest by one with its files."""
     with hub_server() as hub:
         fill(hub)
         use_hub(monkeypatch, hub, tmp_path / "home")

@@ -1,9 +1,8 @@
-"""What the documentation says is what the program does: every command runs, every example is valid.
+"""The documentation is correct: every command runs, every example is valid.
 
-A page's blocks are taken in order, in a folder of its own that holds the photos and data sets which the page
-speaks of. Commands with the pocket run, on two people and two prompts. What needs a GPU, the network or
-minutes is held to what can be known without: that it parses, that its recipes and metrics exist, how it ends
-on this machine.
+The blocks of a page run in order, in a separate folder with the photos and data sets that the page names.
+Commands with the pocket recipes run on two people and two prompts. Commands that require a GPU, the network
+or minutes are only checked: they parse, their recipes and metrics exist, and they exit as expected.
 """
 
 from __future__ import annotations
@@ -28,17 +27,17 @@ from fastface_cli.recipe.files import load_recipe, recipe_names
 from fastface_cli.recipe.schema import Recipe
 
 INSTALLERS = ("pip", "pipx", "uv", "apt-get")
-"""Programs that are not run: they change the machine."""
+"""Programs that change the machine and are not run."""
 SLOW = ("docs/evaluating.md",)
-"""Pages whose evaluations are run with `-m slow` only."""
+"""Pages whose evaluations run only with `-m slow`."""
 OPTIONS_OF_OTHERS = {"--excludes"}
-"""Options within sentences that belong to uv."""
+"""Options of uv in sentences."""
 PEOPLE = ("anna", "joel")
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What a reader has at hand: photos of one person, prompts, the checkout's examples."""
+    """Create the files of a reader: photos of one person, prompts, the examples of the checkout."""
     monkeypatch.setenv("FASTFACE_HOME", str(tmp_path / "home"))
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
@@ -67,7 +66,7 @@ Out = Callable[[], str]
 
 @pytest.fixture
 def out(capfd: pytest.CaptureFixture[str]) -> Out:
-    """What was printed since the last call, both streams."""
+    """Return a function that returns both streams since the last call."""
 
     def out() -> str:
         return "".join(capfd.readouterr())
@@ -87,7 +86,7 @@ def test_every_evaluation_of_a_page_runs(page: str, folder: Path, out: Out) -> N
 
 
 def follow(page: str, folder: Path, out: Out, *, evaluate: bool) -> None:
-    """Do what a page says, block by block."""
+    """Run a page, block by block."""
     names: dict[str, object] = {"__name__": "page"}
     for block in blocks(page):
         assert block.language in LANGUAGES, f"{block.where}: name the language of the block"
@@ -111,7 +110,7 @@ def follow(page: str, folder: Path, out: Out, *, evaluate: bool) -> None:
 
 
 def make_photos(block: Block, folder: Path) -> None:
-    """The photos that a manifest names."""
+    """Create the photos of a manifest."""
     for line in block.text.splitlines():
         person = json.loads(line)
         for photo in (*person["photos"], person["held_out"]):
@@ -120,7 +119,7 @@ def make_photos(block: Block, folder: Path) -> None:
 
 
 def run(command: str, shown: str, where: str, out: Out, *, evaluate: bool) -> None:
-    """One command of a page; `shown` is the output that the page gives."""
+    """Run a command of a page; `shown` is the output on the page."""
     arguments, target = words(command)
     if arguments[0] != "fastface":
         check_other_program(arguments, where)
@@ -132,19 +131,19 @@ def run(command: str, shown: str, where: str, out: Out, *, evaluate: bool) -> No
     if expected is None:
         return
     code = cli.run([*arguments, *more])
-    said = out()
-    assert code in expected, f"{where}: {command}\nended with {code}\n{said}"
+    output = out()
+    assert code in expected, f"{where}: {command}\nended with {code}\n{output}"
     if shown.startswith("error: "):
         assert code != 0
-        assert shown.splitlines()[0] in said, f"{where}: {command}\nsays\n{said}"
+        assert shown.splitlines()[0] in output, f"{where}: {command}\nsays\n{output}"
     if target:
-        Path(target).write_text(said)
+        Path(target).write_text(output)
 
 
 def plan(
     name: str, values: dict[str, object], recipes: list[Recipe], *, evaluate: bool
 ) -> tuple[tuple[int, ...] | None, list[str]]:
-    """With which code a command may end here, and what is added to it; None where it is only parsed."""
+    """Return the valid exit codes and additional flags; None if the command is only parsed."""
     import torch
 
     packaged = all(part.packaged for recipe in recipes for part in artifacts_of(recipe).values())
@@ -177,7 +176,7 @@ def plan(
 
 
 def recipes_of(name: str, values: dict[str, object]) -> list[Recipe]:
-    """The recipes that a command names, with its changes."""
+    """Return the recipes of a command, with its overrides."""
     given = values.get("recipe") or []
     given = [given] if isinstance(given, str) else given
     assert isinstance(given, list)
@@ -191,7 +190,7 @@ def recipes_of(name: str, values: dict[str, object]) -> list[Recipe]:
 
 
 def check_other_program(arguments: list[str], where: str) -> None:
-    """Installers pass by their name; scripts, modules and make's targets must be there."""
+    """Check that scripts, modules and make targets exist; installers only need a known name."""
     program, rest = arguments[0], arguments[1:]
     if program == "make":
         targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
@@ -210,7 +209,7 @@ def check_other_program(arguments: list[str], where: str) -> None:
     elif "/" in program:
         assert (ROOT / program).is_file(), f"{where}: there is no {program}"
     else:
-        assert program in INSTALLERS, f"{where}: {program} is not known here"
+        assert program in INSTALLERS, f"{where}: {program} is unknown"
 
 
 @pytest.mark.parametrize("page", [*PAGES, "CHANGELOG.md"])
@@ -234,7 +233,7 @@ def test_commands_and_options_within_sentences_exist(page: str, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("page", [*PAGES, "CHANGELOG.md"])
-def test_links_lead_somewhere(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_links_have_a_target(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(PAGES, page, ROOT / page)
     for link in links(page):
         if link.startswith(("http://", "https://")):
@@ -269,17 +268,17 @@ def test_the_page_on_evaluating_names_every_metric() -> None:
     ours = {name: one for name, one in registry().items() if one.__module__.startswith("fastface_cli.")}
     assert set(table) == set(ours)
     for name, metric in ours.items():
-        told = re.findall(r"`([^`]+)`", table[name][1])
+        printed = re.findall(r"`([^`]+)`", table[name][1])
         columns = [column.name for column in metric().columns]
         if "and the same endings" in table[name][1]:
             columns = [name]
-        assert set(columns) <= set(told), name
+        assert set(columns) <= set(printed), name
         sets = {"pocket": POCKET, "full size": FULL, "published": PUBLISHED}
         expected = {word for word, names in sets.items() if name in names}
         assert set(table[name][3].replace("all", ", ".join(sets)).split(", ")) == expected, name
 
 
-def test_the_readme_tells_what_recipes_cost() -> None:
+def test_readme_lists_the_samples_and_sizes_of_recipes() -> None:
     from fastface_cli.sampling.guidance import plan as plan_of
 
     def samples(name: str) -> int:
@@ -291,20 +290,20 @@ def test_the_readme_tells_what_recipes_cost() -> None:
     methods = dict(re.findall(r"^\| `([\w-]+)` \| (?:off|decoupled) \|.*\| ([^|]+) \|$", text, re.M))
     names = set(recipe_names())
     assert {name.partition("-")[2] for name in names if name.startswith("hyper-")} == set(methods)
-    for method, told in methods.items():
+    for method, printed in methods.items():
         for model in ("hyper", "lightning", "turbo", "pocket"):
-            assert told.split(" ")[0] == str(samples(f"{model}-{method}")), method
-        lcm = re.search(r"\((\d+) with LCM\)", told)
-        assert (lcm[1] if lcm else told) == str(samples(f"lcm-{method}")), method
+            assert printed.split(" ")[0] == str(samples(f"{model}-{method}")), method
+        lcm = re.search(r"\((\d+) with LCM\)", printed)
+        assert (lcm[1] if lcm else printed) == str(samples(f"lcm-{method}")), method
     assert "`base` runs two branches at each of 30 steps: 60 samples" in text
     assert samples("base") == 60
-    for model, told in re.findall(r"^\| `(\w+)`[^|]*\|[^|]*\|[^|]*\| ([\d.]+) GB \|", text, re.M):
+    for model, printed in re.findall(r"^\| `(\w+)`[^|]*\|[^|]*\|[^|]*\| ([\d.]+) GB \|", text, re.M):
         parts = {part.name: part.bytes for part in artifacts_of(load_recipe(model).recipe).values()}
-        assert f"{sum(parts.values()) / 1e9:.1f}" == told, model
+        assert f"{sum(parts.values()) / 1e9:.1f}" == printed, model
 
 
 def script(path: Path) -> ModuleType:
-    """A script of the checkout, imported."""
+    """Import a script of the checkout."""
     specification = importlib.util.spec_from_file_location(path.stem, path)
     assert specification is not None
     assert specification.loader is not None
@@ -313,15 +312,15 @@ def script(path: Path) -> ModuleType:
     return module
 
 
-def test_the_page_of_help_texts_is_up_to_date() -> None:
-    made = script(ROOT / "docs" / "render_cli.py")
-    assert made.PAGE.read_text(encoding="utf-8") == made.render(), "run python docs/render_cli.py"
+def test_page_of_help_texts_is_up_to_date() -> None:
+    module = script(ROOT / "docs" / "render_cli.py")
+    assert module.PAGE.read_text(encoding="utf-8") == module.render(), "run python docs/render_cli.py"
 
 
 def test_the_notebook_runs_and_is_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = script(ROOT / "examples" / "make_notebook.py")
-    text = made.PAGE.read_text(encoding="utf-8")
-    assert text == made.render(), "run python examples/make_notebook.py"
+    module = script(ROOT / "examples" / "make_notebook.py")
+    text = module.PAGE.read_text(encoding="utf-8")
+    assert text == module.render(), "run python examples/make_notebook.py"
     monkeypatch.chdir(ROOT / "examples")
     names: dict[str, object] = {}
     for cell in json.loads(text)["cells"]:

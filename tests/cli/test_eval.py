@@ -127,7 +127,7 @@ def test_published_protocol_uses_the_published_settings(tmp_path, capfd):
     for name, more in (("a", []), ("b", ["--set", "adapter.lora_scale=0.5"])):
         cli.run([*arguments, *more, "-o", str(tmp_path / name)])
         known = json.loads((tmp_path / name / "run.json").read_text())
-        scales.append(known["recipes"]["pocket-fastface"]["adapter"]["lora_scale"])
+        scales.append(known["recipes"]["pocket-baseline"]["adapter"]["lora_scale"])
         assert known["dataset"]["prompts"] == [text.lower() for text in known["dataset"]["prompts"]]
     assert scales == [0.8, 0.5]
     assert "adapter.lora_scale is 0.8, as in the published data set" in capfd.readouterr().err

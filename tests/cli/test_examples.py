@@ -1,6 +1,6 @@
-"""Every example in a help text is run, from a folder that holds what it names, and does what it says.
+"""Every example of a help text runs, in a folder with the files that it names.
 
-What needs a GPU or gigabytes runs on the pocket stack: `STANDS_IN` says what stands in for what.
+Examples that require a GPU or large downloads run on the pocket stack: see `STANDS_IN`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fastface_cli.store.manifest import load_manifest
 
 ROOT = Path(__file__).parents[2]
 STANDS_IN = {
-    # These do as they say with the full-size recipes; the others would fetch or compute for hours.
+    # These run with full-size recipes; the others would download or compute for hours.
     "recipes": {},
     "licenses": {},
     "download": {},
@@ -37,23 +37,23 @@ STANDS_IN = {
 }
 MORE = {
     "bench": ["--repeats", "2", "--no-cold"],
-    "cache remove": ["--yes"],  # nobody can be asked here
+    "cache remove": ["--yes"],  # there is no terminal for a prompt
     "doctor": ["--offline"],
     "eval --": ["--metrics", "id"],
     "eval score theirs/": ["--face", "pocket", "--metrics", "id"],
 }
-"""Flags that make it short, or answer for the user."""
+"""Flags that shorten a run or answer a prompt."""
 MADE = {
     "out/": "out/*.png",
     "image.png": "image.png",
     "run/": "run/report.html",
     "results/": "results/bench.md",
 }
-"""What must lie there afterwards, by what an example gives to -o."""
+"""Expected files by the value of -o."""
 
 
 def commands(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Each command that does something, and its help text."""
+    """Yield every leaf command and its help text."""
     below = getattr(command, "commands", {})
     if not below or getattr(command, "invoke_without_command", False):
         yield path, command.help or ""
@@ -63,9 +63,9 @@ def commands(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[s
 
 COMMANDS = dict(commands(typer.main.get_command(cli.app)))
 EXAMPLES = [
-    found[0].strip()
+    match[0].strip()
     for text in COMMANDS.values()
-    for found in re.finditer(r"(?m)(?<=^Example: )fastface .*$|^ +fastface .*$", text)
+    for match in re.finditer(r"(?m)(?<=^Example: )fastface .*$|^ +fastface .*$", text)
 ]
 
 
@@ -76,7 +76,7 @@ def test_every_command_has_an_example(path: tuple[str, ...]) -> None:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a user: a photo, a small data set, a run of it whole and in two shards, and an image."""
+    """Create a user folder: photo, image, small data set, its complete run, and the run in two shards."""
     folder = tmp_path_factory.mktemp("examples")
     with Image.open(ROOT / "examples" / "portrait.png") as portrait:
         portrait.convert("RGB").save(folder / "me.jpg", quality=95)
@@ -107,13 +107,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def at(folder: Path, patch: pytest.MonkeyPatch) -> None:
     patch.chdir(folder)
-    patch.setenv("FASTFACE_RECIPE", "pocket")  # where an example names none
+    patch.setenv("FASTFACE_RECIPE", "pocket")  # the default of examples without a recipe
     patch.setenv("FASTFACE_HOME", str(folder / "home"))
     patch.setenv("HF_HUB_OFFLINE", "1")
 
 
 @pytest.mark.parametrize("example", EXAMPLES)
-def test_runs(
+def test_example_runs(
     example: str,
     place: Path,
     tmp_path: Path,

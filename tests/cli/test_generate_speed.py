@@ -1,4 +1,4 @@
-"""`fastface generate` with what makes it faster or smaller: the same picture, and errors before any model."""
+"""`fastface generate` with optimizations: the same image, and errors before models are loaded."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "portrait.png"
 
 @pytest.fixture(scope="module")
 def plain(stack, me, tmp_path_factory):
-    """The picture that all others must be."""
+    """Return the image without optimizations."""
     path = tmp_path_factory.mktemp("plain") / "x.png"
     command = ["generate", *stack, "--identity", me, "--prompt", "a person", "--seed", "4", "-o", path]
     assert cli.run([str(part) for part in command]) == 0
@@ -31,7 +31,7 @@ def plain(stack, me, tmp_path_factory):
 
 
 def most(path: Path, other: Path) -> int:
-    """Largest difference of two pictures, in 8-bit levels."""
+    """Return the largest difference of two images, in 8-bit levels."""
     import numpy as np
 
     a, b = (np.asarray(Image.open(one)).astype(int) for one in (path, other))
@@ -49,7 +49,7 @@ def most(path: Path, other: Path) -> int:
         ["--accelerate", "prune=off", "--accelerate", "cache_kv=off"],
     ],
 )
-def test_the_picture_is_the_same(flags, generate, stack, me, plain, tmp_path):
+def test_lossless_optimizations_keep_the_image(flags, generate, stack, me, plain, tmp_path):
     path = tmp_path / "x.png"
     ended = generate(*stack, "--identity", me, "--prompt", "a person", "--seed", 4, "-o", path, *flags)
     assert ended.code == 0, ended.err
@@ -57,7 +57,7 @@ def test_the_picture_is_the_same(flags, generate, stack, me, plain, tmp_path):
     assert "lossy" not in json.loads(Image.open(path).text["fastface"])
 
 
-def test_a_lossy_item_stands_in_the_picture(generate, stack, me, tmp_path):
+def test_lossy_optimization_is_recorded_in_the_image(generate, stack, me, tmp_path):
     path = tmp_path / "x.png"
     ended = generate(
         *(*stack, "--identity", me, "--prompt", "a person", "--seed", 4, "-o", path),
@@ -71,7 +71,7 @@ def test_a_lossy_item_stands_in_the_picture(generate, stack, me, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flags", "code", "said"),
+    ("flags", "code", "message"),
     [
         (["--low-memory", "10"], 2, "--low-memory '10' is not a level"),
         (["--accelerate", "warp=on"], 2, "--accelerate warp: there is no such item"),
@@ -81,17 +81,17 @@ def test_a_lossy_item_stands_in_the_picture(generate, stack, me, tmp_path):
         (["--compile", "--low-memory", "8"], 2, "take --low-memory 12"),
     ],
 )
-def test_what_cannot_be_is_said_before_any_model_is_loaded(flags, code, said, generate, me, tmp_path):
+def test_invalid_flags_fail_before_models_are_loaded(flags, code, message, generate, me, tmp_path):
     ended = generate(
         *("--recipe", "pocket", "--identity", me, "--prompt", "x", "-o", tmp_path / "x.png", *flags)
     )
     assert ended.code == code
-    assert said in " ".join(ended.err.split())
+    assert message in " ".join(ended.err.split())
     assert not list(tmp_path.iterdir())
 
 
 class TestLevelOfACard:
-    """`auto`, on a machine whose card is made up."""
+    """`auto` with a simulated GPU."""
 
     @pytest.fixture(autouse=True)
     def card(self, monkeypatch, tmp_path, caplog):
@@ -108,30 +108,30 @@ class TestLevelOfACard:
         level = offload or load_settings().low_memory
         return ResolvedRuntime(torch.device("cuda:0"), torch.float16, level, acceleration)
 
-    def test_a_large_card_keeps_everything(self):
+    def test_large_gpu_keeps_all_models(self):
         assert self.level() == (OFF, [])
 
-    def test_a_small_card_is_told_of_its_level(self):
+    def test_small_gpu_gets_a_level_and_a_message(self):
         self.free = 8 * GIB
-        level, (said,) = self.level()
+        level, (message,) = self.level()
         assert level is LEVELS["8"]
-        assert "8.0 GiB of free memory: using --low-memory 8" in said
-        assert "--low-memory off" in said
+        assert "8.0 GiB of free memory: using --low-memory 8" in message
+        assert "--low-memory off" in message
 
-    def test_what_is_compiled_stays_in_its_place(self):
+    def test_compiled_models_are_not_offloaded(self):
         from fastface_cli.models.acceleration import Acceleration
 
         self.free = 6 * GIB
         level, _ = self.level(acceleration=Acceleration(compile=True))
         assert level is LEVELS["12"]
 
-    def test_the_user_and_the_settings_decide_first(self, monkeypatch):
+    def test_flags_and_settings_take_precedence(self, monkeypatch):
         self.free = 8 * GIB
         assert self.level(offload="off") == (OFF, [])
         monkeypatch.setenv("FASTFACE_LOW_MEMORY", "6")
         assert self.level() == (LEVELS["6"], [])
 
-    def test_the_pocket_needs_no_saving(self):
+    def test_pocket_is_not_offloaded(self):
         self.free = GIB
         assert self.resolved().level(load_recipe("pocket").recipe) is OFF
 
@@ -148,34 +148,34 @@ class TestRemembered:
         assert ended.code == 0, ended.err
         return Image.open(tmp_path / "x.png").tobytes()
 
-    def test_nothing_is_kept_unless_asked(self, generate, tmp_path):
+    def test_identities_are_not_cached_by_default(self, generate, tmp_path):
         self.make(generate, tmp_path)
         assert not self.folder.exists()
 
-    def test_a_face_is_measured_once(self, generate, tmp_path, monkeypatch):
+    def test_cached_identity_is_not_computed_again(self, generate, tmp_path, monkeypatch):
         first = self.make(generate, tmp_path, "--remember")
         (kept,) = self.folder.iterdir()
         assert kept.suffix == ".safetensors"
 
         def measured(*_, **__):
-            raise AssertionError("the face is measured again")
+            raise AssertionError("the identity is computed again")
 
         monkeypatch.setattr("fastface_cli.identity.identity.make_identity", measured)
         assert self.make(generate, tmp_path, "--remember") == first
 
-    def test_another_choice_of_face_is_another_identity(self, generate, tmp_path):
+    def test_other_face_index_is_another_cached_identity(self, generate, tmp_path):
         self.make(generate, tmp_path, "--remember")
         self.make(generate, tmp_path, "--remember", "--face-index", "0")
         assert len(list(self.folder.iterdir())) == 2
 
-    def test_a_broken_one_is_measured_anew(self, generate, tmp_path):
+    def test_broken_cached_identity_is_computed_again(self, generate, tmp_path):
         first = self.make(generate, tmp_path, "--remember")
         (kept,) = self.folder.iterdir()
         kept.write_bytes(b"broken")
         assert self.make(generate, tmp_path, "--remember") == first
         assert len(kept.read_bytes()) > 100
 
-    def test_the_cache_command_shows_and_forgets_them(self, generate, tmp_path, capfd):
+    def test_cache_command_lists_and_removes_identities(self, generate, tmp_path, capfd):
         self.make(generate, tmp_path, "--remember")
         assert cli.run(["cache", "list"]) == 0
         assert "1 cached identities" in capfd.readouterr().out
@@ -185,7 +185,7 @@ class TestRemembered:
 
 
 class TestBehind:
-    def test_jobs_are_done_in_order_beside_the_caller(self):
+    def test_jobs_run_in_order_in_the_background(self):
         done: list[int] = []
         with Behind() as behind:
             for number in range(8):
@@ -193,14 +193,14 @@ class TestBehind:
             assert len(done) < 8
         assert done == list(range(8))
 
-    def test_what_a_job_raises_reaches_the_caller(self):
+    def test_error_of_a_job_reaches_the_caller(self):
         def fails() -> None:
             raise OSError("disk full")
 
         with pytest.raises(OSError, match="disk full"), Behind() as behind:
             behind.do(fails)
 
-    def test_after_an_error_of_the_caller_made_pictures_are_still_written(self):
+    def test_finished_images_are_written_after_an_error_of_the_caller(self):
         done: list[int] = []
 
         def interrupted() -> None:

@@ -1,4 +1,4 @@
-"""What only prints text must come at once: none of the heavy packages is imported for it."""
+"""Commands that only print text import no heavy packages."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ sys.exit(code)
 
 
 def imported(*arguments: str, code: int = 0) -> set[str]:
-    """Top-level modules of a process that ran the command."""
+    """Return the top-level modules that a process imports for the command."""
     done = subprocess.run(
         [sys.executable, "-c", RUN_AND_LIST_MODULES, *arguments],
         capture_output=True,

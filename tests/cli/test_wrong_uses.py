@@ -1,34 +1,38 @@
-"""What an impatient user does wrong ends in one sentence, with the right exit code and never a traceback."""
+"""Wrong uses end with a one-sentence error, the documented exit code and no traceback."""
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from fastface_cli.cli import main
+
 PORTRAIT = Path(__file__).parents[2] / "examples" / "portrait.png"
 FASTFACE = [sys.executable, "-c", "from fastface_cli.cli import main; main()"]
 
 
 def unprivileged() -> list[str]:
-    """What runs a command such that permissions bind it: nothing, or for root a way to drop its powers."""
+    """Return a command prefix that makes permissions apply: for root, one that drops capabilities."""
     if os.geteuid() != 0:
         return []
     tool = shutil.which("setpriv")
     if tool is None:
-        pytest.skip("root may do everything, and setpriv is not here")
+        pytest.skip("root ignores permissions, and setpriv is not installed")
     return [tool, "--bounding-set=-all", "--inh-caps=-all"]
 
 
 def call(
     folder: Path, *arguments: str, bound: bool = False, stdin: int | None = subprocess.DEVNULL, **env: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run the command in a folder; `bound` by permissions whoever runs the tests; stdin None: closed."""
+    """Run the command in a folder; `bound`: permissions apply even to root; stdin None: closed."""
     command = [*(unprivileged() if bound else []), *FASTFACE, *arguments]
     if stdin is None:
         command = ["sh", "-c", 'exec "$@" <&-', "sh", *command]
@@ -46,12 +50,12 @@ def call(
     return done
 
 
-def refused(done: subprocess.CompletedProcess[str], code: int, told: str) -> None:
-    """One sentence that tells what is wrong, a blank line, and a hint."""
+def refused(done: subprocess.CompletedProcess[str], code: int, message: str) -> None:
+    """Check the exit code, and that stderr ends with an error of one sentence, a blank line and a hint."""
     assert done.returncode == code, done.stderr
     sentence, blank, hint = done.stderr.rstrip("\n").split("\n")[-3:]
     assert sentence.startswith("error: ")
-    assert told in sentence
+    assert message in sentence
     assert "unexpected" not in sentence
     assert blank == ""
     assert hint.startswith("hint: ")
@@ -59,7 +63,7 @@ def refused(done: subprocess.CompletedProcess[str], code: int, told: str) -> Non
 
 @pytest.fixture
 def locked(tmp_path: Path):
-    """A folder that may not be entered, `locked`, with a photo and a recipe in it."""
+    """Create the inaccessible folder `locked` with a photo and a recipe."""
     folder = tmp_path / "locked"
     folder.mkdir()
     shutil.copy(PORTRAIT, tmp_path / "me.png")
@@ -74,7 +78,7 @@ MAKE = ("generate", "--recipe", "pocket", "--prompt", "a")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "told"),
+    ("arguments", "code", "message"),
     [
         ((*MAKE, "--face", "locked/me.png"), 2, "cannot read the photo locked/me.png: Permission denied"),
         ((*MAKE, "--face", "me.png", "-o", "locked/"), 2, "no permission to write to locked"),
@@ -93,13 +97,13 @@ MAKE = ("generate", "--recipe", "pocket", "--prompt", "a")
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
-def test_a_folder_that_may_not_be_entered(
-    tmp_path: Path, locked: Path, arguments: tuple[str, ...], code: int, told: str
+def test_inaccessible_folder_is_a_clear_error(
+    tmp_path: Path, locked: Path, arguments: tuple[str, ...], code: int, message: str
 ) -> None:
-    refused(call(tmp_path, *arguments, bound=True), code, told)
+    refused(call(tmp_path, *arguments, bound=True), code, message)
 
 
-def test_a_home_that_may_not_be_entered(tmp_path: Path, locked: Path) -> None:
+def test_inaccessible_home_is_a_clear_error(tmp_path: Path, locked: Path) -> None:
     home = {"FASTFACE_HOME": "locked/home"}
     refused(call(tmp_path, "cache", "list", bound=True, **home), 2, "no permission to use locked/home")
     refused(
@@ -111,30 +115,30 @@ def test_a_home_that_may_not_be_entered(tmp_path: Path, locked: Path) -> None:
 
 @pytest.mark.parametrize("mode", [0o000, 0o555], ids=["closed", "read-only"])
 @pytest.mark.parametrize("recipe", ["pocket", "hyper-fastface"])
-def test_doctor_of_a_home_without_permission(tmp_path: Path, recipe: str, mode: int) -> None:
-    kept = tmp_path / "kept"
-    kept.mkdir()
-    kept.chmod(mode)
+def test_doctor_reports_a_home_without_permission(tmp_path: Path, recipe: str, mode: int) -> None:
+    closed = tmp_path / "kept"
+    closed.mkdir()
+    closed.chmod(mode)
     done = call(
         tmp_path,
         *("doctor", "--recipe", recipe, "--offline", "--json"),
         bound=True,
-        FASTFACE_HOME=str(kept / "home"),
+        FASTFACE_HOME=str(closed / "home"),
     )
-    kept.chmod(0o700)
-    findings = {one["check"]: one for one in json.loads(done.stdout)["findings"]}
+    closed.chmod(0o700)
+    findings = {finding["check"]: finding for finding in json.loads(done.stdout)["findings"]}
     assert findings["Cache"]["level"] == ("warning" if recipe == "pocket" else "failure")
-    assert findings["Cache"]["message"] == f"{kept / 'home'} cannot be written: Permission denied"
+    assert findings["Cache"]["message"] == f"{closed / 'home'} cannot be written: Permission denied"
     assert findings["Cache"]["mend"] == "export FASTFACE_HOME=~/fastface"
 
 
-def test_a_home_that_is_a_file(tmp_path: Path) -> None:
+def test_home_that_is_a_file_is_a_clear_error(tmp_path: Path) -> None:
     (tmp_path / "home").write_text("in the way")
     done = call(tmp_path, "download", "taesdxl", HF_HUB_OFFLINE="0")
     refused(done, 3, f"cannot store models in {tmp_path / 'home'}: Not a directory")
 
 
-def test_closed_stdin(tmp_path: Path) -> None:
+def test_jobs_with_closed_stdin(tmp_path: Path) -> None:
     shutil.copy(PORTRAIT, tmp_path / "me.png")
     jobs = ("generate", "--recipe", "pocket", "--face", "me.png", "--jobs")
     refused(call(tmp_path, *jobs, "-", stdin=None), 2, "cannot read jobs from stdin: it is closed")
@@ -144,9 +148,9 @@ def test_closed_stdin(tmp_path: Path) -> None:
     assert (tmp_path / "x.png").exists()
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="requires /dev/full")
 @pytest.mark.parametrize("json_", [[], ["--json"]], ids=["table", "json"])
-def test_no_room_for_what_is_printed(tmp_path: Path, json_: list[str]) -> None:
+def test_full_stdout_fails_without_traceback(tmp_path: Path, json_: list[str]) -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run(
             [*FASTFACE, "recipes", "list", *json_],
@@ -167,31 +171,40 @@ def test_no_room_for_what_is_printed(tmp_path: Path, json_: list[str]) -> None:
         ("\u6f22.png".encode(), "utf-8", "\u6f22.png\n".encode()),
         ("\u6f22.png".encode(), "latin-1", b"\\u6f22.png\n"),
     ],
-    ids=["no text", "text", "letters that the terminal lacks"],
+    ids=["not UTF-8", "UTF-8", "not encodable by the terminal"],
 )
-def test_names_that_cannot_be_printed(tmp_path: Path, name: bytes, encoding: str, printed: bytes) -> None:
+def test_file_names_that_cannot_be_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: bytes, encoding: str, printed: bytes
+) -> None:
     shutil.copy(PORTRAIT, tmp_path / "me.png")
     arguments = [*MAKE, "--face", "me.png", "--seed", "1", "-o", os.fsdecode(name)]
-    done = subprocess.run(
-        [*FASTFACE, *arguments],
-        cwd=tmp_path,
-        capture_output=True,
-        check=False,
-        env={**os.environ, "PYTHONIOENCODING": encoding, "FASTFACE_HOME": str(tmp_path / "home")},
-    )
-    assert done.returncode == 0, done.stderr
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FASTFACE_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")
+    monkeypatch.setenv("DIFFUSERS_VERBOSITY", "error")
+    monkeypatch.setattr(sys, "argv", ["fastface", *arguments])
+    monkeypatch.setattr(sys, "stdout", stdout)
+    interrupt = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            main()
+    finally:
+        signal.signal(signal.SIGINT, interrupt)
+    assert ended.value.code == 0
     assert (tmp_path / os.fsdecode(name)).exists()
-    assert done.stdout == printed
+    stdout.flush()
+    assert stdout.buffer.getvalue() == printed
 
 
-@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="needs a file without end")
-def test_a_prompts_file_without_end(tmp_path: Path) -> None:
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="requires /dev/zero")
+def test_endless_prompts_file_is_refused(tmp_path: Path) -> None:
     shutil.copy(PORTRAIT, tmp_path / "me.png")
     arguments = ("generate", "--recipe", "pocket", "--face", "me.png", "--prompts-file", "/dev/zero")
     refused(call(tmp_path, *arguments), 2, "the prompts file /dev/zero is larger than 64 MB")
 
 
-def test_a_run_in_place_of_a_file(tmp_path: Path) -> None:
+def test_eval_does_not_replace_a_file_by_a_run(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     dataset = PORTRAIT.parent / "mini"
     done = call(tmp_path, *("eval", "--recipe", "pocket", "--dataset", str(dataset), "-o", "notes.txt"))
@@ -199,8 +212,8 @@ def test_a_run_in_place_of_a_file(tmp_path: Path) -> None:
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
-def test_the_face_runtime_keeps_and_tells_nothing(tmp_path: Path) -> None:
-    """ONNX Runtime writes a number for the machine into the home folder where it may report to its maker."""
+def test_face_runtime_stores_and_sends_nothing(tmp_path: Path) -> None:
+    """With telemetry enabled, ONNX Runtime writes a machine identifier to the home folder."""
     home = tmp_path / "user"
     home.mkdir()
     outside = {name: "" for name in ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME")}

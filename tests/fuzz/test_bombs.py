@@ -11,6 +11,10 @@ import zlib
 from pathlib import Path
 
 import pytest
+from PIL import Image
+
+from fastface_cli.errors import UsageError
+from fastface_cli.identity.photos import open_photo
 
 READ = """
 import resource, sys
@@ -138,3 +142,42 @@ def test_refused_in_little_memory(case: str, tmp_path: Path) -> None:
     # Text or a profile that nobody asked for may be passed over; nothing else of it may be taken.
     if case not in ("PNG text, photo", "PNG profile, photo"):
         assert done.stdout.startswith("refused:"), done.stdout
+
+
+PEAK = """
+import sys
+from pathlib import Path
+from fastface_cli.identity.photos import open_photo
+print(*open_photo(Path(sys.argv[1])).image.size)
+status = Path("/proc/self/status").read_text()
+print(status.split("VmHWM:")[1].split()[0])
+"""
+LARGEST = {
+    "PNG": ("RGBA", 8190, {"compress_level": 9}),
+    "TIFF": ("F", 8190, {"compression": "tiff_adobe_deflate"}),
+    "WEBP": ("RGBA", 5790, {"lossless": True, "method": 0}),
+    "AVIF": ("RGBA", 5790, {"speed": 10}),
+    "GIF": ("P", 8190, {}),
+    "JPEG": ("CMYK", 11580, {}),
+}
+"""The largest side that each format may have; solid color, so that the file is small."""
+
+
+@pytest.mark.parametrize("kind", LARGEST)
+def test_the_largest_photos_are_decoded_in_little_memory(kind: str, tmp_path: Path) -> None:
+    mode, side, options = LARGEST[kind]
+    path = tmp_path / f"largest.{kind.lower()}"
+    Image.new(mode, (side, side)).save(path, kind, **options)
+    done = subprocess.run([sys.executable, "-c", PEAK, path], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    size, peak = done.stdout.splitlines()
+    assert max(map(int, size.split())) <= 4096
+    assert int(peak) < 750 * 1024, f"{int(peak) // 1024} MB"
+
+
+def test_jpeg_2000_is_refused_undecoded(tmp_path: Path) -> None:
+    path = tmp_path / "x.jp2"
+    Image.new("RGB", (64, 64)).save(path, "JPEG2000")
+    with pytest.raises(UsageError, match="not a readable image") as caught:
+        open_photo(path)
+    assert "JPEG 2000" in str(caught.value.hint)

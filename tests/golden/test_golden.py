@@ -1,4 +1,4 @@
-"""Every shared golden case, through the command that a user would type."""
+"""Every golden case, run with the command of a user."""
 
 from __future__ import annotations
 

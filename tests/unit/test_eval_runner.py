@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import io
 import itertools
 import json
 import multiprocessing
@@ -20,6 +21,7 @@ import pytest
 from support import eval_stand_ins as stand_in
 
 from fastface_cli.errors import DeviceError, FastFaceError, ModelUnavailableError, UsageError
+from fastface_cli.evaluation import runs
 from fastface_cli.evaluation.engines import LocalPool, RayPool, make_all
 from fastface_cli.evaluation.maker import ImageTask
 from fastface_cli.evaluation.merge import merge
@@ -123,32 +125,28 @@ def test_merged_shards_equal_the_complete_run(tmp_path):
 def test_incomplete_lines_are_ignored_and_overwritten(tmp_path):
     path = tmp_path / "log.jsonl"
     path.write_bytes(b'{"a": 1}\n' + b"\0" * 9 + b'\n{"a": 2}\n{"a": 3')
-    assert [record["a"] for record in read_lines(path)] == [1, 2]
+    assert [record["a"] for _, record in read_lines(path)] == [1, 2]
     log = RowLog(path)
     log.append([{"a": 4}])
     log.close()
-    assert [record["a"] for record in read_lines(path)] == [1, 2, 4]
+    assert [record["a"] for _, record in read_lines(path)] == [1, 2, 4]
     path.write_bytes(b"x" * 200_000)
     RowLog(path).close()
     assert path.read_bytes() == b""
 
 
 def test_partial_writes_are_completed(tmp_path, monkeypatch):
-    log = RowLog(tmp_path / "log.jsonl")
-    whole = log._file.write
+    """A nearly full disk writes only a part of the data, without an error."""
 
-    class Slow:
-        def __getattr__(self, name):
-            return getattr(log_file, name)
-
+    class Partial(io.FileIO):
         def write(self, data):
-            return whole(data[:3])
+            return super().write(data[:3])
 
-    log_file = log._file
-    monkeypatch.setattr(log, "_file", Slow())
+    monkeypatch.setattr(runs, "open_log", lambda path: Partial(path, "ab"))
+    log = RowLog(tmp_path / "log.jsonl")
     log.append([{"a": 1}, {"a": 2}])
     log.close()
-    assert [record["a"] for record in read_lines(tmp_path / "log.jsonl")] == [1, 2]
+    assert [record["a"] for _, record in read_lines(tmp_path / "log.jsonl")] == [1, 2]
 
 
 def test_interrupted_start_can_be_repeated(tmp_path):
@@ -177,7 +175,7 @@ def test_resuming_with_other_inputs_names_the_differences(tmp_path):
         Run.open(tmp_path / "run", other)
     assert caught.value.message.splitlines()[1:] == [
         "  options.seeds: 1 before, 2 now",
-        "  recipes.pocket.guidance.text: [1.0, 3.0, 3.0, 1.0] before, 3.0 now",
+        "  recipes.pocket.guidance.text: 1.0 before, 3.0 now",
         '  versions.fastface: "0" before, "1" now',
     ]
     assert (tmp_path / "run" / "generated.jsonl").read_bytes() == before
@@ -343,7 +341,7 @@ def test_unreadable_image_only_loses_its_own_scores(tmp_path):
     plan = stand_in.plan()
     with Run.open(tmp_path / "run", stand_in.info(plan)) as run:
         generate(run, plan, stand_in.Here, stand_in.People(), stand_in.no_scoring())
-        (run.folder / "images/pocket/p001/0002-0.png").write_bytes(b"no picture")
+        run.add(run.rows()["pocket/p001/0002-0"], b"no image")
         metric = stand_in.Brightness()
         score(run, stand_in.scoring(metric))
         errors = run.score_errors()

@@ -57,7 +57,6 @@ def near(found: list[tuple[int, ...]], wanted: list[tuple[int, ...]], tolerance:
         ("WEBP", {"lossless": True}, 0),
         ("JPEG", {"quality": 95}, 8),
         ("JPEG", {"quality": 95, "progressive": True}, 8),
-        ("JPEG2000", {}, 4),
         ("GIF", {}, 4),
     ],
 )

@@ -17,8 +17,7 @@ from PIL import Image, PngImagePlugin
 
 from fastface_cli import files
 from fastface_cli.errors import FastFaceError, UsageError
-from fastface_cli.output import images as pictures
-from fastface_cli.output.images import grid, plan_paths, write_png
+from fastface_cli.output.images import LONGEST_SIDE, grid, plan_paths, write_png
 from fastface_cli.output.latents import save_latents
 
 
@@ -282,7 +281,7 @@ class TestWriting:
         def stop(*_: object) -> None:
             raise Stop
 
-        monkeypatch.setattr(files, "_place", stop)
+        monkeypatch.setattr(os, "link", stop)
         with pytest.raises(Stop):
             write_png(small(), Path("x.png"))
         assert os.listdir() == []
@@ -297,9 +296,8 @@ class TestWriting:
             "import os, signal\n"
             "from pathlib import Path\n"
             "from PIL import Image\n"
-            "from fastface_cli import files\n"
             "from fastface_cli.output import images\n"
-            "files._place = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+            "os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
             "images.write_png(Image.new('RGB', (8, 8)), Path('x.png'), force=True)\n"
         )
         (tmp_path / "x.png").write_text("old")
@@ -313,11 +311,12 @@ class TestGrid:
     @pytest.mark.parametrize(
         ("count", "columns"), [(1, 1), (2, 2), (3, 2), (4, 2), (5, 3), (6, 3), (9, 3), (10, 4)]
     )
-    def test_near_square(self, count: int, columns: int) -> None:
-        assert pictures._near_square(count, 1.0) == columns
+    def test_sheet_is_nearly_square(self, count: int, columns: int) -> None:
+        sheet = grid([Image.new("RGB", (64, 64))] * count)
+        assert sheet.size == (columns * 65 + 1, -(-count // columns) * 65 + 1)
 
-    def test_wide_images_stack(self) -> None:
-        assert pictures._near_square(4, 4.0) == 1
+    def test_wide_images_are_stacked(self) -> None:
+        assert grid([Image.new("RGB", (256, 64))] * 4).width == 256 + 2 * 4
 
     def test_order(self) -> None:
         colors = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
@@ -350,7 +349,7 @@ class TestGrid:
 
     def test_large_sheets_shrink(self) -> None:
         sheet = grid([Image.new("RGB", (4096, 2048))] * 6, columns=3, labels=["x"] * 6)
-        assert max(sheet.size) <= pictures.LONGEST_SIDE
+        assert max(sheet.size) <= LONGEST_SIDE
 
     def test_nonsense(self) -> None:
         for arguments in ({"images": []}, {"images": [small()], "columns": 0}):

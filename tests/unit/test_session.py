@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from fastface_cli import FastFace
+from fastface_cli.app import plan
 from fastface_cli.app.events import IdentityReady, ImageFinished, ModelsReady, RunFinished, RunStarted
 from fastface_cli.app.events import StepFinished as Step
 from fastface_cli.app.request import GenerateRequest, OutputPlan
@@ -181,3 +182,23 @@ def test_a_photo_is_decoded_once(tmp_path, monkeypatch):
     with Session("pocket", Runtime(device="cpu")) as session:
         list(session.run(GenerateRequest(photos=(PORTRAIT,), prompts=("a",), output=None)))
     assert decoded == [PORTRAIT]
+
+
+def test_only_first_candidates_are_named_before_the_run(tmp_path, monkeypatch):
+    calls = []
+    original = plan.plan_paths
+    monkeypatch.setattr(
+        plan, "plan_paths", lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs)
+    )
+    many = GenerateRequest(
+        recipe="pocket",
+        prompts=("a",),
+        seed=5,
+        count=100,
+        best_of=1000,
+        output=OutputPlan(path=f"{tmp_path}/"),
+    )
+    planned = plan.plan_run(many, "pocket", {})
+    assert len(calls) == 1
+    assert planned.names.path(1, 0) == tmp_path / "pocket-baseline-1005.png"
+    assert planned.names.path(1, 7) == tmp_path / "pocket-baseline-1012.png"
