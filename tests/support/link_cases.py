@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from fastface_cli.errors import ModelUnavailableError
+from fastface_cli.identity.cache import Remembered
 from support.tiny_manifest import BIG, MODEL, Shop, sha256
 
 Act = Callable[[Shop], object]
@@ -51,6 +52,11 @@ def remove(shop: Shop, *names: str) -> None:
     for name in names:
         store.remove(shop[name])
     store.clear_quarantine()
+
+
+def empty_identities(shop: Shop) -> None:
+    """Remove all identities."""
+    Remembered(shop.home).clear()
 
 
 def empty_fused(shop: Shop) -> None:
@@ -104,6 +110,7 @@ CASES: dict[str, tuple[tuple[str, ...], str, Act]] = {
     "the quarantine": ((), "quarantine", lambda shop: remove(shop, "lora", "url")),
     "the records": ((), "records", lambda shop: fetch(shop, "lora")),
     "the locks": ((), "hub/.locks", lambda shop: fetch(shop, "lora")),
+    "the identities": ((), "identities", empty_identities),
     "the fused models": ((), "fused", empty_fused),
     "a fused model": ((), f"fused/{'a' * 64}.safetensors", empty_fused),
 }
@@ -131,6 +138,7 @@ def changed(shop: Shop, case: str, outside: Path) -> dict[str, bytes] | None:
         (target / "vae/model.safetensors").write_bytes(b"mine")
         (target / f"{'a' * 64}.json").write_text("{}")
         (target / "old.zip").write_bytes(b"mine")
+        (target / "old.safetensors").write_bytes(b"mine")
         (target / f"{sha256(BIG)}.incomplete").write_bytes(b"mine")
     before = contents(outside)
     act(shop)
