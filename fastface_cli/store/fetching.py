@@ -129,7 +129,7 @@ class Fetcher:
         record = self.records.read(task.source)
 
         def check(announced: transfer.Announcement) -> None:
-            if announced.commit != commit:
+            if announced.commit not in (None, commit):
                 raise no_hub(artifact, file.path, announced.url)
             _check_announcement(task, announced, record)
 

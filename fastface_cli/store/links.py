@@ -20,8 +20,8 @@ def outside_link(path: Path, root: Path) -> Path | None:
         path: a path below `root`; whether it is a link itself does not matter.
         root: the cache folder, which may be a link.
     """
-    folder = root
-    for part in path.relative_to(root).parts[:-1]:
+    root = folder = Path(os.path.abspath(root))
+    for part in Path(os.path.abspath(path)).relative_to(root).parts[:-1]:
         folder /= part
         if folder.is_symlink() and not folder.resolve().is_relative_to(root.resolve()):
             return folder
@@ -59,6 +59,7 @@ def link_target(link: Path) -> Path:
 
 def file_behind(path: Path, root: Path) -> Path | None:
     """The file below `root` that `path` is or links to; None if there is none, or if it is outside `root`."""
+    path, root = Path(os.path.abspath(path)), Path(os.path.abspath(root))
     for _ in range(8):
         if not path.is_relative_to(root) or outside_link(path, root) is not None:
             return None

@@ -69,8 +69,7 @@ class PartialFile:
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
-        if self._journal is not None:
-            self._journal.close()
+        self._close_journal()
 
     @property
     def done(self) -> int:
@@ -98,6 +97,7 @@ class PartialFile:
         count = _count(size) if divide else 1
         if len(self.parts) == 1 == count:
             self.parts[0].done = 0
+            self._digest, self._hashed = hashlib.sha256(), 0
         else:
             self._plan(size, [0] * count)
 
@@ -125,19 +125,23 @@ class PartialFile:
         for part in self.parts:
             part.end = part.start + part.done
         self.hash_ready_parts()
+        self._close_journal()
         self._counts.unlink(missing_ok=True)
         return self._digest.hexdigest()
 
-    def _plan(self, size: int | None, counts: list[int]) -> None:
+    def _close_journal(self) -> None:
         if self._journal is not None:
             self._journal.close()
+            self._journal = None
+
+    def _plan(self, size: int | None, counts: list[int]) -> None:
+        self._close_journal()
         starts = [self.step * index for index in range(len(counts))]
         self.parts = [
             Part(start, end, done)
             for start, end, done in zip(starts, [*starts[1:], size], counts, strict=True)
         ]
         self._digest, self._hashed = hashlib.sha256(), 0
-        self._journal = None
         if len(counts) > 1:
             self._journal = open_for_writing(self._counts)
             self._journal.truncate(0)

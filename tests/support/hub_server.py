@@ -71,6 +71,8 @@ class Hub:
     """The token without which everything is refused."""
     stale: str | None = None
     """A token that is refused, although public files need none."""
+    redirects: bool = False
+    """Whether small files are redirected within the Hub, as huggingface.co does."""
     commit: str = COMMIT
     """The commit at which the files are."""
     log: list[Request] = field(default_factory=list)
@@ -138,6 +140,9 @@ def _handler(hub: Hub, cdn: bool) -> type[BaseHTTPRequestHandler]:
                     self._refuse(hub.status[path])
                 else:
                     self._content(hub.plain[path])
+            elif path.startswith("/api/resolve-cache/models/"):
+                owner, name, _commit, file = path.removeprefix("/api/resolve-cache/models/").split("/", 3)
+                self._small(f"{owner}/{name}/{file}", announce=self.command == "HEAD")
             elif path.startswith("/api/models/"):
                 self._tree(*path.removeprefix("/api/models/").split("/tree/"))
             else:
@@ -173,17 +178,28 @@ def _handler(hub: Hub, cdn: bool) -> type[BaseHTTPRequestHandler]:
                 self._file(key, hub.files[key])
 
         def _file(self, key: str, content: bytes) -> None:
-            about = {"X-Repo-Commit": hub.commit}
-            if len(content) < LARGE:
-                about["ETag"] = f'"{hub.etags.get(key, git_sha1(content))}"'
-                self._content(hub.served.get(key, content), about)
+            if len(content) < LARGE and hub.redirects:
+                owner, name, file = key.split("/", 2)
+                location = f"/api/resolve-cache/models/{owner}/{name}/{hub.commit}/{file}"
+                self._head(307, {"Location": location}, 0)
                 return
-            about |= {
+            if len(content) < LARGE:
+                self._small(key, announce=True)
+                return
+            about = {
+                "X-Repo-Commit": hub.commit,
                 "X-Linked-Etag": f'"{hashlib.sha256(content).hexdigest()}"',
                 "X-Linked-Size": str(len(content)),
                 "Location": f"{hub.cdn}/cdn/{key}",
             }
             self._head(302, about, 0)
+
+        def _small(self, key: str, *, announce: bool) -> None:
+            content = hub.files[key]
+            about = {"ETag": f'"{hub.etags.get(key, git_sha1(content))}"'}
+            if announce:
+                about["X-Repo-Commit"] = hub.commit
+            self._content(hub.served.get(key, content), about)
 
         def _tree(self, repo: str, _commit: str) -> None:
             if repo in hub.status:

@@ -779,6 +779,25 @@ def test_a_server_that_is_not_a_hub(shop: Shop, monkeypatch: pytest.MonkeyPatch)
     assert not (shop.store().path(shop["open"]) / "config.json").exists()
 
 
+def test_small_files_are_redirected_within_the_hub(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_right")
+    shop.hub.token, shop.hub.redirects = "hf_right", True
+    paths = shop.store().ensure([shop["base"], shop["open"]])
+    assert (paths["tiny-base"] / "unet/config.json").read_bytes() == CONFIG
+    assert (paths["tiny-open"] / "config.json").read_bytes() == CONFIG
+    assert {one.authorization for one in shop.hub.log if not one.cdn} == {"Bearer hf_right"}
+
+
+def test_a_page_in_place_of_a_file_with_a_hash_is_refused(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", f"{shop.hub.url}/portal")
+    shop.hub.plain[f"/portal/tiny/lora/resolve/{COMMIT}/lora.safetensors"] = b"<html>log in first</html>"
+    error = failure(shop.store(), shop["lora"])
+    assert "offers a different file as lora.safetensors (25 bytes, expected 3500000)" in error.message
+    assert shop.store().quarantined() == []
+
+
 def test_a_relative_home(shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     shop.home = Path("home")
@@ -786,6 +805,10 @@ def test_a_relative_home(shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyP
     shop.hub.log.clear()
     shop.home = tmp_path / "home"
     assert states(shop.store(), shop, "lora") == ["present"]
+    shop.home = Path("home")
+    shop.store().path(shop["lora"]).write_bytes(MODEL)
+    assert [file.state for file in shop.store().verify(shop["lora"])] == ["bad"]
+    assert [path.read_bytes() for path in shop.store().quarantined()] == [MODEL]
 
 
 def test_a_snapshot_found_offline_is_completed_online(shop: Shop) -> None:

@@ -153,7 +153,7 @@ def test_a_size_that_only_the_server_knows(shop: Shop) -> None:
 def test_an_address_that_has_expired_is_asked_for_again(shop: Shop) -> None:
     shop.hub.refusals = [0, 0, 0, 403]
     assert fetch(shop) == BIG
-    assert len(shop.hub.asked("GET", "/resolve/")) == 2
+    assert 2 <= len(shop.hub.asked("GET", "/resolve/")) <= 8, "again, but not for each part"
 
 
 def test_an_address_that_is_refused_from_the_start_is_an_error(shop: Shop) -> None:
