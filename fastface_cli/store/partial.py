@@ -142,13 +142,13 @@ class PartialFile:
             for start, end, done in zip(starts, [*starts[1:], size], counts, strict=True)
         ]
         self._digest, self._hashed = hashlib.sha256(), 0
-        if len(counts) > 1:
-            self._journal = open_for_writing(self._counts)
-            self._journal.truncate(0)
-        else:
+        if len(counts) == 1:
             self._counts.unlink(missing_ok=True)
-        for part in self.parts:
-            self._save(part)
+            return
+        self._journal = open_for_writing(self._counts)
+        self._journal.write(b"".join(map(_NUMBER.pack, counts)))  # in one piece: a kill loses no count
+        self._journal.truncate()
+        self._journal.flush()
 
     def _save(self, part: Part) -> None:
         if self._journal is not None:
@@ -189,7 +189,8 @@ def _received(path: Path, size: int | None) -> list[int]:
     length = path.stat().st_size
     counts = ranges_path(path)
     if counts.is_file() and not counts.is_symlink():
-        numbers = [number for (number,) in _NUMBER.iter_unpack(_whole(counts.read_bytes()))]
+        data = counts.read_bytes()
+        numbers = [number for (number,) in _NUMBER.iter_unpack(data[: len(data) // 8 * 8])]
         expected = _count(size) if size is not None else len(numbers)
         fits = all(not done or PART * index + done <= length for index, done in enumerate(numbers))
         if len(numbers) == expected and fits and max(numbers, default=0) <= PART:
@@ -198,12 +199,6 @@ def _received(path: Path, size: int | None) -> list[int]:
     return _contiguous(size, length)
 
 
-def _whole(data: bytes) -> bytes:
-    return data[: len(data) // _NUMBER.size * _NUMBER.size]
-
-
 def _contiguous(size: int | None, done: int) -> list[int]:
-    count = _count(size)
-    return [min(max(done - PART * index, 0), PART) for index in range(count - 1)] + [
-        max(done - PART * (count - 1), 0)
-    ]
+    last = _count(size) - 1
+    return [min(max(done - PART * n, 0), PART) for n in range(last)] + [max(done - PART * last, 0)]

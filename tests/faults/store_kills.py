@@ -20,7 +20,7 @@ from support.tiny_manifest import BIG, fill, manifest_text, sha256
 from fastface_cli.store import partial
 from fastface_cli.store.partial import ranges_path, received_bytes
 
-KILLS = int(os.environ.get("FASTFACE_FAULTS", "5"))
+KILLS = 100 if os.environ.get("FASTFACE_FAULTS") == "long" else 5
 """Number of kills."""
 PART = 256 << 10
 CHILD = """
