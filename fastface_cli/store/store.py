@@ -69,30 +69,15 @@ class Store:
         return self.layout.path(artifact)
 
     def status(self, artifact: Artifact) -> list[FileStatus]:
-        """The state of each file of an artifact, without network access and without hashing."""
-        if artifact.local is not None:
-            size = _size(artifact.local)
-            state: State = "present" if artifact.local.exists() else "missing"
-            return [FileStatus(str(artifact.local), size, state, size)]
-        files = self._files(artifact)
-        if not files:
-            return [FileStatus(artifact.folder or "all files", 0, "missing", 0)]
-        return [self._file_status(artifact, file, shared=True) for file in files]
+        """The state of each file of an artifact, without network access and without hashing.
+
+        A file in the default Hub cache is unverified: `ensure` verifies and links it.
+        """
+        return self._status(artifact, shared=True)
 
     def missing(self, artifacts: Iterable[Artifact]) -> list[Missing]:
         """The incomplete artifacts, without network access and without hashing."""
         return self._missing(artifacts, shared=True)
-
-    def _missing(self, artifacts: Iterable[Artifact], *, shared: bool) -> list[Missing]:
-        incomplete = []
-        for artifact in _unique(artifacts):
-            states = self.status(artifact)
-            if artifact.local is None and not shared and self._files(artifact):
-                states = [self._file_status(artifact, file) for file in self._files(artifact)]
-            files = tuple(file for file in states if file.state not in ("present", "unverified"))
-            if files:
-                incomplete.append(Missing(artifact, files))
-        return incomplete
 
     def ensure(
         self,
@@ -168,7 +153,7 @@ class Store:
         for artifact in (*self.known.values(), *self._unlisted()):
             if artifact.local is not None:
                 continue
-            states = [self._file_status(artifact, file) for file in self._files(artifact)]
+            states = self._status(artifact, shared=False)
             on_disk = [file for file in states if file.state not in ("missing", "partial")]
             partial = sum(file.here for file in states if file.state == "partial")
             if self._own(artifact) & {file.path for file in states if file.here}:
@@ -209,8 +194,27 @@ class Store:
                 freed += remove_entry(path, path.parent)
         return freed
 
+    def _status(self, artifact: Artifact, *, shared: bool) -> list[FileStatus]:
+        """See `status`; `shared` includes the default Hub cache."""
+        if artifact.local is not None:
+            size = _size(artifact.local)
+            state: State = "present" if artifact.local.exists() else "missing"
+            return [FileStatus(str(artifact.local), size, state, size)]
+        files = self._files(artifact)
+        if not files:
+            return [FileStatus(artifact.folder or "all files", 0, "missing", 0)]
+        return [self._file_status(artifact, file, shared=shared) for file in files]
+
+    def _missing(self, artifacts: Iterable[Artifact], *, shared: bool) -> list[Missing]:
+        incomplete = []
+        for artifact in _unique(artifacts):
+            states = self._status(artifact, shared=shared)
+            files = tuple(file for file in states if file.state not in ("present", "unverified"))
+            if files:
+                incomplete.append(Missing(artifact, files))
+        return incomplete
+
     def _file_status(self, artifact: Artifact, file: RemoteFile, *, shared: bool = False) -> FileStatus:
-        """The state of a file; `shared` includes the default Hub cache."""
         place = self.layout.place(artifact, file.path)
         if os.path.isfile(place):  # False, without an error, in an unreadable folder
             size = place.stat().st_size
