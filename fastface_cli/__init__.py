@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .app.api import FastFace
 
-# Both send telemetry by default, ONNX Runtime from its import on. They process photos of people, so
-# telemetry is disabled unless the user enables it.
+# These libraries send telemetry by default: ONNX Runtime from its import on, and huggingface_hub describes
+# this process in its requests and asks the Hub which agent programs to look for. They process photos of
+# people, so telemetry is disabled unless the user enables it.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 __version__ = "0.1.0"
 __all__ = ["FastFace", "__version__"]

@@ -160,7 +160,7 @@ def transfer_progress(*, quiet: bool = False) -> Progress:
 
     console = err()
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),
@@ -209,7 +209,7 @@ def step_progress(*, quiet: bool = False) -> Progress:
 
     console = err()
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),

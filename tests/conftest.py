@@ -10,6 +10,9 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("NO_COLOR", "1")
+os.environ["HF_HOME"] = str(
+    Path(__file__).parent / "no-huggingface"
+)  # the user's Hub cache is used otherwise
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 

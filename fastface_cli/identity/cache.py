@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import FastFaceError, UsageError
 from ..files import content_mark
+from ..store.links import make_folder, outside_link, remove_entry
 
 if TYPE_CHECKING:
     from ..store.manifest import Artifact
@@ -62,19 +63,18 @@ class Remembered:
             raise FastFaceError(
                 f"cannot write {self.folder}: {error.strerror}", "leave out --remember"
             ) from error
+        make_folder(self.folder, self.folder.parent)  # refuses a link that leads outside the cache
         identity.save(self._file(key), force=True)
 
     def files(self) -> list[Path]:
-        """The files of all cached identities."""
+        """The files of all cached identities; none if a link leads the folder outside the cache."""
+        if outside_link(self.folder / "file", self.folder.parent) is not None:
+            return []
         return sorted(self.folder.glob("*.safetensors"))
 
     def clear(self) -> int:
         """Remove all cached identities and return the number of bytes freed."""
-        freed = 0
-        for path in self.files():
-            freed += path.stat().st_size
-            path.unlink()
-        return freed
+        return sum(remove_entry(path, self.folder.parent) for path in self.files())
 
     def _file(self, key: str) -> Path:
         return self.folder / f"{key}.safetensors"

@@ -15,7 +15,6 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import BinaryIO
 from ..errors import ModelUnavailableError
 from ..recipe.schema import Recipe
 from .layout import check_room
+from .links import make_folder, outside_link, remove_entry
 from .records import file_sha256
 from .states import human_bytes
 
@@ -143,6 +143,8 @@ class FusedCache:
 
     def find(self, key: str) -> Path | None:
         """The file of a key if it is cached and intact; a damaged file is removed."""
+        if self._is_outside():
+            return None
         entry = _parse(self._metadata_path(key))
         if entry is None or entry.key != key:
             return None
@@ -180,7 +182,7 @@ class FusedCache:
             The path of the file, or None.
         """
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder, self.folder.parent)
             self._make_room(size)
             return self._write(key, recipe, inputs, write)
         except (OSError, ModelUnavailableError) as error:
@@ -226,6 +228,8 @@ class FusedCache:
 
     def entries(self) -> list[FusedEntry]:
         """Every cached model."""
+        if self._is_outside():
+            return []
         entries = (_parse(path) for path in sorted(self.folder.glob("*.json")))
         return [entry for entry in entries if entry is not None and self.file(entry.key).is_file()]
 
@@ -237,18 +241,16 @@ class FusedCache:
         """
         freed = 0
         for path in (self.file(key), self._metadata_path(key)):
-            with suppress(FileNotFoundError):
-                freed += path.stat().st_size
-                path.unlink()
+            freed += remove_entry(path, self.folder.parent)
         return freed
 
     def clear(self) -> int:
         """Remove everything, including unfinished files; returns the bytes freed."""
-        freed = 0
-        for path in self.folder.glob("*"):
-            freed += path.stat().st_size
-            path.unlink()
-        return freed
+        return sum(remove_entry(path, self.folder.parent) for path in list(self.folder.glob("*")))
+
+    def _is_outside(self) -> bool:
+        """Whether the folder is a link to a folder outside the cache, whose files are not changed."""
+        return outside_link(self.folder / "file", self.folder.parent) is not None
 
     def _used(self, key: str) -> float:
         return self._metadata_path(key).stat().st_mtime

@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 
 from ..errors import ModelUnavailableError
 from ..settings import Settings
+from .links import link_target, make_folder, outside_link, remove_entry
 from .manifest import Artifact, RemoteFile
 from .records import Records
 from .states import human_bytes
@@ -66,6 +67,10 @@ class CacheLayout:
             return self.settings.home / "files" / artifact.name
         return self.repo(artifact) / "snapshots" / str(artifact.commit)
 
+    def root(self, artifact: Artifact) -> Path:
+        """The cache folder of an artifact: nothing outside it is changed."""
+        return self.settings.hub_folder if artifact.repo else self.settings.home
+
     def repo(self, artifact: Artifact) -> Path:
         """The folder of a repository in the Hub cache."""
         return self.settings.hub_folder / f"models--{str(artifact.repo).replace('/', '--')}"
@@ -83,12 +88,39 @@ class CacheLayout:
             )
         return self.folder(artifact).joinpath(*parts.parts)
 
+    def shared_file(self, artifact: Artifact, file: RemoteFile) -> Path | None:
+        """A Hub file in the default cache of other programs, to be verified before use; never written there.
+
+        Its size must match, and its hash must be known: from the manifest, or from the name of its blob.
+        """
+        cache = default_hub_cache()
+        if artifact.repo is None or cache.resolve() == self.settings.hub_folder.resolve():
+            return None
+        repo = cache / self.repo(artifact).name
+        path = PurePosixPath(file.path)
+        candidates = [repo / "snapshots" / str(artifact.commit) / path]
+        if file.sha256 is not None:
+            candidates.append(repo / "blobs" / file.sha256)
+        for candidate in candidates:
+            real = candidate.resolve()
+            hashed = file.sha256 or re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", real.name)
+            if hashed and real.is_file() and file.bytes in (None, real.stat().st_size):
+                return real
+        return None
+
     def partial(self, artifact: Artifact, file: RemoteFile) -> Path | None:
         """The path of a partial download, or None if it depends on an etag that is not known yet."""
         if artifact.repo is None:
             return self.place(artifact, file.path + ".part")
         etag = file.sha256 or self.records.read(source_of(artifact, file)).etag
         return self.repo(artifact) / "blobs" / f"{blob_name(etag)}.incomplete" if etag else None
+
+
+def default_hub_cache() -> Path:
+    """The folder in which huggingface_hub caches files, unless HF_HUB_CACHE moves it."""
+    caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    home = os.environ.get("HF_HOME") or os.path.join(caches, "huggingface")
+    return Path(os.path.expandvars(home)).expanduser() / "hub"
 
 
 def check_room(folder: Path, need: int) -> None:
@@ -110,9 +142,9 @@ def check_room(folder: Path, need: int) -> None:
         )
 
 
-def link(place: Path, blob: Path) -> None:
+def link(place: Path, blob: Path, root: Path) -> None:
     """Make `place` a relative symbolic link to `blob`, or move the blob there if links are unsupported."""
-    place.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(place.parent, root)
     if os.path.lexists(place):
         place.unlink()
     try:
@@ -123,32 +155,25 @@ def link(place: Path, blob: Path) -> None:
         os.replace(blob, place)
 
 
-def remove_file(place: Path, repo: Path | None) -> int:
+def remove_file(place: Path, root: Path, repo: Path | None) -> int:
     """Remove a file, and its blob in `repo` once nothing else in the repository links to it.
+
+    Args:
+        place: the file.
+        root: the cache folder; nothing outside it is removed.
+        repo: the folder of its repository in the Hub cache, if any.
 
     Returns:
         Bytes freed.
     """
-    if not os.path.lexists(place):
-        return 0
-    if not place.is_symlink():
-        freed = place.stat().st_size
-        place.unlink()
+    blob = link_target(place) if place.is_symlink() and outside_link(place, root) is None else None
+    freed = remove_entry(place, root)
+    if blob is None or repo is None or blob.parent != Path(os.path.abspath(repo / "blobs")):
         return freed
-    blob = _target(place)
-    place.unlink()
-    if repo is None or blob.parent != Path(os.path.abspath(repo / "blobs")) or not os.path.lexists(blob):
-        return 0
-    if any(_target(other) == blob for other in (repo / "snapshots").rglob("*") if other.is_symlink()):
-        return 0
-    freed = 0 if blob.is_symlink() else blob.stat().st_size
-    blob.unlink()
-    return freed
-
-
-def _target(symlink: Path) -> Path:
-    """The direct target of a link: a blob may itself be a link into the storage of another program."""
-    return Path(os.path.abspath(symlink.parent / os.readlink(symlink)))
+    if any(link_target(other) == blob for other in (repo / "snapshots").rglob("*") if other.is_symlink()):
+        return freed
+    blob = repo / "blobs" / blob.name
+    return freed if outside_link(blob, root) is not None else freed + remove_entry(blob, root)
 
 
 def remove_empty(folder: Path) -> None:

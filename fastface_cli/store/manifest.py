@@ -18,7 +18,9 @@ from ..recipe.schema import HubReference, ModelReference
 PACKAGE = Path(__file__).parents[1]
 MANIFEST = Path(__file__).with_name("manifest.yaml")
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".onnx")
-_HUB = re.compile(r"hub:(?P<repo>[\w.-]+/[\w.-]+)@(?P<commit>[0-9a-f]{40})(?::(?P<file>.+))?")
+REPOSITORY = r"(?![\w./-]*(?:--|\.\.))\w[\w.-]*/\w[\w.-]*(?<![.-])(?<!\.git)"
+"""Pattern of `owner/name`, as the Hub names repositories."""
+_HUB = re.compile(rf"hub:(?P<repo>{REPOSITORY})@(?P<commit>[0-9a-f]{{40}})(?::(?P<file>.+))?", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class Artifact:
         whole: the files are those of an entire Hub folder.
         folder: for `whole`, the folder of the repository; empty means the entire repository.
         archive: URL of a zip with the same files, used if the repository is unavailable.
+        fallback: another commit with the same files, used for files with a hash if the first is not found.
     """
 
     name: str
@@ -75,6 +78,7 @@ class Artifact:
     folder: str = ""
     url: str | None = None
     archive: str | None = None
+    fallback: str | None = None
     local: Path | None = None
     packaged: bool = False
 
@@ -165,6 +169,8 @@ def _is_path(reference: str) -> bool:
 
 def _from_hub(repo: str, commit: str, file: str | None, names: Mapping[str, Artifact]) -> Artifact:
     """The artifact of a Hub reference; a file in the manifest keeps its hash and license."""
+    if re.fullmatch(REPOSITORY, repo, re.ASCII) is None:
+        raise RecipeError(f"'{repo}' is not a repository of the Hugging Face Hub", "write owner/name")
     name = f"hub:{repo}@{commit}" + (f":{file}" if file else "")
     related = [artifact for artifact in names.values() if artifact.repo == repo]
     terms = (
@@ -218,7 +224,8 @@ def _artifact(entry: dict[str, Any], licenses: dict[str, list[str]]) -> Artifact
     where = f"artifact {artifact.name}"
     if sum(source is not None for source in (artifact.repo, artifact.url, artifact.local)) != 1:
         raise ValueError(f"{where} needs exactly one of repo, url and package")
-    if artifact.repo and not re.fullmatch(r"[0-9a-f]{40}", artifact.commit or ""):
+    commits = (artifact.commit or "", artifact.fallback or "0" * 40)
+    if artifact.repo and not all(re.fullmatch(r"[0-9a-f]{40}", commit) for commit in commits):
         raise ValueError(f"{where} needs a commit of 40 hex digits")
     if not files and artifact.local is None:
         raise ValueError(f"{where} has no files")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ from .states import Missing
 
 @dataclass(frozen=True)
 class DownloadStarted:
-    """The list of missing artifacts is complete; the first file is fetched next."""
+    """The list of missing artifacts is complete; their files are fetched next."""
 
     missing: tuple[Missing, ...]
 
@@ -26,7 +27,7 @@ class DownloadProgress:
     """Bytes of one file on disk.
 
     Args:
-        name: path of the file.
+        name: path of the file, after the name of its model if another file has the same path.
         done: bytes on disk; less than before if the transfer restarts.
         total: size of the file; 0 if unknown.
     """
@@ -54,6 +55,18 @@ class FileFinished:
 
 StoreEvent = DownloadStarted | DownloadProgress | VerifyProgress | FileFinished
 ProgressObserver = Callable[[StoreEvent], None]
+"""Receives the events of several files at once; called by several threads, but by one at a time."""
+
+
+def one_at_a_time(observer: ProgressObserver) -> ProgressObserver:
+    """An observer that several threads may call: the calls do not overlap."""
+    lock = threading.Lock()
+
+    def call(event: StoreEvent) -> None:
+        with lock:
+            observer(event)
+
+    return call
 
 
 def ignore(_event: StoreEvent) -> None:

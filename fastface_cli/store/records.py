@@ -8,10 +8,11 @@ import json
 import os
 import re
 import secrets
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from .links import file_behind, make_folder, outside_link, remove_entry
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Records:
             OSError: the folder cannot be written.
         """
         place = self._place(record.source)
-        place.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder, self.folder.parent)
         temporary = place.with_name(f"{place.stem}.{secrets.token_hex(4)}.tmp")
         temporary.write_text(json.dumps(asdict(record)), encoding="utf-8")
         os.replace(temporary, place)
@@ -138,25 +139,28 @@ def mismatch(actual: str, expected: str | None, etag: str | None, path: Path) ->
     return None if expected in (None, actual) else expected
 
 
-def quarantine(path: Path, folder: Path, source: str, sha256: str) -> Path:
+def quarantine(path: Path, root: Path, folder: Path, source: str, sha256: str) -> Path | None:
     """Move a file with wrong bytes to the quarantine, under a name that identifies its source.
 
     A second copy of the same bytes replaces the first. If `folder` is on another disk, a `quarantine`
-    folder next to the file is used, which avoids copying gigabytes.
+    folder next to the file is used, which avoids copying gigabytes. A file outside `root` stays where it is,
+    and the link to it is removed.
+
+    Returns:
+        The new path, or None if only a link was removed.
     """
     name = f"{short_hash(source)[:12]}-{sha256[:12]}-{source.rsplit('/', 1)[-1]}"
-    real = path.resolve()
-    for place in (folder, real.parent / "quarantine"):
-        try:
-            place.mkdir(parents=True, exist_ok=True)
-            os.replace(real, place / name)
-        except OSError as error:
-            if error.errno != errno.EXDEV:
-                raise
-            continue
-        if path.is_symlink():
-            path.unlink()
-        return place / name
-    target = folder / name
-    shutil.move(real, target)
-    return target
+    real = file_behind(path, root)
+    if path.is_symlink() or outside_link(path, root) is not None:
+        remove_entry(path, root)
+    if real is None:
+        return None
+    try:
+        place = make_folder(folder, folder.parent) / name
+        os.replace(real, place)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        place = make_folder(real.parent / "quarantine", root) / name
+        os.replace(real, place)
+    return place

@@ -1,10 +1,10 @@
 """The store of model files: download, verification, listing and removal.
 
 A file enters the cache only after its SHA-256 is verified; a file with wrong bytes is moved to
-`home/quarantine`. Hub files use the Hub's cache layout, so an HF_HUB_CACHE filled by other programs is used;
-other files are in `home/files`. `home/records` contains the verified hashes: a file is not hashed again
-while its size and modification time are unchanged. Records outlive their files: a file that is fetched again
-must have the same hash.
+`home/quarantine`. Hub files use the Hub's cache layout, so an HF_HUB_CACHE filled by other programs is used.
+Files in the default Hub cache are linked and never changed. Other files are in `home/files`. `home/records`
+contains the verified hashes: a file is not hashed again while its size and modification time are unchanged.
+Records outlive their files: a file that is fetched again must have the same hash.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -22,10 +23,13 @@ from pathlib import Path
 from ..errors import ModelUnavailableError
 from ..settings import Settings
 from . import transfer
+from .failures import disk_error
 from .fetching import Fetcher, FetchTask, WrongBytesError, fetch_all
 from .fused_cache import FusedCache
 from .layout import CacheLayout, blob_name, check_room, remove_empty, remove_file, source_of
-from .manifest import Artifact, RemoteFile, load_manifest, resolve
+from .links import make_folder, outside_link, remove_entry
+from .manifest import REPOSITORY, Artifact, RemoteFile, load_manifest, resolve
+from .partial import received_bytes
 from .progress import DownloadStarted, ProgressObserver, ignore
 from .records import short_hash
 from .states import Entry, FileStatus, Missing, State, count_models, human_size, license_line, offline_error
@@ -65,25 +69,15 @@ class Store:
         return self.layout.path(artifact)
 
     def status(self, artifact: Artifact) -> list[FileStatus]:
-        """The state of each file of an artifact, without network access and without hashing."""
-        if artifact.local is not None:
-            size = _size(artifact.local)
-            state: State = "present" if artifact.local.exists() else "missing"
-            return [FileStatus(str(artifact.local), size, state, size)]
-        files = self._files(artifact)
-        if not files:
-            return [FileStatus(artifact.folder or "all files", 0, "missing", 0)]
-        return [self._file_status(artifact, file) for file in files]
+        """The state of each file of an artifact, without network access and without hashing.
+
+        A file in the default Hub cache is unverified: `ensure` verifies and links it.
+        """
+        return self._status(artifact, shared=True)
 
     def missing(self, artifacts: Iterable[Artifact]) -> list[Missing]:
         """The incomplete artifacts, without network access and without hashing."""
-        incomplete = []
-        for artifact in _unique(artifacts):
-            states = self.status(artifact)
-            files = tuple(file for file in states if file.state not in ("present", "unverified"))
-            if files:
-                incomplete.append(Missing(artifact, files))
-        return incomplete
+        return self._missing(artifacts, shared=True)
 
     def ensure(
         self,
@@ -108,18 +102,19 @@ class Store:
         for artifact in distinct:
             _check_local(artifact)
         with _writing(self.settings.home):
-            fetcher = Fetcher(self.layout, progress)
+            verifier = Fetcher(self.layout, progress)
             for artifact in distinct:
                 self._list(artifact)
-                self._check_present(artifact, fetcher)
-            missing = self.missing(distinct)
+                self._check_present(artifact, verifier)
+            missing = self._missing(distinct, shared=False)
             if missing:
                 if self.offline:
                     raise offline_error(missing)
                 self._check_room(missing)
                 self._announce(missing)
                 progress(DownloadStarted(tuple(missing)))
-                fetch_all(fetcher, self._tasks(missing))
+                with transfer.transfer_client() as client:
+                    fetch_all(Fetcher(self.layout, progress, client), self._tasks(missing))
         return {artifact.name: self.path(artifact) for artifact in distinct}
 
     def verify(self, artifact: Artifact, *, progress: ProgressObserver = ignore) -> list[FileStatus]:
@@ -145,14 +140,11 @@ class Store:
         with _writing(self.settings.home):
             repo = self.layout.repo(artifact) if artifact.repo else None
             for file in self._removable(artifact):
-                freed += remove_file(self.layout.place(artifact, file.path), repo)
+                freed += remove_file(self.layout.place(artifact, file.path), self.layout.root(artifact), repo)
                 freed += self._remove_leftovers(artifact, file)
             if repo is not None:
                 remove_empty(repo)
-            folder = self.settings.home / "files" / artifact.name
-            if folder.is_dir():
-                freed += _size(folder)
-                shutil.rmtree(folder)
+            freed += self._remove_folder(self.settings.home / "files" / artifact.name)
         return freed
 
     def entries(self) -> list[Entry]:
@@ -161,7 +153,7 @@ class Store:
         for artifact in (*self.known.values(), *self._unlisted()):
             if artifact.local is not None:
                 continue
-            states = self.status(artifact)
+            states = self._status(artifact, shared=False)
             on_disk = [file for file in states if file.state not in ("missing", "partial")]
             partial = sum(file.here for file in states if file.state == "partial")
             if self._own(artifact) & {file.path for file in states if file.here}:
@@ -177,24 +169,52 @@ class Store:
             for entry in entries
             for file in self._files(entry.artifact)
         }
-        complete = sum(place.stat().st_size for place in places if place.is_file())
+        roots = [self.settings.home.resolve(), self.settings.hub_folder.resolve()]
+        own = [place for place in places if any(place.is_relative_to(root) for root in roots)]
+        complete = sum(place.stat().st_size for place in own if place.is_file())
         return complete + sum(entry.partial_bytes for entry in entries)
 
     def quarantined(self) -> list[Path]:
         """The quarantined files, which have wrong bytes."""
-        folders = [self.layout.quarantine, *self.settings.hub_folder.glob("models--*/blobs/quarantine")]
-        return sorted(path for folder in folders if folder.is_dir() for path in folder.iterdir())
+        hub = self.settings.hub_folder
+        folders = [(self.layout.quarantine, self.settings.home)]
+        folders += [(folder, hub) for folder in hub.glob("models--*/blobs/quarantine")]
+        return sorted(
+            path
+            for folder, root in folders
+            if folder.is_dir() and outside_link(folder / "file", root) is None
+            for path in folder.iterdir()
+        )
 
     def clear_quarantine(self) -> int:
         """Remove every quarantined file; returns the bytes freed."""
         freed = 0
         with _writing(self.settings.home):
             for path in self.quarantined():
-                freed += path.stat().st_size
-                path.unlink()
+                freed += remove_entry(path, path.parent)
         return freed
 
-    def _file_status(self, artifact: Artifact, file: RemoteFile) -> FileStatus:
+    def _status(self, artifact: Artifact, *, shared: bool) -> list[FileStatus]:
+        """See `status`; `shared` includes the default Hub cache."""
+        if artifact.local is not None:
+            size = _size(artifact.local)
+            state: State = "present" if artifact.local.exists() else "missing"
+            return [FileStatus(str(artifact.local), size, state, size)]
+        files = self._files(artifact)
+        if not files:
+            return [FileStatus(artifact.folder or "all files", 0, "missing", 0)]
+        return [self._file_status(artifact, file, shared=shared) for file in files]
+
+    def _missing(self, artifacts: Iterable[Artifact], *, shared: bool) -> list[Missing]:
+        incomplete = []
+        for artifact in _unique(artifacts):
+            states = self._status(artifact, shared=shared)
+            files = tuple(file for file in states if file.state not in ("present", "unverified"))
+            if files:
+                incomplete.append(Missing(artifact, files))
+        return incomplete
+
+    def _file_status(self, artifact: Artifact, file: RemoteFile, *, shared: bool = False) -> FileStatus:
         place = self.layout.place(artifact, file.path)
         if os.path.isfile(place):  # False, without an error, in an unreadable folder
             size = place.stat().st_size
@@ -203,8 +223,11 @@ class Store:
             if record.describes(place):
                 state = "present" if file.sha256 in (None, record.sha256) else "bad"
             return FileStatus(file.path, size, state, size)
+        other = self.layout.shared_file(artifact, file) if shared else None
+        if other is not None:
+            return FileStatus(file.path, other.stat().st_size, "unverified", other.stat().st_size)
         partial = self.layout.partial(artifact, file)
-        here = partial.stat().st_size if partial is not None and os.path.isfile(partial) else 0
+        here = received_bytes(partial) if partial is not None and os.path.isfile(partial) else 0
         return FileStatus(file.path, max(file.expected_bytes, here), "partial" if here else "missing", here)
 
     def _verify_file(self, artifact: Artifact, file: RemoteFile, fetcher: Fetcher) -> FileStatus:
@@ -226,10 +249,24 @@ class Store:
         if artifact.local is not None:
             return
         for file in self._files(artifact):
+            if self._file_status(artifact, file).state in ("missing", "partial"):
+                self._link_shared(artifact, file)
             if self._file_status(artifact, file).state in ("unverified", "bad"):
                 status = self._verify_file(artifact, file, fetcher)
                 if status.state == "bad":
                     log.warning("%s", status.detail)
+
+    def _link_shared(self, artifact: Artifact, file: RemoteFile) -> None:
+        """Link to a file in the default Hub cache, if it has the file."""
+        other = self.layout.shared_file(artifact, file)
+        if other is None:
+            return
+        place = self.layout.place(artifact, file.path)
+        make_folder(place.parent, self.layout.root(artifact))
+        with contextlib.suppress(OSError):  # without links, the file is fetched
+            place.unlink(missing_ok=True)
+            place.symlink_to(other)
+            log.info("%s: using %s", artifact.name, other)
 
     def _files(self, artifact: Artifact) -> tuple[RemoteFile, ...]:
         """The files of an artifact; for an entire Hub folder, those of the cached listing."""
@@ -257,10 +294,11 @@ class Store:
                 RemoteFile(path.relative_to(root).as_posix()) for path in paths
             )
             return
-        files = transfer.list_folder(artifact)
+        with transfer.transfer_client() as client:
+            files = client.list_folder(artifact)
         place = self._listing(artifact)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        temporary = place.with_name(f"{place.stem}.{os.getpid()}.tmp")
+        make_folder(place.parent, self.settings.home)
+        temporary = place.with_name(f"{place.stem}.{secrets.token_hex(4)}.tmp")
         temporary.write_text(json.dumps([asdict(file) for file in files]), encoding="utf-8")
         os.replace(temporary, place)
 
@@ -296,7 +334,7 @@ class Store:
         pinned = {source_of(artifact, file) for artifact in self.known.values() for file in artifact.files}
         by_commit: dict[str, list[RemoteFile]] = {}
         for record in self.layout.records.all():
-            match = re.fullmatch(r"([\w.-]+/[\w.-]+@[0-9a-f]{40}):(.+)", record.source)
+            match = re.fullmatch(rf"({REPOSITORY}@[0-9a-f]{{40}}):(.+)", record.source, re.ASCII)
             if match and record.source not in pinned:
                 by_commit.setdefault(match[1], []).append(RemoteFile(match[2], sha256=record.sha256))
         return [
@@ -335,13 +373,24 @@ class Store:
         """Remove partial and quarantined copies, and partial files of huggingface_hub."""
         source = source_of(artifact, file)
         etag = file.sha256 or self.layout.records.read(source).etag
-        leftovers = [path for path in self.quarantined() if path.name.startswith(short_hash(source)[:12])]
+        prefix = short_hash(source)[:12]
+        freed = sum(
+            remove_entry(path, path.parent) for path in self.quarantined() if path.name.startswith(prefix)
+        )
         if artifact.repo and etag:
-            leftovers += (self.layout.repo(artifact) / "blobs").glob(f"{blob_name(etag)}*.incomplete")
-        freed = 0
-        for path in leftovers:
-            freed += path.stat().st_size
-            path.unlink()
+            blobs = self.layout.repo(artifact) / "blobs"
+            for path in blobs.glob(f"{blob_name(etag)}*.incomplete*"):
+                freed += remove_entry(path, self.settings.hub_folder)
+        return freed
+
+    def _remove_folder(self, folder: Path) -> int:
+        """Remove a folder, or the link that leads it outside the cache; returns the bytes freed."""
+        if folder.is_symlink() or outside_link(folder, self.settings.home) is not None:
+            return remove_entry(folder, self.settings.home)
+        files = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
+        freed = sum(path.stat().st_size for path in files)
+        if folder.is_dir():
+            shutil.rmtree(folder)
         return freed
 
 
@@ -381,4 +430,4 @@ def _writing(home: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise transfer.disk_error(error, f"cannot store models in {home}") from error
+        raise disk_error(error, f"cannot store models in {home}") from error

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +74,8 @@ def test_the_checkpoint_for_a_step_count(shop: Shop, recipe: str, capsys: Captur
 
 
 def test_the_table_of_a_dry_run(shop: Shop, capsys: Capture) -> None:
-    shop.hub.cuts = [9_999, 2_000_000, *[0] * 40]
+    assert run(["download", "tiny-base"]) == 0
+    shop.hub.cuts = [2_000_000, *[0] * 40]
     assert run(["download", "tiny-base", "tiny-lora"]) == 3
     assert "resumes where it stopped" in capsys.readouterr().err
     assert run(["download", "tiny-base", "tiny-lora", "tiny-open", "--dry-run"]) == 0
@@ -223,3 +226,54 @@ def test_help_and_commands_import_nothing_heavy() -> None:
     )
     assert found.stderr.strip() == "[]"
     assert "Example: fastface download hyper-fastface --dry-run" in found.stdout
+
+
+def test_file_names_are_not_markup_in_the_progress_bars(
+    shop: Shop, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # bars are drawn although stderr is captured
+    monkeypatch.delenv("NO_COLOR")
+    monkeypatch.setenv("TERM", "xterm")
+    name = "x[/y]/[red]z.safetensors"
+    shop.hub.files[f"tiny/base/{name}"] = BIG
+    assert run(["download", f"hub:tiny/base@{COMMIT}:{name}"]) == 0
+    assert "x[/y]/[red]z" in capsys.readouterr().err
+
+
+def test_every_file_has_a_progress_bar(shop: Shop, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.delenv("NO_COLOR")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    shop.hub.rate = 8_000_000
+    assert run(["download", "tiny-base", "tiny-lora", "tiny-url", "tiny-open"]) == 0
+    shown = capsys.readouterr().err
+    assert "all files" in shown
+    for label in ("lora.safetensors", "a+b.pth", "unet/config.json", "vae/model.safetensors"):
+        assert label in shown, label
+
+
+def test_ctrl_c_ends_a_download_soon_and_keeps_its_bytes(shop: Shop, tmp_path: Path) -> None:
+    shop.hub.rate = 50_000
+    shop.hub.files["tiny/base/big.safetensors"] = BIG
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; from fastface_cli.cli import main; sys.argv[0] = 'fastface'; main()",
+        "download",
+        f"hub:tiny/base@{COMMIT}:big.safetensors",
+    ]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "0"}
+    child = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    folder = shop.home / "hub/models--tiny--base/blobs"
+    deadline = time.monotonic() + 60
+    while not any(path.stat().st_size for path in folder.glob("*.incomplete")):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    sent = time.monotonic()
+    child.send_signal(signal.SIGINT)
+    _, told = child.communicate(timeout=30)
+    assert child.returncode == 130, told
+    assert time.monotonic() - sent < 10
+    assert "Traceback" not in told
+    assert any(path.stat().st_size for path in folder.glob("*.incomplete"))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -48,12 +49,32 @@ class Hub:
     """`owner/name/path` of a small file -> its etag in place of git's SHA-1."""
     cuts: list[int] = field(default_factory=list)
     """The next transfers of large files break off after this many bytes each."""
+    refusals: list[int] = field(default_factory=list)
+    """The next transfers of large files are refused with these HTTP statuses; 0 is none."""
+    stalls: list[float] = field(default_factory=list)
+    """The next requests are answered after this many seconds each."""
+    latency: float = 0.0
+    """Seconds before each answer."""
+    rate: float = 0.0
+    """Bytes per second and connection of large files; 0 is unlimited."""
     pause: float = 0.0
     """Seconds between pieces of 64 kB."""
+    busy: int = 0
+    """Number of large files or ranges that are sent now."""
+    peak: int = 0
+    """The largest value of `busy`."""
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    """Guards the lists and counters above."""
     ranges: bool = True
     """Whether Range is understood."""
     token: str | None = None
     """The token without which everything is refused."""
+    stale: str | None = None
+    """A token that is refused, although public files need none."""
+    redirects: bool = False
+    """Whether small files are redirected within the Hub, as huggingface.co does."""
+    commit: str = COMMIT
+    """The commit at which the files are."""
     log: list[Request] = field(default_factory=list)
     url: str = ""
     cdn: str = ""
@@ -105,22 +126,39 @@ def _handler(hub: Hub, cdn: bool) -> type[BaseHTTPRequestHandler]:
             self._answer()
 
         def _answer(self) -> None:
+            with hub.lock:
+                stall = hub.stalls.pop(0) if hub.stalls else 0.0
+            time.sleep(stall + hub.latency)
             path = unquote(urlsplit(self.path).path)
             hub.log.append(
                 Request(self.command, path, self.headers.get("Range"), self.headers.get("Authorization"), cdn)
             )
             if cdn:
-                key = path.removeprefix("/cdn/")
-                self._content(hub.served.get(key, hub.files[key]), cuttable=True)
+                self._cdn(path.removeprefix("/cdn/"))
             elif path in hub.plain or path in hub.status:
                 if path in hub.status:
                     self._refuse(hub.status[path])
                 else:
                     self._content(hub.plain[path])
+            elif path.startswith("/api/resolve-cache/models/"):
+                owner, name, _commit, file = path.removeprefix("/api/resolve-cache/models/").split("/", 3)
+                self._small(f"{owner}/{name}/{file}", announce=self.command == "HEAD")
             elif path.startswith("/api/models/"):
                 self._tree(*path.removeprefix("/api/models/").split("/tree/"))
             else:
                 self._resolve(path.lstrip("/"))
+
+        def _cdn(self, key: str) -> None:
+            with hub.lock:
+                refusal = hub.refusals.pop(0) if hub.refusals else 0
+                hub.busy += 1
+                hub.peak = max(hub.peak, hub.busy)
+            if refusal:
+                self._refuse(refusal)
+            else:
+                self._content(hub.served.get(key, hub.files[key]), cuttable=True)
+            with hub.lock:
+                hub.busy -= 1
 
         def _resolve(self, path: str) -> None:
             repo, _, rest = path.partition("/resolve/")
@@ -130,7 +168,9 @@ def _handler(hub: Hub, cdn: bool) -> type[BaseHTTPRequestHandler]:
                 self._refuse(hub.status[repo])
             elif hub.token and self.headers.get("Authorization") != f"Bearer {hub.token}":
                 self._refuse(401, {"X-Error-Code": "GatedRepo"})
-            elif commit != COMMIT:
+            elif hub.stale and self.headers.get("Authorization") == f"Bearer {hub.stale}":
+                self._refuse(401)
+            elif commit != hub.commit:
                 self._refuse(404, {"X-Error-Code": "RevisionNotFound"})
             elif key not in hub.files:
                 self._refuse(404, {"X-Error-Code": "EntryNotFound"})
@@ -138,17 +178,28 @@ def _handler(hub: Hub, cdn: bool) -> type[BaseHTTPRequestHandler]:
                 self._file(key, hub.files[key])
 
         def _file(self, key: str, content: bytes) -> None:
-            about = {"X-Repo-Commit": COMMIT}
-            if len(content) < LARGE:
-                about["ETag"] = f'"{hub.etags.get(key, git_sha1(content))}"'
-                self._content(hub.served.get(key, content), about)
+            if len(content) < LARGE and hub.redirects:
+                owner, name, file = key.split("/", 2)
+                location = f"/api/resolve-cache/models/{owner}/{name}/{hub.commit}/{file}"
+                self._head(307, {"Location": location}, 0)
                 return
-            about |= {
+            if len(content) < LARGE:
+                self._small(key, announce=True)
+                return
+            about = {
+                "X-Repo-Commit": hub.commit,
                 "X-Linked-Etag": f'"{hashlib.sha256(content).hexdigest()}"',
                 "X-Linked-Size": str(len(content)),
                 "Location": f"{hub.cdn}/cdn/{key}",
             }
             self._head(302, about, 0)
+
+        def _small(self, key: str, *, announce: bool) -> None:
+            content = hub.files[key]
+            about = {"ETag": f'"{hub.etags.get(key, git_sha1(content))}"'}
+            if announce:
+                about["X-Repo-Commit"] = hub.commit
+            self._content(hub.served.get(key, content), about)
 
         def _tree(self, repo: str, _commit: str) -> None:
             if repo in hub.status:
@@ -182,20 +233,29 @@ def _handler(hub: Hub, cdn: bool) -> type[BaseHTTPRequestHandler]:
         def _content(
             self, content: bytes, headers: dict[str, str] | None = None, *, cuttable: bool = False
         ) -> None:
-            asked = self.headers.get("Range")
-            start = int(asked.removeprefix("bytes=").split("-")[0]) if asked and hub.ranges else 0
+            asked = self.headers.get("Range") if hub.ranges else None
+            start, end = 0, len(content)
             extra = dict(headers or {})
-            if start:
-                extra["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-            self._head(206 if start else 200, extra, len(content) - start)
+            if asked:
+                first, _, last = asked.removeprefix("bytes=").partition("-")
+                start, end = int(first), min(end, int(last) + 1) if last else end
+                if start >= len(content):
+                    self._refuse(416)
+                    return
+                extra["Content-Range"] = f"bytes {start}-{end - 1}/{len(content)}"
+            self._head(206 if asked else 200, extra, end - start)
             if self.command == "HEAD":
                 return
-            cut = hub.cuts.pop(0) if cuttable and hub.cuts else None
-            end = len(content) if cut is None else min(len(content), start + cut)
+            with hub.lock:
+                cut = hub.cuts.pop(0) if cuttable and hub.cuts else None
+            end = end if cut is None else min(end, start + cut)
+            began = time.monotonic()
             for place in range(start, end, 1 << 16):
-                self.wfile.write(content[place : min(place + (1 << 16), end)])
+                self.wfile.write(memoryview(content)[place : min(place + (1 << 16), end)])
+                if hub.rate and cuttable:
+                    time.sleep(max(0.0, began + (place + (1 << 16) - start) / hub.rate - time.monotonic()))
                 if hub.pause:
-                    threading.Event().wait(hub.pause)  # tests may replace time.sleep
+                    time.sleep(hub.pause)
             if cut is not None:
                 self.wfile.flush()
                 self.close_connection = True

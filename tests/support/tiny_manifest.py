@@ -160,4 +160,5 @@ def use_hub(monkeypatch: pytest.MonkeyPatch, hub: Hub, home: Path) -> None:
     monkeypatch.setenv("HF_ENDPOINT", hub.url)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("FASTFACE_HOME", str(home))
-    monkeypatch.setattr("fastface_cli.store.transfer.time.sleep", lambda _: None)
+    monkeypatch.setenv("HF_HOME", str(home.parent / "huggingface"))
+    monkeypatch.setattr("fastface_cli.store.transfer.pause", lambda _seconds, _stopped: None)

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from fastface_cli.errors import RecipeError
 from fastface_cli.recipe.files import load_recipe, recipe_names
+from fastface_cli.recipe.schema import HubReference
 from fastface_cli.settings import Settings
 from fastface_cli.store import Store, human_bytes, license_line
 from fastface_cli.store.manifest import PACKAGE, load_manifest, parse_manifest, resolve, whole_selection
@@ -161,3 +163,23 @@ def test_words_for_people() -> None:
     ]
     assert "no commercial use" in license_line(load_manifest()["buffalo_l"])
     assert "commercial use unclear" in license_line(load_manifest()["hyper-sdxl-4-step-lora"])
+
+
+@pytest.mark.parametrize(
+    "repo", ["../x", "a/..", ".a/b", "-a/b", "a/b-", "a/b.", "a--b/c", "a/b..c", "a/b.git", "\u00e9/b"]
+)
+def test_names_that_no_repository_can_have(repo: str) -> None:
+    with pytest.raises(RecipeError, match="is not a pinned Hub reference") as caught:
+        resolve(f"hub:{repo}@{'a' * 40}:x.safetensors")
+    assert "write hub:owner/name@" in str(caught.value.hint)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+        with pytest.raises(RecipeError, match="is not a repository of the Hugging Face Hub"):
+            resolve(HubReference(repo=repo, commit="a" * 40))
+
+
+def test_names_that_a_repository_can_have() -> None:
+    for repo in ("a/b", "h94/IP-Adapter-FaceID", "_a/b_c", "stabilityai/stable-diffusion-xl-base-1.0"):
+        assert resolve(f"hub:{repo}@{'a' * 40}:x.safetensors").repo == repo
+    for artifact in load_manifest().values():
+        if artifact.repo:
+            assert resolve(f"hub:{artifact.repo}@{artifact.commit}").repo == artifact.repo

@@ -10,12 +10,15 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import zipfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from support.hub_server import COMMIT, hub_server
+from support.socks_proxy import socks_proxy
 from support.tiny_manifest import BIG, CONFIG, DETECTOR, MODEL, RECOGNISER, Shop, fill, sha256, use_hub
 
 from fastface_cli.errors import ModelUnavailableError, RecipeError
@@ -79,9 +82,10 @@ def test_a_file_that_two_artifacts_share_is_fetched_once(shop: Shop) -> None:
     assert len(shop.hub.asked("GET", "config.json")) == 1
 
 
-def test_small_files_come_first(shop: Shop) -> None:
+def test_small_files_come_first(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastface_cli.store.fetching.FILES", 1)
     shop.store().ensure([shop["lora"], shop["base"]])
-    assert [one.path.rsplit("/", 1)[-1] for one in shop.hub.asked("HEAD")] == [
+    assert [one.path.rsplit("/", 1)[-1] for one in shop.hub.asked("GET") if not one.cdn] == [
         "config.json",
         "model.safetensors",
         "lora.safetensors",
@@ -239,7 +243,7 @@ def test_killed_in_the_middle_then_resumed(shop: Shop, tmp_path: Path) -> None:
     for _ in range(600):
         if partial.exists() and partial.stat().st_size > 1_000_000:
             break
-        threading.Event().wait(0.05)  # `time.sleep` is replaced here
+        time.sleep(0.05)
     os.kill(child.pid, signal.SIGKILL)
     child.communicate()
     kept = partial.stat().st_size
@@ -285,7 +289,7 @@ def test_what_the_server_announces_otherwise_is_refused_before_it_is_fetched(sho
     shop.hub.files["tiny/lora/lora.safetensors"] = BIG[::-1]
     error = failure(shop.store(), shop["lora"])
     assert "offers a different file as lora.safetensors" in error.message
-    assert shop.hub.asked("GET") == []
+    assert shop.hub.asked("GET", "/cdn/") == []
 
 
 def test_a_file_that_changed_on_disk_is_replaced(shop: Shop, caplog: pytest.LogCaptureFixture) -> None:
@@ -323,7 +327,8 @@ def test_a_hash_seen_once_must_stay(shop: Shop) -> None:
     assert not (store.path(shop["open"]) / "model.safetensors").exists()
 
 
-def test_without_a_pinned_hash_the_etag_decides(shop: Shop) -> None:
+def test_without_a_pinned_hash_the_etag_decides(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastface_cli.store.fetching.FILES", 1)
     shop.hub.served["tiny/open/config.json"] = b'{"sample_size": 5}'
     error = failure(shop.store(), shop["open"])
     assert "config.json has the wrong bytes" in error.message
@@ -371,9 +376,72 @@ def test_gated_without_and_with_a_wrong_token(shop: Shop, monkeypatch: pytest.Mo
     assert "was rejected" in str(failure(shop.store(), shop["lora"]).hint)
 
 
+def test_a_stale_token_is_left_out(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_stale")
+    shop.hub.stale = "hf_stale"
+    store = shop.store()
+    store.ensure([shop["lora"], shop["base"], shop["open"]])
+    assert store.missing([shop["lora"], shop["base"], shop["open"]]) == []
+    assert "rejected the token in HF_TOKEN; continuing without it" in caplog.text
+    assert all(request.authorization is None for request in shop.hub.log if request.cdn)
+
+
+def test_the_token_is_left_out_once_and_its_file_is_named(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "token").write_text("hf_wrong")
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "token"))
+    shop.hub.token = "hf_right"
+    error = failure(shop.store(), shop["lora"])
+    assert "HTTP 401" in error.message
+    assert f"(the token in {tmp_path / 'token'} was rejected)" in str(error.hint)
+    assert [request.authorization for request in shop.hub.log] == ["Bearer hf_wrong", None]
+
+
+def test_the_fallback_commit_is_tried_if_the_first_is_gone(
+    shop: Shop, caplog: pytest.LogCaptureFixture
+) -> None:
+    second = "d" * 40
+    shop.hub.commit = second
+    lora = replace(shop["lora"], fallback=second)
+    store = shop.store()
+    path = store.ensure([lora])["tiny-lora"]
+    assert path.read_bytes() == BIG
+    assert path.parent.name == COMMIT, "recipes and records know the first"
+    assert f"trying commit {second}" in caplog.text
+    assert [request.path.split("/")[4] for request in shop.hub.log if not request.cdn] == [COMMIT, second]
+    assert "HTTP 404" in failure(store, replace(shop["base"], fallback="e" * 40)).message
+
+
+def test_the_fallback_commit_must_have_the_same_bytes(shop: Shop) -> None:
+    shop.hub.commit = "d" * 40
+    shop.hub.files["tiny/lora/lora.safetensors"] = BIG[::-1]
+    error = failure(shop.store(), replace(shop["lora"], fallback="d" * 40))
+    assert "offers a different file" in error.message
+
+
+def test_a_socks_proxy_is_used(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    with socks_proxy() as proxy:
+        monkeypatch.setenv("ALL_PROXY", proxy.url)
+        assert shop.store().ensure([shop["lora"]])["tiny-lora"].read_bytes() == BIG
+    assert {f"http://{host}:{port}" for host, port in proxy.targets} == {shop.hub.url, shop.hub.cdn}
+
+
+@pytest.mark.parametrize("proxy", ["socks4://127.0.0.1:1", "ftp://127.0.0.1:1"])
+def test_a_proxy_that_cannot_be_used(shop: Shop, monkeypatch: pytest.MonkeyPatch, proxy: str) -> None:
+    monkeypatch.setenv("ALL_PROXY", proxy)
+    error = failure(shop.store(), shop["lora"])
+    assert "the proxy of this environment cannot be used" in error.message
+    assert "socks5://" in str(error.hint)
+
+
 def test_a_busy_server_is_asked_again(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
     shop.hub.status["tiny/lora"] = 503
-    monkeypatch.setattr("fastface_cli.store.transfer.time.sleep", lambda _: shop.hub.status.clear())
+    monkeypatch.setattr("fastface_cli.store.transfer.pause", lambda *_: shop.hub.status.clear())
     assert shop.store().ensure([shop["lora"]])["tiny-lora"].read_bytes() == BIG
 
 
@@ -383,11 +451,11 @@ def test_transfers_and_listings_are_retried_too(
 ) -> None:
     pauses: list[float] = []
 
-    def recover(seconds: float) -> None:
+    def recover(seconds: float, _stopped: threading.Event) -> None:
         pauses.append(seconds)
         shop.hub.status.clear()
 
-    monkeypatch.setattr("fastface_cli.store.transfer.time.sleep", recover)
+    monkeypatch.setattr("fastface_cli.store.transfer.pause", recover)
     shop.hub.headers = {"Retry-After": "7"}
     shop.hub.status["/release/a+b.pth"] = status
     assert shop.store().ensure([shop["url"]])["tiny-url"].read_bytes() == MODEL
@@ -547,7 +615,8 @@ def test_a_broken_archive(shop: Shop, content: bytes) -> None:
     shop.store().ensure([shop["face"]])
 
 
-def test_an_archive_with_other_bytes(shop: Shop) -> None:
+def test_an_archive_with_other_bytes(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastface_cli.store.fetching.FILES", 1)
     held = io.BytesIO()
     with zipfile.ZipFile(held, "w") as zipped:
         zipped.writestr("det.onnx", DETECTOR[::-1])
@@ -710,6 +779,25 @@ def test_a_server_that_is_not_a_hub(shop: Shop, monkeypatch: pytest.MonkeyPatch)
     assert not (shop.store().path(shop["open"]) / "config.json").exists()
 
 
+def test_small_files_are_redirected_within_the_hub(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_right")
+    shop.hub.token, shop.hub.redirects = "hf_right", True
+    paths = shop.store().ensure([shop["base"], shop["open"]])
+    assert (paths["tiny-base"] / "unet/config.json").read_bytes() == CONFIG
+    assert (paths["tiny-open"] / "config.json").read_bytes() == CONFIG
+    assert {one.authorization for one in shop.hub.log if not one.cdn} == {"Bearer hf_right"}
+
+
+def test_a_page_in_place_of_a_file_with_a_hash_is_refused(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", f"{shop.hub.url}/portal")
+    shop.hub.plain[f"/portal/tiny/lora/resolve/{COMMIT}/lora.safetensors"] = b"<html>log in first</html>"
+    error = failure(shop.store(), shop["lora"])
+    assert "offers a different file as lora.safetensors (25 bytes, expected 3500000)" in error.message
+    assert shop.store().quarantined() == []
+
+
 def test_a_relative_home(shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     shop.home = Path("home")
@@ -717,6 +805,10 @@ def test_a_relative_home(shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyP
     shop.hub.log.clear()
     shop.home = tmp_path / "home"
     assert states(shop.store(), shop, "lora") == ["present"]
+    shop.home = Path("home")
+    shop.store().path(shop["lora"]).write_bytes(MODEL)
+    assert [file.state for file in shop.store().verify(shop["lora"])] == ["bad"]
+    assert [path.read_bytes() for path in shop.store().quarantined()] == [MODEL]
 
 
 def test_a_snapshot_found_offline_is_completed_online(shop: Shop) -> None:
@@ -738,3 +830,28 @@ def test_a_mirror_with_etags_of_its_own(shop: Shop) -> None:
     for record in (shop.home / "records").iterdir():
         record.unlink()
     assert [one.state for one in store.verify(shop["open"])] == ["present", "present"]
+
+
+TELEMETRY = """
+import fastface_cli
+from huggingface_hub.utils import build_hf_headers, send_telemetry
+from transformers.utils.hub import http_user_agent
+print(build_hf_headers(user_agent=http_user_agent())["user-agent"])
+send_telemetry("fastface/test")
+import time; time.sleep(0.5)  # it is sent by a thread
+"""
+
+
+def test_no_telemetry_leaves_the_process(shop: Shop, tmp_path: Path) -> None:
+    def user_agent(**variables: str) -> str:
+        environment = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf"), **variables}
+        for name in ("DISABLE_TELEMETRY", "DO_NOT_TRACK", "TRANSFORMERS_OFFLINE"):
+            environment.pop(name, None)
+        command = [sys.executable, "-c", TELEMETRY]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+
+    assert "torch/" in user_agent(HF_HUB_DISABLE_TELEMETRY="0")  # an explicit choice of the user is kept
+    assert "/api/agent-harnesses" in [request.path for request in shop.hub.log]
+    shop.hub.log.clear()
+    assert "agent" not in user_agent()
+    assert shop.hub.log == []
