@@ -6,7 +6,7 @@ READY := $(BIN)/fastface
 # On small models two processes with one thread each are faster than one process with two threads.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
-.PHONY: demo test test-slow fuzz lint bench pocket-report clean
+.PHONY: demo test test-slow fuzz faults lint bench pocket-report clean
 
 $(READY):
 	$(PYTHON) -m venv $(VENV)
@@ -25,6 +25,9 @@ test-slow: $(READY)  ## full-size structure, killed runs, installation: at most 
 
 fuzz: $(READY)  ## untrusted files: a thousand examples for each reader, about five minutes
 	FASTFACE_FUZZ=1000 $(PYTEST) tests/fuzz --hypothesis-show-statistics
+
+faults: $(READY)  ## kills, power cuts, full disks: about ninety seconds; FASTFACE_FAULTS=long for the full sizes
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults
 
 lint: $(READY)
 	$(BIN)/ruff check .
