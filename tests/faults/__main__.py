@@ -1,8 +1,8 @@
 """Run the fault scripts of this folder and print what passed.
 
-Each module here that has a function `run() -> list[tuple[str, int, int]]` (what, passed, of) is a script. Names
-on the command line select modules by prefix: `python -m tests.faults eval store_links`. FASTFACE_FAULTS=long
-runs the full sizes; the default is a short form for continuous integration.
+Each module here that has a function `run() -> list[tuple[str, int, int]]` (what, passed, of) is a script.
+Names on the command line select modules by prefix: `python -m tests.faults eval store_links`.
+FASTFACE_FAULTS=long runs the full sizes; the default is a short form for continuous integration.
 """
 
 from __future__ import annotations
