@@ -21,7 +21,7 @@ from fastface_cli.evaluation.runner import EvaluationPlan, generate, joined
 from fastface_cli.evaluation.runs import Run
 from fastface_cli.recipe.files import load_recipe
 
-PEOPLE, PROMPTS = 6, 8
+PEOPLE, PROMPTS = 6, 20
 ROWS = PEOPLE * PROMPTS
 
 

@@ -76,7 +76,7 @@ def _power_cuts(work: Path, photos: Path, expected: Contents) -> tuple[int, int]
         _format(disk)
         with _mounted(disk, work / "disk") as mount:
             process = _start(photos, mount / "run")
-            time.sleep(rng.uniform(0.9, 2.6))
+            time.sleep(rng.uniform(1.5, 4.0))
             if process.poll() is None:
                 process.send_signal(signal.SIGSTOP)
             shutil.copyfile(disk, snapshot)
@@ -124,7 +124,8 @@ def _format(disk: Path) -> None:
 @contextmanager
 def _mounted(disk: Path, folder: Path) -> Iterator[Path]:
     folder.mkdir(exist_ok=True)
-    _command("mount", "-o", "loop", disk, folder)
+    # Names are committed every second, contents only when they are synced: the worst case of a power cut.
+    _command("mount", "-o", "loop,commit=1,noauto_da_alloc", disk, folder)
     try:
         yield folder
     finally:
