@@ -1,37 +1,38 @@
-"""Best of several: who an image shows, whether it follows its prompt, and which one to keep.
+"""Best of several: score candidates by identity similarity and prompt adherence, and choose one.
 
-The recognizer that conditions the adapter is a poor judge of its own work: it scores what the adapter was
-trained to repeat. dlib's network never took part, so it judges where it is installed.
+The recognizer that conditions the adapter also scores what the adapter was trained to reproduce. dlib is
+independent of it, so it is used if it is installed.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from ..errors import ModelUnavailableError
+from ..scorers.dlib_recognizer import DlibRecognizer, similarities
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from ..identity.analyzer import FaceAnalyzer
     from ..identity.identity import Identity
+    from ..recipe.schema import Recipe
+    from ..scorers.clip import Clip
     from .pipeline import GeneratedImage, Pipeline, Request
+
+log = logging.getLogger(__name__)
 
 MOST = 1000
 """Candidates of one image."""
 
 PROMPT_SCORER = "clip-vit-large-patch14"
-"""Artifact that scores prompts where a stack has no matched pair of encoders of its own."""
-
-_FACE_IN_CROP = (32, 63, 192, 223)
-"""Where the face lies in an aligned crop of 224 pixels, as dlib's landmarks want it: brows to chin."""
+"""The artifact that scores prompts if a stack has no CLIP pair of its own."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,9 @@ class Score:
 
     seed: int
     likeness: float | None
-    """By the judge; None where no face was found."""
+    """Similarity to the person; None without a face."""
     prompt: float | None
-    """Cosine of image and prompt; None where nothing could score it."""
+    """Cosine of image and prompt; None without a CLIP model."""
 
     def record(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -63,7 +64,7 @@ class Candidates:
         return choose(self.scores)
 
     def summary(self) -> dict[str, Any]:
-        """How the image was chosen, for its metadata; contains nothing about the person."""
+        """How the image was chosen, for its metadata; contains no data about the person."""
         kept = self.scores[self.kept]
         return {
             "count": len(self.scores),
@@ -85,14 +86,14 @@ class Best:
     scores: tuple[Score, ...]
     """Of every candidate, in the order of their seeds."""
     judge: str
-    """What measured the likeness."""
+    """Name of the recognizer that scored the likeness."""
 
 
 class Judge(Protocol):
-    """Measures how much a face looks like a person."""
+    """Scores the similarity of a face to a person."""
 
     name: str
-    """As messages call it."""
+    """Its name in messages."""
 
     def describe(self, image: np.ndarray, crop: np.ndarray, face: Any) -> np.ndarray:
         """The embedding of a face.
@@ -114,46 +115,33 @@ class Judge(Protocol):
 
 
 class DlibJudge:
-    """dlib's ResNet, trained apart from every adapter: one minus the distance of its 128 numbers.
+    """dlib's recognizer on the crop that the stack's detector aligned.
 
-    It looks at the crop aligned by the detector of the stack, not at what dlib's own detector finds, so that
-    an identity file, which holds only such crops, is as good a reference as the photo.
+    dlib's own detector is not used, so that an identity file, which contains only crops, is as good a
+    reference as the photo.
     """
 
     name = "dlib"
 
     def __init__(self) -> None:
-        import dlib
-
-        found = importlib.util.find_spec("face_recognition_models")
-        if found is None or found.origin is None:
-            raise ImportError("face_recognition_models")
-        # Not imported: it asks for setuptools' retired pkg_resources; only its folder is needed.
-        folder = Path(found.origin).parent / "models"
-        self._dlib: Any = dlib
-        self._points = dlib.shape_predictor(str(folder / "shape_predictor_5_face_landmarks.dat"))
-        self._network = dlib.face_recognition_model_v1(
-            str(folder / "dlib_face_recognition_resnet_model_v1.dat")
-        )
+        self._recognizer = DlibRecognizer()
 
     def describe(self, image: np.ndarray, crop: np.ndarray, face: Any) -> np.ndarray:
         """See `Judge`: [128] float64."""
-        rgb = np.ascontiguousarray(crop[..., ::-1])
-        points = self._points(rgb, self._dlib.rectangle(*_FACE_IN_CROP))
-        return np.array(self._network.compute_face_descriptor(rgb, points))
+        return self._recognizer.describe_crop(crop)
 
     def reference(self, identity: Identity) -> np.ndarray:
-        """The mean over the photos, weighted as the identity weighs them."""
-        each = [self.describe(crop, crop, None) for crop in identity.face_crop_bgr]
+        """The mean over the photos, with the weights of the identity."""
+        each = [self._recognizer.describe_crop(crop) for crop in identity.face_crop_bgr]
         return np.average(each, axis=0, weights=identity.weight)
 
     def likeness(self, embedding: np.ndarray, reference: np.ndarray) -> float:
-        """One minus the distance; dlib takes two faces for one person's from 0.4 on."""
-        return 1.0 - float(np.linalg.norm(embedding - reference))
+        """1 minus the distance; photos of one person are above 0.4."""
+        return float(similarities(embedding[None], reference[None])[0, 0])
 
 
 class ConditioningJudge:
-    """The recognizer that conditioned the image: cosine of its embeddings. Better than nothing."""
+    """The recognizer that conditioned the image: cosine of its embeddings."""
 
     name = "the conditioning recognizer"
 
@@ -173,110 +161,29 @@ class ConditioningJudge:
         return float(embedding.astype(np.float64) @ reference.astype(np.float64))
 
 
-def pick_judge(analyzer: FaceAnalyzer, log: Callable[[str], None] = lambda _: None) -> Judge:
-    """dlib where it is installed, else the conditioning recognizer, with a notice.
+def pick_judge(analyzer: FaceAnalyzer) -> Judge:
+    """dlib if it is installed, otherwise the conditioning recognizer, with a warning.
 
     Args:
         analyzer: the face models of the stack.
-        log: takes one line of notice.
     """
     try:
         return DlibJudge()
-    except ImportError:
-        log(
-            "likeness is judged by the recognizer that conditions the image, which favours copies; "
-            "for an independent judge: pip install 'fastface-cli[dlib]'"
+    except ModelUnavailableError:
+        log.warning(
+            "likeness is scored by the recognizer that conditions the image, which favors copies; "
+            "for an independent recognizer: pip install 'fastface-cli[dlib]'"
         )
         return ConditioningJudge(analyzer)
 
 
-PromptScorer = Callable[[str, "Image.Image"], float]
-"""Prompt and image -> cosine of their CLIP embeddings."""
+def has_own_clip(recipe: Recipe) -> bool:
+    """Whether the encoders of a recipe are a CLIP pair.
 
-
-def own_prompt_scorer(pipeline: Pipeline) -> PromptScorer | None:
-    """The stack's own encoders as a judge of the prompt, where they were trained as a pair.
-
-    The pocket's second text encoder and its image encoder were. SDXL's text encoders are CLIP ViT-L/14 and
-    ViT-bigG/14, FaceID's image encoder is a ViT-H/14: no two of them share a space.
+    The second text encoder and the image encoder of the pocket stack are. SDXL's text encoders are CLIP
+    ViT-L/14 and ViT-bigG/14, FaceID's image encoder is a ViT-H/14: no two of them share an embedding space.
     """
-    model = pipeline.recipe.model
-    if (model.base, model.image_encoder) != ("pocket-base", "pocket-clip"):
-        return None
-    from transformers import CLIPImageProcessorPil
-
-    parts = pipeline.parts
-    size = parts.image_encoder.config.image_size
-    return _cosine(
-        words=parts.tokenizer_2,
-        text=lambda ids: parts.text_encoder_2(ids).text_embeds,
-        processor=CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=size),
-        vision=lambda pixels: parts.image_encoder(pixels).image_embeds,
-        device=parts.image_encoder.device,  # where memory is saved, not the pipeline's
-        dtype=pipeline.dtype,
-    )
-
-
-def clip_prompt_scorer(folder: Path, pipeline: Pipeline) -> PromptScorer:
-    """A CLIP model from a folder, put beside the stack.
-
-    Raises:
-        ModelUnavailableError: the folder does not hold one.
-    """
-    import torch
-    from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
-
-    from ..quiet import quiet_libraries
-
-    # Where memory is saved there is no room for it on the card.
-    device = torch.device("cpu") if pipeline.level.encoders else pipeline.device
-    dtype = torch.float32 if device.type == "cpu" else pipeline.dtype
-    try:
-        with quiet_libraries():
-            model: Any = CLIPModel.from_pretrained(folder, dtype=dtype, local_files_only=True)
-            words = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise ModelUnavailableError(
-            f"the prompt scorer in {folder} does not load: {(str(error).splitlines() or [''])[0]}",
-            f"check it with: fastface download {PROMPT_SCORER} --verify",
-        ) from error
-    model = model.eval().to(device)
-    size = model.config.vision_config.image_size
-    return _cosine(
-        words=words,
-        text=lambda ids: model.text_projection(model.text_model(ids).pooler_output),
-        processor=CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=size),
-        vision=lambda pixels: model.visual_projection(model.vision_model(pixels).pooler_output),
-        device=device,
-        dtype=dtype,
-    )
-
-
-def _cosine(
-    *,
-    words: Any,
-    text: Callable[[Any], Any],
-    processor: Any,
-    vision: Callable[[Any], Any],
-    device: Any,
-    dtype: Any,
-) -> PromptScorer:
-    import torch
-    from torch.nn import functional
-
-    encoded: dict[str, Any] = {}
-
-    @torch.inference_mode()
-    def score(prompt: str, image: Image.Image) -> float:
-        if prompt not in encoded:
-            ids = words(
-                prompt, padding="max_length", truncation=True, max_length=77, return_tensors="pt"
-            ).input_ids
-            encoded[prompt] = text(ids.to(device)).float()
-        pixels = processor(image, return_tensors="pt").pixel_values.to(device, dtype)
-        return float(functional.cosine_similarity(encoded[prompt], vision(pixels).float()))
-
-    return score
+    return (recipe.model.base, recipe.model.image_encoder) == ("pocket-base", "pocket-clip")
 
 
 @dataclass
@@ -285,7 +192,8 @@ class Scorer:
 
     analyzer: FaceAnalyzer
     judge: Judge
-    prompt: PromptScorer | None
+    clip: Clip | None
+    """Scores how well an image follows its prompt; None if no CLIP model is installed."""
 
     def __post_init__(self) -> None:
         self._references: dict[str, np.ndarray] = {}
@@ -295,7 +203,7 @@ class Scorer:
         from ..identity.analyzer import align
         from ..identity.search import bgr, find_faces
 
-        prompt_score = self.prompt(prompt, image) if self.prompt else None
+        prompt_score = self.clip.similarity(prompt, image) if self.clip else None
         pixels = bgr(image)
         faces = find_faces(pixels, self.analyzer)
         if not faces:

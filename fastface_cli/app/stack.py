@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ..identity.analyzer import Box, InsightFaceAnalyzer
     from ..identity.identity import Identity
     from ..identity.photos import Photo
+    from ..scorers.clip import Clip
     from .best_of import Scorer
     from .pipeline import Pipeline
 
@@ -159,24 +160,31 @@ class ModelStack:
 
     def scorer(self, recipe: Recipe) -> Scorer:
         """The scorer of candidates; logs a warning for each score that is unavailable."""
-        from .best_of import PROMPT_SCORER, Scorer, clip_prompt_scorer, own_prompt_scorer, pick_judge
+        from .best_of import Scorer, pick_judge
 
         if self._scorer is None:
             analyzer, pipeline = self.analyzer(recipe), self.pipeline(recipe)
-            judge = pick_judge(analyzer, log.warning)
-            prompt = own_prompt_scorer(pipeline)
-            if prompt is None:
-                store, artifact = Store(self.settings, offline=self.offline), resolve(PROMPT_SCORER)
-                if not store.missing([artifact]):
-                    prompt = clip_prompt_scorer(store.path(artifact), pipeline)
-                else:
-                    log.warning(
-                        "prompts are not scored, because no CLIP model is installed; "
-                        "`fastface download %s` downloads one",
-                        PROMPT_SCORER,
-                    )
-            self._scorer = Scorer(analyzer, judge, prompt)
+            self._scorer = Scorer(analyzer, pick_judge(analyzer), self._clip(recipe, pipeline))
         return self._scorer
+
+    def _clip(self, recipe: Recipe, pipeline: Pipeline) -> Clip | None:
+        from ..scorers.clip import load_clip, load_pocket_clip
+        from .best_of import PROMPT_SCORER, has_own_clip
+
+        # With offloading there is no room for it on the GPU.
+        device = "cpu" if pipeline.level.encoders else str(pipeline.device)
+        if has_own_clip(recipe):
+            files = self.model_files(recipe)
+            return load_pocket_clip(files["base"], files["image_encoder"], device)
+        store, artifact = Store(self.settings, offline=self.offline), resolve(PROMPT_SCORER)
+        if not store.missing([artifact]):
+            return load_clip(store.path(artifact), device, None if device == "cpu" else pipeline.dtype)
+        log.warning(
+            "prompts are not scored, because no CLIP model is installed; "
+            "`fastface download %s` downloads one",
+            PROMPT_SCORER,
+        )
+        return None
 
     def identity(
         self,

@@ -18,6 +18,7 @@ LAYERS = (
     ("evaluation", "benchmark"),
     ("doctor",),
     ("app",),
+    ("scorers",),
     ("models",),
     ("adapters",),
     ("sampling",),

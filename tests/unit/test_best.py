@@ -20,13 +20,13 @@ from fastface_cli.app.best_of import (
     Score,
     Scorer,
     choose,
-    clip_prompt_scorer,
-    own_prompt_scorer,
+    has_own_clip,
     pick_judge,
     standing,
 )
-from fastface_cli.errors import ModelUnavailableError, UsageError
-from fastface_cli.models.offload import OFF
+from fastface_cli.errors import UsageError
+from fastface_cli.recipe.files import load_recipe
+from fastface_cli.scorers.clip import Clip
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "portrait.png"
 
@@ -108,7 +108,9 @@ class TestJudges:
         assert judge.likeness(mean, mean) == pytest.approx(1)
         assert judge.likeness(-mean, mean) == pytest.approx(-1)
 
-    def test_without_dlib_the_dependence_is_said(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_without_dlib_the_dependence_is_said(
+        self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
         real = builtins.__import__
 
         def without(name: str, *rest: object, **more: object) -> object:
@@ -117,11 +119,10 @@ class TestJudges:
             return real(name, *rest, **more)
 
         monkeypatch.setattr(builtins, "__import__", without)
-        said: list[str] = []
-        judge = pick_judge(SquareAnalyzer(), said.append)
+        judge = pick_judge(SquareAnalyzer())
         assert judge.name == "the conditioning recognizer"
-        assert len(said) == 1
-        assert "fastface-cli[dlib]" in said[0]
+        (record,) = caplog.records
+        assert "fastface-cli[dlib]" in record.getMessage()
 
     def test_dlib_knows_a_face_again_at_another_size(self, pocket) -> None:
         """The example is drawn, but a face all the same; the crop of a scaled copy stays near it."""
@@ -139,76 +140,30 @@ class TestJudges:
         assert mirrored.likeness is None or mirrored.likeness < same.likeness
 
     def test_a_picture_without_a_face_has_no_likeness(self, person) -> None:
-        scorer = Scorer(SquareAnalyzer(), ConditioningJudge(SquareAnalyzer()), lambda *_: 0.25)
+        scorer = Scorer(SquareAnalyzer(), ConditioningJudge(SquareAnalyzer()), constant_clip(0.6))
         blank = Image.new("RGB", (64, 64), "grey")
-        assert scorer.score(blank, identity=person, prompt="x", seed=4) == Score(4, None, 0.25)
+        assert scorer.score(blank, identity=person, prompt="x", seed=4) == Score(4, None, pytest.approx(0.6))
+
+
+def constant_clip(cosine: float) -> Clip:
+    """A CLIP model in which every prompt has this cosine with every image."""
+    text = torch.tensor([[cosine, (1 - cosine**2) ** 0.5]])
+    image = torch.tensor([[1.0, 0.0]])
+    return Clip(lambda prompts: text, lambda pixels: image, 8, "cpu")
 
 
 class TestPrompts:
-    def test_the_pockets_own_encoders_tell_a_man_from_a_woman(self, pocket) -> None:
-        scorer = own_prompt_scorer(pocket.pipeline)
-        assert scorer is not None
+    def test_pocket_encoders_distinguish_descriptions(self, pocket) -> None:
+        clip = pocket.scorer.clip
+        assert clip is not None
         portrait = Image.open(EXAMPLE).convert("RGB")
-        right = scorer("a smiling young woman with long dark hair", portrait)
-        assert right > scorer("pencil drawing of an old man", portrait)
-        assert right == scorer("a smiling young woman with long dark hair", portrait)
+        right = clip.similarity("a smiling young woman with long dark hair", portrait)
+        assert right > clip.similarity("pencil drawing of an old man", portrait)
+        assert right == clip.similarity("a smiling young woman with long dark hair", portrait)
 
-    def test_encoders_that_are_no_pair_score_nothing(self) -> None:
-        class Other:
-            class recipe:  # noqa: N801
-                class model:  # noqa: N801
-                    base, image_encoder = "sdxl-base", "ip-adapter-image-encoder"
-
-        assert own_prompt_scorer(Other) is None  # type: ignore[arg-type]
-
-    def test_a_clip_of_its_own_from_a_folder(self, tmp_path: Path) -> None:
-        from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
-
-        weights = Path(__file__).parents[2] / "fastface_cli" / "pocket" / "weights" / "pipe" / "tokenizer_2"
-        words = CLIPTokenizer.from_pretrained(weights)
-        torch.manual_seed(0)
-        text = CLIPTextConfig(
-            vocab_size=len(words),
-            hidden_size=16,
-            intermediate_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            eos_token_id=words.eos_token_id,
-            bos_token_id=words.bos_token_id,
-            pad_token_id=words.pad_token_id,
-        )
-        vision = CLIPVisionConfig(
-            hidden_size=16,
-            intermediate_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            image_size=32,
-            patch_size=8,
-        )
-        model = CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict())).eval()
-        model.save_pretrained(tmp_path)
-        words.save_pretrained(tmp_path)
-
-        class Beside:
-            device, dtype, level = torch.device("cpu"), torch.float32, OFF
-
-        scorer = clip_prompt_scorer(tmp_path, Beside)  # type: ignore[arg-type]
-        picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
-        from transformers import CLIPImageProcessorPil
-
-        pixels = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=32)(picture, return_tensors="pt")
-        ids = words("a woman", padding="max_length", max_length=77, return_tensors="pt").input_ids
-        with torch.inference_mode():
-            seen = model(input_ids=ids, pixel_values=pixels.pixel_values)
-        wanted = float(torch.nn.functional.cosine_similarity(seen.text_embeds, seen.image_embeds))
-        assert scorer("a woman", picture) == pytest.approx(wanted, abs=1e-5)
-
-    def test_a_folder_without_a_clip(self, tmp_path: Path) -> None:
-        class Beside:
-            device, dtype, level = torch.device("cpu"), None, OFF
-
-        with pytest.raises(ModelUnavailableError, match="does not load"):
-            clip_prompt_scorer(tmp_path, Beside)  # type: ignore[arg-type]
+    def test_only_a_clip_pair_is_used(self, pocket) -> None:
+        assert has_own_clip(pocket.recipe)
+        assert not has_own_clip(load_recipe("hyper").recipe)
 
 
 class TestLibrary:

@@ -12,24 +12,16 @@ from PIL import Image
 from torch.nn import functional as F
 
 from fastface_cli.errors import ModelUnavailableError
-from fastface_cli.evaluation.metrics import clip as clip_module
 from fastface_cli.evaluation.metrics.aesthetic import LAYERS, WIDTHS, Aesthetic, read_pickle, regression
 from fastface_cli.evaluation.metrics.base import Context, Sample
-from fastface_cli.evaluation.metrics.clip import (
-    CLIP_L14,
-    DEVIATION,
-    MEAN,
-    Clip,
-    PocketClip,
-    load_clip,
-    prepare,
-    to_tensor,
-)
+from fastface_cli.evaluation.metrics.clip import CLIP_L14, PocketClip
 from fastface_cli.evaluation.metrics.face_clip import FaceClip, crops
 from fastface_cli.evaluation.metrics.image_reward import DEVIATION as IR_DEVIATION
 from fastface_cli.evaluation.metrics.image_reward import MEAN as IR_MEAN
 from fastface_cli.evaluation.metrics.image_reward import ImageReward, Towers, our_name, read_words
 from fastface_cli.evaluation.metrics.mtcnn import SHAPES, Mtcnn, moved, squared, suppress
+from fastface_cli.scorers import clip as clip_module
+from fastface_cli.scorers.clip import DEVIATION, MEAN, Clip, load_clip, prepare, to_tensor
 from fastface_cli.store.manifest import load_manifest
 
 
@@ -153,8 +145,8 @@ def test_the_pockets_clip_scores_offline_and_the_same_in_any_batch() -> None:
     alone = [again.score([one])[0]["clip_pocket"] for one in samples]
     assert together == pytest.approx(alone, abs=1e-5)
     prompts = [f"a photo of number {n}" for n in range(7)]
-    whole = again._clip.texts(prompts)
-    assert (np.concatenate([metric._clip.texts([one]) for one in prompts]) == whole).all()
+    whole = again.clip.texts(prompts)
+    assert (np.concatenate([metric.clip.texts([one]) for one in prompts]) == whole).all()
     assert all(-1 <= value <= 1 for value in together)
     assert len(set(together)) == 3
 
@@ -467,7 +459,7 @@ def test_the_face_clip_score_and_its_published_fault() -> None:
 
     clip = Clip(texts, lambda pixels: pixels.mean(dim=(2, 3)), 32, "cpu")
     metric = FaceClip()
-    metric._clip, metric._mtcnn = clip, Found()
+    metric.clip, metric.mtcnn = clip, Found()
     picture = Image.new("RGB", (64, 64), (200, 100, 50))
     picture.paste((10, 150, 220), (10, 10, 42, 42))
     face, empty = photo((64, 64)), photo((50, 50))

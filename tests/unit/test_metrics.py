@@ -31,9 +31,9 @@ from fastface_cli.evaluation.metrics.identity import (
     rank_first,
     verify,
 )
-from fastface_cli.evaluation.metrics.image_cache import image_key
 from fastface_cli.evaluation.rows import Row
 from fastface_cli.evaluation.summary import summarize
+from fastface_cli.scorers.cache import image_key
 
 BLANK = Image.new("RGB", (100, 100))
 

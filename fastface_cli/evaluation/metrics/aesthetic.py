@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...errors import ModelUnavailableError
+from ...scorers.clip import Clip
 from .base import Column, Context, Needs, Sample, Scores
-from .clip import CLIP_L14, Clip, hub_clip
+from .clip import CLIP_L14, hub_clip
 
 if TYPE_CHECKING:
     import torch
@@ -85,7 +86,7 @@ class Aesthetic:
         ),
     )
     needs = Needs(artifacts=("aesthetic-ava-logos", CLIP_L14))
-    _clip: Clip
+    clip: Clip
     _head: torch.nn.Sequential
 
     def load(self, context: Context) -> None:
@@ -96,11 +97,11 @@ class Aesthetic:
             self._head = regression(state, context.device)
         except ValueError as error:
             raise broken(file, "the aesthetic predictor", error) from error
-        self._clip = hub_clip(context, CLIP_L14)
+        self.clip = hub_clip(context, CLIP_L14)
 
     def score(self, samples: Sequence[Sample]) -> list[Scores]:
         """See `Metric`."""
-        vectors = self._clip.images([sample.picture for sample in samples])
+        vectors = self.clip.images([sample.picture for sample in samples])
         return [{"aesthetic": float(value)} for value in predict(self._head, vectors)]
 
 

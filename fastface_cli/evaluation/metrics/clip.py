@@ -1,202 +1,12 @@
-"""Prompt following: cosine similarity of the CLIP embeddings of prompt and image."""
+"""Prompt adherence: cosine similarity of the CLIP embeddings of prompt and image."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Sequence
+from typing import ClassVar
 
-import numpy as np
-from cachetools import LRUCache, cachedmethod
-from PIL import Image
-
-from ...errors import ModelUnavailableError
+from ...scorers.clip import Clip, load_clip, load_pocket_clip
 from .base import Column, Context, Needs, Sample, Scores
-from .image_cache import CACHE_SIZE, image_key
-
-if TYPE_CHECKING:
-    import torch
-
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-DEVIATION = (0.26862954, 0.26130258, 0.27577711)
-"""Mean and standard deviation per channel of the images that CLIP was trained on."""
-TOKENS = 77
-"""Longer prompts are truncated: the limit of CLIP."""
-
-
-class Clip:
-    """A text tower and a vision tower that share one embedding space.
-
-    Args:
-        texts: prompts -> [n, d].
-        images: prepared pixels [n, 3, side, side] -> [n, d].
-        side: input size of the vision tower in pixels.
-        device: device of both towers.
-    """
-
-    def __init__(
-        self,
-        texts: Callable[[list[str]], torch.Tensor],
-        images: Callable[[torch.Tensor], torch.Tensor],
-        side: int,
-        device: str,
-    ) -> None:
-        self._texts = texts
-        self._images = images
-        self.side = side
-        self.device = device
-        self._prompt_cache: LRUCache[Any, np.ndarray] = LRUCache(CACHE_SIZE)
-        self._image_cache: LRUCache[bytes, np.ndarray] = LRUCache(CACHE_SIZE)
-
-    def texts(self, prompts: Sequence[str]) -> np.ndarray:
-        """Return unit vectors of prompts, [n, d] float32; cached."""
-        return np.stack([self._text(prompt) for prompt in prompts])
-
-    @cachedmethod(lambda self: self._prompt_cache)
-    def _text(self, prompt: str) -> np.ndarray:
-        # Not in batches: which prompts are new depends on where a run was interrupted, and results round
-        # differently in batches of different sizes.
-        vector: np.ndarray = self._unit(self._texts, [prompt])[0]
-        return vector
-
-    def images(self, images: Sequence[Image.Image]) -> np.ndarray:
-        """Return unit vectors of images, [n, d] float32; cached."""
-        keys = [image_key(image) for image in images]
-        vectors = {key: self._image_cache[key] for key in keys if key in self._image_cache}
-        missing = {key: image for key, image in zip(keys, images, strict=True) if key not in vectors}
-        if missing:
-            embedded = self.tensors([to_tensor(image) for image in missing.values()])
-            vectors.update(zip(missing, embedded, strict=True))
-            self._image_cache.update(vectors)
-        return np.stack([vectors[key] for key in keys])
-
-    def tensors(self, images: Sequence[torch.Tensor]) -> np.ndarray:
-        """Return unit vectors of images given as [3, height, width] in [-1, 1], [n, d] float32."""
-        import torch
-
-        pixels = torch.stack([prepare(image.to(self.device), self.side) for image in images])
-        return self._unit(self._images, pixels)
-
-    @staticmethod
-    def _unit(tower: Callable[[Any], torch.Tensor], given: Any) -> np.ndarray:
-        import torch
-
-        with torch.inference_mode():
-            vectors = tower(given).float()
-            return np.asarray((vectors / vectors.norm(dim=-1, keepdim=True)).cpu().numpy())
-
-
-def to_tensor(image: Image.Image) -> torch.Tensor:
-    """Return an image as [3, height, width] float32 in [-1, 1]."""
-    import torch
-
-    pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-    return pixels.float() / 127.5 - 1
-
-
-def prepare(image: torch.Tensor, side: int) -> torch.Tensor:
-    """Prepare an image for the vision tower: scale the shorter side to `side` (bicubic), crop the center and
-    normalize. All in float without rounding in between, as in the published evaluation.
-
-    Args:
-        image: [3, height, width], expected in [-1, 1].
-
-    Returns:
-        [3, side, side].
-    """
-    import torch
-    from torch.nn import functional
-
-    height, width = image.shape[1:]
-    short = min(height, width)
-    size = (int(side * height / short), int(side * width / short))
-    pixels = (image + 1) / 2
-    if size != (height, width):
-        pixels = functional.interpolate(pixels[None], size=size, mode="bicubic", antialias=True)[0]
-    top, left = (round((length - side) / 2) for length in size)
-    pixels = pixels[:, top : top + side, left : left + side]
-    mean = torch.tensor(MEAN, device=image.device)[:, None, None]
-    return (pixels - mean) / torch.tensor(DEVIATION, device=image.device)[:, None, None]
-
-
-def load_clip(folder: Path, device: str) -> Clip:
-    """Load a CLIP model of the Hub in float32.
-
-    Raises:
-        ModelUnavailableError: the folder does not contain one.
-    """
-    from transformers import CLIPModel, CLIPTokenizer
-
-    def load() -> Clip:
-        model = _strictly(CLIPModel, folder, device)
-        words = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-
-        def texts(prompts: list[str]) -> torch.Tensor:
-            found: torch.Tensor = model.get_text_features(**tokens(words, prompts, device)).pooler_output
-            return found
-
-        def images(pixels: torch.Tensor) -> torch.Tensor:
-            found: torch.Tensor = model.get_image_features(pixel_values=pixels).pooler_output
-            return found
-
-        return Clip(texts, images, int(model.config.vision_config.image_size), device)
-
-    return _loaded(load, folder)
-
-
-def load_pocket_clip(base: Path, encoder: Path, device: str) -> Clip:
-    """Load the pocket stack's second text encoder and its image encoder, which were trained as a pair."""
-    from transformers import CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
-
-    def load() -> Clip:
-        speaker = _strictly(CLIPTextModelWithProjection, base / "text_encoder_2", device, variant="fp16")
-        seer = _strictly(CLIPVisionModelWithProjection, encoder, device)
-        words = CLIPTokenizer.from_pretrained(base / "tokenizer_2", local_files_only=True)
-
-        def texts(prompts: list[str]) -> torch.Tensor:
-            found: torch.Tensor = speaker(**tokens(words, prompts, device)).text_embeds
-            return found
-
-        def images(pixels: torch.Tensor) -> torch.Tensor:
-            found: torch.Tensor = seer(pixel_values=pixels).image_embeds
-            return found
-
-        return Clip(texts, images, int(seer.config.image_size), device)
-
-    return _loaded(load, encoder)
-
-
-def tokens(words: Any, prompts: list[str], device: str) -> dict[str, torch.Tensor]:
-    """Return token ids padded to full length. Padding does not change the result: it follows the end token
-    that is pooled, and the towers are causal."""
-    given = words(prompts, padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt")
-    return {"input_ids": given["input_ids"].to(device)}
-
-
-def _strictly(kind: Any, folder: Path, device: str, **options: Any) -> Any:
-    """Load a model in float32 and refuse one with missing weights."""
-    import torch
-
-    model, report = kind.from_pretrained(
-        folder, dtype=torch.float32, local_files_only=True, output_loading_info=True, **options
-    )
-    absent = [name for name in report["missing_keys"] if not name.endswith("position_ids")]
-    if absent or report["mismatched_keys"]:
-        raise ValueError(f"it has no {next(iter(absent), 'weights of the right shape')}")
-    return model.eval().requires_grad_(False).to(device)
-
-
-def _loaded(load: Callable[[], Clip], folder: Path) -> Clip:
-    from ...quiet import quiet_libraries
-
-    try:
-        with quiet_libraries():
-            return load()
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise ModelUnavailableError(
-            f"the CLIP model in {folder} does not load: {(str(error).splitlines() or [''])[0]}",
-            "fetch it again with: fastface download",
-        ) from error
 
 
 class ClipScore:
@@ -206,16 +16,17 @@ class ClipScore:
     summary: str
     columns: tuple[Column, ...]
     needs: Needs
-    _clip: Clip
+    clip: Clip
+    """Set by `load`."""
 
     def load(self, context: Context) -> None:
         """See `Metric`."""
-        self._clip = hub_clip(context, self.needs.artifacts[0])
+        self.clip = hub_clip(context, self.needs.artifacts[0])
 
     def score(self, samples: Sequence[Sample]) -> list[Scores]:
         """See `Metric`."""
-        texts = self._clip.texts([sample.prompt for sample in samples])
-        images = self._clip.images([sample.picture for sample in samples])
+        texts = self.clip.texts([sample.prompt for sample in samples])
+        images = self.clip.images([sample.picture for sample in samples])
         return [{self.columns[0].name: float(cosine)} for cosine in (texts * images).sum(axis=1)]
 
 
@@ -268,4 +79,4 @@ class PocketClip(ClipScore):
     def load(self, context: Context) -> None:
         """See `Metric`."""
         base, encoder = (context.paths[name] for name in self.needs.artifacts)
-        self._clip = context.once(self.SHARED, lambda: load_pocket_clip(base, encoder, context.device))
+        self.clip = context.once(self.SHARED, lambda: load_pocket_clip(base, encoder, context.device))

@@ -9,10 +9,11 @@ from cachetools import LRUCache, cachedmethod
 from PIL import Image
 
 from ...identity.analyzer import Box
+from ...scorers.cache import CACHE_SIZE, method_key
+from ...scorers.clip import Clip
 from .aesthetic import broken, read_pickle
 from .base import Column, Context, Needs, Sample, Scores
-from .clip import CLIP_L14, Clip, hub_clip
-from .image_cache import CACHE_SIZE, method_key
+from .clip import CLIP_L14, hub_clip
 from .mtcnn import Mtcnn
 
 NETWORKS = ("mtcnn-pnet", "mtcnn-rnet", "mtcnn-onet")
@@ -46,8 +47,9 @@ class FaceClip:
         ),
     )
     needs = Needs(artifacts=(*NETWORKS, CLIP_L14))
-    _clip: Clip
-    _mtcnn: Mtcnn
+    clip: Clip
+    mtcnn: Mtcnn
+    """Both are set by `load`."""
 
     def __init__(self) -> None:
         self._boxes: LRUCache[bytes, Box | None] = LRUCache(CACHE_SIZE)
@@ -57,10 +59,10 @@ class FaceClip:
         files = [context.paths[name] for name in NETWORKS]
         states = [read_pickle(file, "MTCNN") for file in files]
         try:
-            self._mtcnn = Mtcnn(states[0], states[1], states[2], context.device)
+            self.mtcnn = Mtcnn(states[0], states[1], states[2], context.device)
         except ValueError as error:
             raise broken(files[0].parent, "MTCNN", error) from error
-        self._clip = hub_clip(context, CLIP_L14)
+        self.clip = hub_clip(context, CLIP_L14)
 
     def score(self, samples: Sequence[Sample]) -> list[Scores]:
         """See `Metric`."""
@@ -73,7 +75,7 @@ class FaceClip:
         photo_box, image_box = self._box(sample.reference), self._box(sample.picture)
         if photo_box is None or image_box is None:
             return scores
-        text = self._clip.texts([sample.prompt.split(";")[0]])[0]
+        text = self.clip.texts([sample.prompt.split(";")[0]])[0]
         photo_crops, image_crops = crops(sample.reference, photo_box), crops(sample.picture, image_box)
         for name in scores:
             if photo_crops[name].size and image_crops[name].size:
@@ -83,13 +85,13 @@ class FaceClip:
 
     @cachedmethod(lambda self: self._boxes, key=method_key)
     def _box(self, image: Image.Image) -> Box | None:
-        return self._mtcnn.largest(image)
+        return self.mtcnn.largest(image)
 
     def _embed(self, crop: np.ndarray, *, published: bool) -> np.ndarray:
         import torch
 
         pixels = torch.from_numpy(np.ascontiguousarray(crop)).permute(2, 0, 1).float()
-        vector: np.ndarray = self._clip.tensors([pixels if published else pixels / 127.5 - 1])[0]
+        vector: np.ndarray = self.clip.tensors([pixels if published else pixels / 127.5 - 1])[0]
         return vector
 
 

@@ -7,8 +7,8 @@ from PIL import Image
 
 from ...identity.analyzer import Face, FaceAnalyzer, load_face_models
 from ...identity.search import SIZES, bgr, find_faces
+from ...scorers.cache import CACHE_SIZE, method_key
 from .base import Context, Rules
-from .image_cache import CACHE_SIZE, method_key
 
 RATIO_SIZE = 320
 """Detector size in pixels of the published face ratio: the published loop over sizes never stops early, so

@@ -1,9 +1,7 @@
-"""Is it the same person: similarity, verification and rank, by the recognizer that conditions the pictures
-and by others that do not."""
+"""Identity similarity, verification and rank, by the conditioning recognizer and by independent ones."""
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,17 +12,18 @@ from PIL import Image
 
 from ...errors import ModelUnavailableError
 from ...identity.search import bgr
+from ...scorers.cache import CACHE_SIZE, method_key
+from ...scorers.dlib_recognizer import DlibRecognizer, similarities
 from ..rows import Row
 from .base import Column, Context, Needs, Sample, Scores
 from .faces import Faces, faces_of
-from .image_cache import CACHE_SIZE, method_key
 
 FALSE_ACCEPTS = 0.01
 """Share of comparisons with other identities that verification may accept."""
 
 
 class IdentityMetric:
-    """What every recognizer is asked. A subclass says how a picture becomes a vector and how two compare."""
+    """The metrics of a recognizer. Subclasses define the vector of an image and how vectors compare."""
 
     name: str
     summary: str
@@ -39,14 +38,14 @@ class IdentityMetric:
         raise NotImplementedError
 
     def describe(self, picture: Image.Image) -> np.ndarray | None:
-        """The vector of the face in a picture, [d] float32; None where there is none."""
+        """The vector of the face in an image, [d] float32; None without a face."""
         raise NotImplementedError
 
     @staticmethod
     def compare(pictures: np.ndarray, photos: np.ndarray) -> np.ndarray:
         """Similarities, [n, d] and [m, d] -> [n, m]: cosines of unit vectors."""
-        found: np.ndarray = pictures.astype(np.float64) @ photos.astype(np.float64).T
-        return found
+        cosines: np.ndarray = pictures.astype(np.float64) @ photos.astype(np.float64).T
+        return cosines
 
     def score(self, samples: Sequence[Sample]) -> list[Scores]:
         """See `Metric`."""
@@ -54,24 +53,24 @@ class IdentityMetric:
 
     def vectors(self, samples: Sequence[Sample]) -> list[dict[str, np.ndarray]]:
         """See `RunMetric`: `picture` and `photo`."""
-        found = []
+        results = []
         for sample in samples:
             vectors = {"picture": self.embedding(sample.picture), "photo": self.embedding(sample.reference)}
-            found.append({name: vector for name, vector in vectors.items() if vector is not None})
-        return found
+            results.append({name: vector for name, vector in vectors.items() if vector is not None})
+        return results
 
     def finish(
         self, rows: Sequence[Row], vectors: Mapping[str, Mapping[str, np.ndarray]]
     ) -> dict[str, Scores]:
-        """See `RunMetric`: verification and rank, for each recipe (and stress) by itself, so that adding a
-        recipe to a run changes no number of another."""
+        """See `RunMetric`: verification and rank, separately for each recipe and stress, so that adding a
+        recipe to a run does not change the others."""
         groups: dict[tuple[str, str | None], list[Row]] = {}
         for row in rows:
             groups.setdefault((row.recipe, row.stress), []).append(row)
-        found: dict[str, Scores] = {}
+        scores: dict[str, Scores] = {}
         for group in groups.values():
-            found.update(self._against_others(group, vectors))
-        return found
+            scores.update(self._against_others(group, vectors))
+        return scores
 
     def embedding(self, image: Image.Image | None) -> np.ndarray | None:
         """Return the cached result of `describe`; None without an image."""
@@ -81,19 +80,19 @@ class IdentityMetric:
     def _cached(self, image: Image.Image) -> np.ndarray | None:
         return self.describe(image)
 
-    def similarity(self, one: np.ndarray | None, other: np.ndarray | None) -> float | None:
-        """Of two vectors; None where one is missing."""
-        if one is None or other is None:
+    def similarity(self, first: np.ndarray | None, second: np.ndarray | None) -> float | None:
+        """Similarity of two vectors; None if one is missing."""
+        if first is None or second is None:
             return None
-        return float(self.compare(one[None], other[None])[0, 0])
+        return float(self.compare(first[None], second[None])[0, 0])
 
     def _score(self, sample: Sample) -> Scores:
-        made, photo = self.embedding(sample.picture), self.embedding(sample.reference)
-        own = self.similarity(made, photo)
-        held_out = self.similarity(made, self.embedding(sample.held_out))
+        image, photo = self.embedding(sample.picture), self.embedding(sample.reference)
+        own = self.similarity(image, photo)
+        held_out = self.similarity(image, self.embedding(sample.held_out))
         return {
             self._column(""): own,
-            self._column("_zero"): 0.0 if made is None and photo is not None else own,
+            self._column("_zero"): 0.0 if image is None and photo is not None else own,
             self._column("_held_out"): held_out,
             self._column("_copy"): None if own is None or held_out is None else own - held_out,
         }
@@ -101,12 +100,12 @@ class IdentityMetric:
     def _against_others(
         self, rows: Sequence[Row], vectors: Mapping[str, Mapping[str, np.ndarray]]
     ) -> dict[str, Scores]:
-        """Each picture against the photos of all identities, its own and the others'."""
+        """Compare each image with the photos of all identities."""
         photos: dict[str, np.ndarray] = {}
         for row in rows:
             if "photo" in (named := vectors.get(row.key, {})):
                 photos.setdefault(row.identity, named["photo"])
-        found: dict[str, Scores] = {}
+        scores: dict[str, Scores] = {}
         names = list(photos)
         faceless = [
             row
@@ -119,16 +118,16 @@ class IdentityMetric:
         if len(names) < 2 or not (seen or faceless):
             return {}
         for row in faceless:
-            found[row.key] = self._verdict(verified=False, first=False)
+            scores[row.key] = self._verdict(verified=False, first=False)
         if not seen:
-            return found
+            return scores
         pictures = np.stack([vectors[row.key]["picture"] for row in seen])
         alike = self.compare(pictures, np.stack([photos[name] for name in names]))
         own = np.array([names.index(row.identity) for row in seen])
         verified, first = verify(alike, own), rank_first(alike, own)
         for row, is_verified, is_first in zip(seen, verified, first, strict=True):
-            found[row.key] = self._verdict(verified=bool(is_verified), first=bool(is_first))
-        return found
+            scores[row.key] = self._verdict(verified=bool(is_verified), first=bool(is_first))
+        return scores
 
     def _verdict(self, *, verified: bool, first: bool) -> Scores:
         return {self._column("_verified"): float(verified), self._column("_rank1"): float(first)}
@@ -138,14 +137,14 @@ class IdentityMetric:
 
 
 def verify(alike: np.ndarray, own: np.ndarray, false_accepts: float = FALSE_ACCEPTS) -> np.ndarray:
-    """Which pictures would be taken for their person at a fixed rate of false accepts.
+    """Which images are verified as their person at a fixed rate of false accepts.
 
     The threshold is the lowest at which at most that share of the comparisons with other identities is
-    accepted. With fewer comparisons than 1 / rate none is: the verdict is then stricter than asked.
+    accepted. With fewer comparisons than 1 / rate none is accepted: the threshold is then stricter.
 
     Args:
-        alike: [n, m], similarity of n pictures to the photos of m identities, at least 2.
-        own: [n], the identity of each picture.
+        alike: [n, m], similarity of n images to the photos of m identities, at least 2.
+        own: [n], the identity of each image.
 
     Returns:
         [n] bool.
@@ -159,10 +158,10 @@ def verify(alike: np.ndarray, own: np.ndarray, false_accepts: float = FALSE_ACCE
 
 
 def rank_first(alike: np.ndarray, own: np.ndarray) -> np.ndarray:
-    """Which pictures are more similar to their own identity than to any other: [n, m], [n] -> [n] bool."""
+    """Which images are more similar to their own identity than to any other: [n, m], [n] -> [n] bool."""
     mine = alike[np.arange(len(own)), own]
-    found: np.ndarray = (alike >= mine[:, None]).sum(axis=1) == 1
-    return found
+    first: np.ndarray = (alike >= mine[:, None]).sum(axis=1) == 1
+    return first
 
 
 def identity_columns(name: str, title: str, by: str) -> tuple[Column, ...]:
@@ -171,19 +170,22 @@ def identity_columns(name: str, title: str, by: str) -> tuple[Column, ...]:
     Args:
         name: its metric.
         title: heading.
-        by: what compares, for the legend.
+        by: the measure, for the legend.
     """
-    similar = f"Similarity of the face to the reference photo, {by}; pictures without a face are left out."
-    zero = "The same with 0 for a picture in which no face is found, so that losing the face costs."
+    similar = f"Similarity of the face to the reference photo, {by}; images without a face are omitted."
+    zero = "The same, with 0 for images without a face."
     verified = (
-        f"Pictures taken for their person at a threshold that accepts {FALSE_ACCEPTS:.0%} of the comparisons "
-        "with the other identities of the run; without a face: not."
+        f"Images verified as their person at a threshold that accepts {FALSE_ACCEPTS:.0%} of the comparisons "
+        "with the other identities of the run; images without a face are not verified."
     )
-    rank = "Pictures more similar to their own reference than to any other identity's; without a face: not."
-    held_out = "Similarity to a photo of the same person that did not condition."
+    rank = (
+        "Images more similar to their own reference than to any other identity's; "
+        "images without a face are not."
+    )
+    held_out = "Similarity to a photo of the same person that was not used for conditioning."
     copy = (
-        "Similarity to the reference less similarity to the held-out photo: what comes from the photo and "
-        "not from the person."
+        "Similarity to the reference minus similarity to the held-out photo: the part that comes from the "
+        "photo, not from the person."
     )
     return (
         Column(name, title, True, "", similar),
@@ -196,20 +198,20 @@ def identity_columns(name: str, title: str, by: str) -> tuple[Column, ...]:
 
 
 class ConditioningIdentity(IdentityMetric):
-    """ID similarity by the recognizer that conditions, detection rate and face ratio."""
+    """ID similarity by the conditioning recognizer, detection rate and face ratio."""
 
     name = "id"
-    summary = "ID similarity by the recognizer that conditions, detection rate, face ratio"
+    summary = "ID similarity by the conditioning recognizer, detection rate, face ratio"
     needs = Needs(roles=("face",))
     columns = (
-        *identity_columns("id", "ID", "cosine of the embeddings that also condition the pictures"),
-        Column("face_found", "face found", True, "share", "Pictures in which a face is found."),
+        *identity_columns("id", "ID", "cosine of the embeddings that also condition the images"),
+        Column("face_found", "face found", True, "share", "Images in which a face is found."),
         Column(
             "face_ratio",
             "face ratio",
             None,
             "share",
-            "Area of the face's box over the picture's, 0 without a face.",
+            "Area of the face box divided by that of the image; 0 without a face.",
         ),
     )
     _faces: Faces
@@ -230,11 +232,11 @@ class ConditioningIdentity(IdentityMetric):
 
 
 class AdaFaceIdentity(IdentityMetric):
-    """ID similarity by AdaFace IR-101 trained on WebFace12M: other data and another loss than the recognizer
-    that conditions; faces are found and aligned by the same detector."""
+    """ID similarity by AdaFace IR-101 trained on WebFace12M: other data and another loss than the
+    conditioning recognizer; faces are found and aligned by the same detector."""
 
     name = "adaface"
-    summary = "ID similarity by AdaFace IR-101, which conditions nothing"
+    summary = "ID similarity by AdaFace IR-101, an independent recognizer"
     needs = Needs(artifacts=("adaface-ir101",), roles=("face",))
     columns = identity_columns("adaface", "ID (AdaFace)", "cosine of AdaFace IR-101 embeddings")
     SIDE: ClassVar[int] = 112
@@ -269,55 +271,27 @@ class DlibIdentity(IdentityMetric):
     summary = "ID similarity by dlib, with its own detector; works offline"
     needs = Needs(extras=("dlib",), modules=("dlib", "face_recognition_models"))
     columns = identity_columns(
-        "dlib", "ID (dlib)", "1 less the distance of dlib's descriptors; photos of one person are above 0.4"
+        "dlib", "ID (dlib)", "1 minus the distance of dlib's descriptors; photos of one person are above 0.4"
     )
-    SMALL: ClassVar[int] = 256
-    """Pictures whose shorter side has fewer pixels are enlarged to that: the detector sees faces from 80."""
-    _dlib: Any
+    recognizer: DlibRecognizer
+    """Set by `load`."""
 
     def load(self, context: Context) -> None:
         """See `Metric`."""
-        import dlib
-
-        # The package of the model files imports setuptools' retired pkg_resources; only its folder is needed.
-        found = importlib.util.find_spec("face_recognition_models")
-        if found is None or found.origin is None:
-            raise ModelUnavailableError(
-                "the weights of dlib are not installed", "pip install 'fastface-cli[dlib]'"
-            )
-        folder = Path(found.origin).parent / "models"
-        self._dlib = dlib
-        self._detector = dlib.get_frontal_face_detector()
-        self._landmarks = dlib.shape_predictor(str(folder / "shape_predictor_5_face_landmarks.dat"))
-        self._network = dlib.face_recognition_model_v1(
-            str(folder / "dlib_face_recognition_resnet_model_v1.dat")
-        )
+        self.recognizer = DlibRecognizer()
 
     @staticmethod
     def compare(pictures: np.ndarray, photos: np.ndarray) -> np.ndarray:
-        """See `IdentityMetric`: 1 less the Euclidean distance, which dlib's descriptors are trained for."""
-        from scipy.spatial.distance import cdist
-
-        found: np.ndarray = 1 - cdist(pictures, photos)
-        return found
+        """See `IdentityMetric`: 1 minus the Euclidean distance, which dlib's descriptors are trained for."""
+        return similarities(pictures, photos)
 
     def describe(self, picture: Image.Image) -> np.ndarray | None:
         """See `IdentityMetric`: [128]; the largest face counts."""
-        scale = max(1.0, self.SMALL / min(picture.size))
-        if scale > 1:
-            size = (round(picture.width * scale), round(picture.height * scale))
-            picture = picture.resize(size, Image.Resampling.BICUBIC)
-        pixels = np.array(picture)
-        boxes = self._detector(pixels, 0)
-        if not boxes:
-            return None
-        largest = max(boxes, key=lambda box: box.area())
-        points = self._landmarks(pixels, largest)
-        return np.array(self._network.compute_face_descriptor(pixels, points), np.float32)
+        return self.recognizer.describe(picture)
 
 
 def open_onnx(path: Path, device: str) -> Any:
-    """An ONNX Runtime session, on the GPU where it can.
+    """Open an ONNX Runtime session, on the GPU if possible.
 
     Raises:
         ModelUnavailableError: the file does not load.
@@ -332,5 +306,5 @@ def open_onnx(path: Path, device: str) -> Any:
     except Exception as error:  # ONNX Runtime's errors share no base
         raise ModelUnavailableError(
             f"{path} does not load: {(str(error).splitlines() or [''])[0]}",
-            "fetch it again with: fastface download",
+            "download it again with: fastface download",
         ) from error

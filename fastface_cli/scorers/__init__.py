@@ -1,0 +1,1 @@
+"""Models that score images, for best-of and for evaluation."""
