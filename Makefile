@@ -10,7 +10,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --constraint constraints.txt
 # On small models two processes with one thread each are faster than one process with two threads.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
-.PHONY: ready demo test test-slow fuzz lint bench pocket-report clean
+.PHONY: ready demo test test-slow fuzz faults lint bench pocket-report clean
 
 $(INSTALLED):
 	$(PYTHON) -m venv $(VENV)
@@ -35,6 +35,9 @@ test-slow: ready  ## full-size structure, killed runs, installation: at most thi
 
 fuzz: ready  ## untrusted files: a thousand examples for each reader, about five minutes
 	FASTFACE_FUZZ=1000 $(PYTEST) tests/fuzz --hypothesis-show-statistics
+
+faults: ready  ## kills, power cuts, full disks: about ninety seconds; FASTFACE_FAULTS=long for the full sizes
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults
 
 lint: ready
 	$(BIN)/ruff check .

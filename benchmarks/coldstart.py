@@ -47,16 +47,18 @@ def recipe() -> Any:
 
 def write(folder: Path, *, full: bool) -> None:
     """Write the models to the disk."""
+    from published_files import write_stack
+
     from fastface_cli.benchmark.sdxl import MINIATURE, PUBLISHED
-    from fastface_cli.benchmark.structure import write_stack
 
     write_stack(folder, PUBLISHED if full else MINIATURE, fill="random", parts=PARTS)
 
 
 def load(folder: Path, *, keep: bool, touch: bool) -> dict[str, float]:
     """Load the models in this process, and return seconds and peak memory in GiB."""
+    from published_files import PARTS as PLACES
+
     from fastface_cli.app.pipeline import Pipeline
-    from fastface_cli.benchmark.structure import PARTS as PLACES
     from fastface_cli.store.fused_cache import FusedCache
 
     paths = {part: folder / PLACES[part] for part in PARTS}

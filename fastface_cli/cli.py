@@ -107,7 +107,7 @@ def run(argv: list[str] | None = None) -> int:
 
 
 def _failure(error: BaseException) -> FastFaceError:
-    """Any exception as the error that is reported."""
+    """Return any exception as the error to report."""
     if isinstance(error, FastFaceError):
         return error
     if isinstance(error, _Interrupted):
@@ -116,19 +116,19 @@ def _failure(error: BaseException) -> FastFaceError:
 
 
 def _print_failure(arguments: list[str], error: FastFaceError, partial: dict[str, Any]) -> None:
-    """The one JSON object of a failed command; that of `generate` always lists its images."""
+    """Print the JSON object of a failed command; for `generate` it always lists the images."""
     empty: dict[str, Any] = {"images": []} if arguments[:1] == ["generate"] else {}
     console.print_json({"ok": False, **empty, **partial, "error": error.record()})
 
 
 def _typer_message(exit_: SystemExit) -> str:
-    """Typer's message about the arguments, in one line."""
+    """Return Typer's message about the arguments, in one line."""
     format_message = getattr(exit_.__context__, "format_message", None)
     return " ".join(str(format_message()).split()) if format_message else "the arguments are not valid"
 
 
 def _closed_pipe() -> int:
-    """Nothing more can be written to stdout: go quietly, as `head` expects."""
+    """Exit without a message because stdout is closed, as `head` expects."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1
 

@@ -151,7 +151,11 @@ def _place(temporary: Path, path: Path, force: bool) -> Path:
             except OSError:
                 # No hard links on this file system (FAT, some network folders): reserve the name first.
                 open(candidate, "xb").close()
-                os.replace(temporary, candidate)
+                try:
+                    os.replace(temporary, candidate)
+                except OSError:
+                    candidate.unlink(missing_ok=True)
+                    raise
         except FileExistsError:
             continue
         return candidate

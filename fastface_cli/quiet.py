@@ -27,7 +27,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Loaders warn about what we do on purpose (no image encoder folder), and repeat what they raise."""
+    """Silence loaders: they warn about intended settings (no image encoder), and log what they raise."""
     loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
     levels = [logger.level for logger in loggers]
     bars = transformers_logging.is_progress_bar_enabled()
@@ -47,7 +47,7 @@ def quiet_libraries() -> Iterator[None]:
 
 @contextmanager
 def loading_errors(part: str, path: Path) -> Iterator[None]:
-    """Turn whatever a loader raises over a broken file into one sentence that names it."""
+    """Turn any error of a loader into one sentence that names the file."""
     try:
         yield
     except (ModelUnavailableError, MemoryError):
@@ -62,11 +62,11 @@ def loading_errors(part: str, path: Path) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """The message of a loader, without its advice to programmers."""
+    """Return the message of a loader, without its advice to programmers."""
     if isinstance(error, KeyError):
         return f"it lacks {error}"
     if isinstance(error, AttributeError | TypeError):
-        return "its content has another form"
+        return "its content has an unexpected structure"
     lines = [line.strip() for line in str(error).strip().splitlines()]
     summary = " ".join(lines[:2]) if lines and lines[0].endswith(":") else "".join(lines[:1])
     sentence = re.split(r"\.\s", summary, maxsplit=1)[0]

@@ -28,8 +28,8 @@ def miniature(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Write a random stack in the published file layout, float32, with the names of `write_stack`."""
     import torch
 
+    from benchmarks.published_files import write_stack
     from fastface_cli.benchmark.sdxl import MINIATURE
-    from fastface_cli.benchmark.structure import write_stack
 
     folder = tmp_path_factory.mktemp("stack")
     return write_stack(folder, MINIATURE, fill="random", dtype=torch.float32, seed=5)

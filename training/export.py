@@ -22,8 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPVisionModelWithProjection
 
+from benchmarks.published_files import LORA_TARGETS
 from fastface_cli.benchmark.sdxl import PUBLISHED, config_text
-from fastface_cli.benchmark.structure import LORA_TARGETS
 from training import (
     adapter,
     captions,

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastface_cli.benchmark.structure import LORA_TARGETS
+from benchmarks.published_files import LORA_TARGETS
 from training import data, low_rank, unet
 from training.common import Ema, Run, autocast, descend, device, load_part, options
 from training.ddim import TIMESTEPS, Ddim, GuidedDenoiser

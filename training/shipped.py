@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
-from fastface_cli.benchmark.structure import LORA_TARGETS
+from benchmarks.published_files import LORA_TARGETS
 from training import adapter, clip, lora, low_rank, recognizer, unet, vae
 from training.common import Ema, options
 from training.export import ADAPTER, LORA, TARGET

@@ -203,11 +203,14 @@ def own_prompt_scorer(pipeline: Pipeline) -> PromptScorer | None:
     model = pipeline.recipe.model
     if (model.base, model.image_encoder) != ("pocket-base", "pocket-clip"):
         return None
+    from transformers import CLIPImageProcessorPil
+
     parts = pipeline.parts
+    size = parts.image_encoder.config.image_size
     return _cosine(
         words=parts.tokenizer_2,
         text=lambda ids: parts.text_encoder_2(ids).text_embeds,
-        processor=pipeline.processor,
+        processor=CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=size),
         vision=lambda pixels: parts.image_encoder(pixels).image_embeds,
         device=parts.image_encoder.device,  # where memory is saved, not the pipeline's
         dtype=pipeline.dtype,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -10,6 +10,7 @@ from ..store.progress import DownloadProgress, DownloadStarted, FileFinished, Ve
 
 if TYPE_CHECKING:
     from PIL import Image
+    from torch import Tensor
 
     from ..identity.identity import Identity
     from ..output.metadata import Provenance
@@ -56,10 +57,14 @@ class StepFinished:
 
     images: int
     """Images in the batch."""
+    step: int
+    """Number of the step, from 1."""
     done: int
     """Steps finished so far, counted per image."""
     total: int
     """Steps of the run, counted per image."""
+    latents: Tensor = field(repr=False, compare=False)
+    """[images, C, h, w] on the device. Reading them waits for the device, and nothing else does."""
 
 
 @dataclass(frozen=True)

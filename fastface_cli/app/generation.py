@@ -21,7 +21,10 @@ from .provenance import provenance_of
 from .request import GenerateRequest
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ..identity.identity import Identity
+    from ..sampling.guidance import Step
 
 
 @dataclass
@@ -89,10 +92,10 @@ class Generation:
         negative, scale = self.plan.negative_prompt, cell.adapter_scale
         return Request(cell.prompt, cell.seed + candidate, self.identity, negative, scale)
 
-    def _on_step(self, images: int) -> None:
-        self.steps_done += images
+    def _on_step(self, step: Step, latents: Tensor) -> None:
+        self.steps_done += len(latents)
         total = len(self.plan.cells) * self.request.best_of * self.plan.recipe.sampling.steps
-        self.emit(StepFinished(images, self.steps_done, total))
+        self.emit(StepFinished(len(latents), step.index + 1, self.steps_done, total, latents))
 
     def _finish(self, image: GeneratedImage, path: Path | None, candidates: Candidates | None = None) -> None:
         summary = candidates.summary() if candidates else None

@@ -44,8 +44,7 @@ class Runtime:
         """
         from ..models.acceleration import check
         from ..models.device import pick_device, pick_dtype
-        from ..models.offload import LEVELS
-        from .pipeline import check_level
+        from ..models.offload import LEVELS, check_level
 
         device = pick_device(check_device(recipe, self.device or settings.device))
         dtype = pick_dtype(self.dtype, device)

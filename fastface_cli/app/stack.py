@@ -134,7 +134,6 @@ class ModelStack:
             self.model_files(recipe),
             device=str(runtime.device),
             dtype=str(runtime.dtype).removeprefix("torch."),
-            log=log.warning,
             fused=Store(self.settings).fused if self.fused_cache else None,
             acceleration=runtime.acceleration,
             level=runtime.level(recipe),

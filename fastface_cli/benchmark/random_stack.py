@@ -7,28 +7,26 @@ change the speed of the UNet, so none is created.
 
 from __future__ import annotations
 
-import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..adapters.faceid_plusv2 import settle_adapter
-from ..app.pipeline import Pipeline, check_level
+from ..app.pipeline import Pipeline
 from ..models.acceleration import DEFAULT, Acceleration, arrange, check
 from ..models.device import memory_errors
 from ..models.loading import Homes
-from ..models.offload import OFF, Level
+from ..models.offload import OFF, Level, check_level
 from ..models.schedulers import SCHEDULERS
 from ..quiet import quiet_libraries
 from ..recipe.schema import Recipe
 from .reference import PublishedPipeline
 from .sdxl import PADS, PUBLISHED, TURBO_SCHEDULER, ConfigFile, Stack
-from .structure import adapter_layout, write_tokenizer
+from .structure import adapter_layout, byte_vocabulary
 
 
 def random_pipeline(
@@ -62,7 +60,9 @@ def random_pipeline(
         for encoder in (parts.text_encoder, parts.text_encoder_2, parts.image_encoder, projection):
             encoder.to(homes.encoders)
         steps = scheduler(recipe, stack)
-        return Pipeline(recipe, parts, projection, steps, lambda _: None, acceleration, level, device)
+        return Pipeline(
+            recipe, parts, projection, steps, acceleration=acceleration, level=level, device=device
+        )
 
 
 def random_reference(
@@ -165,9 +165,10 @@ def tokenizers(stack: Stack) -> dict[str, Any]:
     """Create tokenizers with the stack's vocabularies, under the names of diffusers."""
     from transformers import CLIPTokenizer
 
-    loaded = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for (name, pad), config in zip(PADS.items(), (stack.text_encoder, stack.text_encoder_2), strict=True):
-            write_tokenizer(Path(folder) / name, config["vocab_size"], pad)
-            loaded[name] = CLIPTokenizer.from_pretrained(Path(folder) / name, local_files_only=True)
-    return loaded
+    encoders = (stack.text_encoder, stack.text_encoder_2)
+    return {
+        name: CLIPTokenizer(
+            vocab=byte_vocabulary(encoder["vocab_size"]), merges=[], pad_token=pad, model_max_length=77
+        )
+        for (name, pad), encoder in zip(PADS.items(), encoders, strict=True)
+    }

@@ -22,7 +22,7 @@ noise is ours, so that latents can be compared.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,9 +39,10 @@ from transformers import CLIPImageProcessorPil
 
 from ..adapters.faceid_plusv2 import LORA, read_adapter
 from ..adapters.lora import fuse_lora
-from ..app.pipeline import BLOCKS, GeneratedImage, Request, StageTimer, to_pil
+from ..app.pipeline import GeneratedImage, Request, StageTimer, to_pil
 from ..errors import UsageError
 from ..identity.identity import Identity
+from ..models.backbone import SDXL
 from ..models.device import memory_errors, pick_device, pick_dtype
 from ..models.loading import load_image_encoder, load_scheduler, load_text_encoders, load_unet, load_vae
 from ..models.schedulers import is_stochastic, with_steps
@@ -169,19 +170,13 @@ class PublishedPipeline:
             parts.unet.to(where, number)
             return cls(recipe, parts, scheduler)
 
-    def generate(
-        self,
-        requests: Sequence[Request],
-        *,
-        batch_size: int = 1,
-        on_step: Callable[[int], None] = lambda _: None,
-    ) -> Iterator[GeneratedImage]:
+    def generate(self, requests: Sequence[Request], *, batch_size: int = 1) -> Iterator[GeneratedImage]:
         """Generate images in order, like `Pipeline.generate`."""
         for start in range(0, len(requests), batch_size):
             group = requests[start : start + batch_size]
             began = time.perf_counter()
             with torch.no_grad(), memory_errors(self.device):
-                trace, timesteps = self.sample(group, on_step=on_step)
+                trace, timesteps = self.sample(group)
                 with self.watch("vae"):
                     images = [to_pil(self.decode(latents)) for latents in trace.latents[-1]]
             seconds = (time.perf_counter() - began) / len(group)
@@ -200,9 +195,7 @@ class PublishedPipeline:
     def _scale(self, request: Request) -> float:
         return self.recipe.adapter.scale if request.adapter_scale is None else request.adapter_scale
 
-    def sample(
-        self, requests: Sequence[Request], *, on_step: Callable[[int], None] = lambda _: None
-    ) -> tuple[Trace, Tensor]:
+    def sample(self, requests: Sequence[Request]) -> tuple[Trace, Tensor]:
         """Run the sampling loop for one batch; return the latents of every step, and the timesteps."""
         sampling, images = self.recipe.sampling, len(requests)
         scales = {self._scale(request) for request in requests}
@@ -227,7 +220,7 @@ class PublishedPipeline:
             with self.watch("step"):
                 self._state.chains = {
                     block: attention.resolve(self.recipe.attention, block, step.index, len(steps))
-                    for block in BLOCKS
+                    for block in SDXL.blocks
                 }
                 predicted = self.unet(
                     scheduler.scale_model_input(torch.cat([latents] * 3), t),
@@ -243,7 +236,6 @@ class PublishedPipeline:
                 guided = guide(predicted, step, self.recipe.guidance)
             latents = scheduler.step(guided, t, latents, **extra, return_dict=False)[0].to(self.dtype)
             trace.latents.append(latents)
-            on_step(images)
         return trace, scheduler.timesteps
 
     def _conditions(self, requests: Sequence[Request]) -> tuple[Tensor, Tensor, Tensor]:

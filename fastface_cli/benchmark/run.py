@@ -8,16 +8,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from ..app.pipeline import GeneratedImage, Pipeline, Request
 from ..errors import FastFaceError
-from ..identity.identity import Identity, make_identity
+from ..identity.identity import Identity, make_identity, random_identity
 from ..output.images import encode_png
 from . import flops, hardware
 from .sides import WEIGHTS, BenchmarkEngine, Side, Source, analyzer, build
@@ -86,14 +85,6 @@ class Measured:
     cold: Mapping[str, Any] | None = None
 
 
-def synthetic_person() -> Identity:
-    """Create a random identity: a unit embedding and a crop of noise."""
-    rng = np.random.default_rng(0)
-    embedding = rng.standard_normal((1, 512)).astype(np.float32)
-    crop = rng.integers(0, 256, (1, 224, 224, 3), dtype=np.uint8)
-    return Identity(embedding / np.linalg.norm(embedding), crop, np.ones(1, np.float32))
-
-
 def requests_of(number: int, batch: int, identity: Identity, negative: str | None) -> list[Request]:
     """Return the requests of one round; prompts and seeds are new in every round, so no cache helps."""
     return [
@@ -117,7 +108,7 @@ def one_round(
     """
     watch = Stopwatch(engine.device)
     engine.watch = watch
-    identity = None if faces else synthetic_person()
+    identity = None if faces else random_identity()
     synchronize(engine.device)
     began = time.perf_counter()
     if identity is None:
@@ -203,17 +194,7 @@ def sharing(side: Side, measured: Sequence[Measured]) -> BenchmarkEngine | None:
     """
     for other in measured:
         if isinstance(other.engine, Pipeline) and side.weights_key() == other.side.weights_key():
-            shared = other.engine
-            return Pipeline(
-                side.recipe,
-                shared.parts,
-                shared.projection,
-                shared.scheduler,
-                shared.log,
-                side.acceleration,
-                shared.level,
-                shared.device,
-            )
+            return other.engine.sharing(side.recipe, other.engine.scheduler, side.acceleration)
     return None
 
 
@@ -342,15 +323,9 @@ def cold_start(side: Side, plan: BenchmarkPlan) -> dict[str, Any]:
     Raises:
         FastFaceError: the process failed.
     """
-    source = plan.source
     request = {
         "side": side.to_json(),
-        "source": {
-            "weights": source.weights,
-            "device": source.device,
-            "dtype": source.dtype,
-            "offline": source.offline,
-        },
+        "source": asdict(plan.source),
         "batch": plan.batch,
         "photo": None if plan.photo is None else str(plan.photo),
         "started": time.time(),

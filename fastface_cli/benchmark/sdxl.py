@@ -155,72 +155,15 @@ _SCHEDULER: ConfigFile = {
     "use_karras_sigmas": False,
 }
 
-_MODEL_INDEX: ConfigFile = {
-    "_class_name": "StableDiffusionXLPipeline",
-    "_diffusers_version": "0.19.0.dev0",
-    "force_zeros_for_empty_prompt": True,
-    "add_watermarker": None,
-    "scheduler": ["diffusers", "EulerDiscreteScheduler"],
-    "text_encoder": ["transformers", "CLIPTextModel"],
-    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
-    "tokenizer": ["transformers", "CLIPTokenizer"],
-    "tokenizer_2": ["transformers", "CLIPTokenizer"],
-    "unet": ["diffusers", "UNet2DConditionModel"],
-    "vae": ["diffusers", "AutoencoderKL"],
-}
-
 TURBO_SCHEDULER: ConfigFile = {
+    **{key: value for key, value in _SCHEDULER.items() if key != "use_karras_sigmas"},
     "_class_name": "EulerAncestralDiscreteScheduler",
     "_diffusers_version": "0.24.0.dev0",
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    "clip_sample": False,
-    "interpolation_type": "linear",
-    "num_train_timesteps": 1000,
-    "prediction_type": "epsilon",
-    "sample_max_value": 1.0,
-    "set_alpha_to_one": False,
-    "skip_prk_steps": True,
-    "steps_offset": 1,
     "timestep_spacing": "linspace",
-    "trained_betas": None,
 }
 """Copied from one copy of the repository; its published hash is not known."""
 
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
-
-
-def _special(content: str) -> ConfigFile:
-    return {"content": content, "lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
-
-
-def special_tokens(pad: str) -> ConfigFile:
-    """Return `special_tokens_map.json` of a CLIP tokenizer that pads with `pad`."""
-    return {
-        "bos_token": _special(BEGIN),
-        "eos_token": _special(END),
-        "pad_token": pad,
-        "unk_token": _special(END),
-    }
-
-
-def tokenizer_config(pad: str) -> ConfigFile:
-    """Return `tokenizer_config.json` of a CLIP tokenizer that pads with `pad`."""
-    return {
-        "add_prefix_space": False,
-        "bos_token": {"__type": "AddedToken", **_special(BEGIN)},
-        "clean_up_tokenization_spaces": True,
-        "do_lower_case": True,
-        "eos_token": {"__type": "AddedToken", **_special(END)},
-        "errors": "replace",
-        "model_max_length": 77,
-        "pad_token": pad,
-        "tokenizer_class": "CLIPTokenizer",
-        "unk_token": {"__type": "AddedToken", **_special(END)},
-    }
-
-
 PADS = {"tokenizer": END, "tokenizer_2": "!"}
 """The padding token of each tokenizer folder."""
 
@@ -235,24 +178,10 @@ class Stack:
     vae: ConfigFile
     image_encoder: ConfigFile
     scheduler: ConfigFile = field(default_factory=lambda: _SCHEDULER)
-    model_index: ConfigFile = field(default_factory=lambda: _MODEL_INDEX)
     lora_rank: int = 64
     """Rank of the distillation LoRAs."""
     adapter_rank: int = 128
     """Rank of the LoRA inside the adapter file."""
-
-    def base_configs(self) -> dict[str, ConfigFile]:
-        """Return the configuration files of the base folder by path, including those of the tokenizers."""
-        return {
-            "model_index.json": self.model_index,
-            "scheduler/scheduler_config.json": self.scheduler,
-            "text_encoder/config.json": self.text_encoder,
-            "text_encoder_2/config.json": self.text_encoder_2,
-            "unet/config.json": self.unet,
-            "vae/config.json": self.vae,
-            **{f"{name}/special_tokens_map.json": special_tokens(pad) for name, pad in PADS.items()},
-            **{f"{name}/tokenizer_config.json": tokenizer_config(pad) for name, pad in PADS.items()},
-        }
 
 
 PUBLISHED = Stack(_UNET, _TEXT_ENCODER, _TEXT_ENCODER_2, _VAE, _IMAGE_ENCODER)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -36,17 +36,14 @@ class BenchmarkEngine(Protocol):
 
     recipe: Recipe
     parts: Any
-    device: torch.device
-    dtype: torch.dtype
     watch: StageTimer
 
-    def generate(
-        self,
-        requests: Sequence[Request],
-        *,
-        batch_size: int = 1,
-        on_step: Callable[[int], None] = ...,
-    ) -> Iterator[GeneratedImage]:
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def generate(self, requests: Sequence[Request], *, batch_size: int = 1) -> Iterator[GeneratedImage]:
         """Generate images, in order."""
         ...
 

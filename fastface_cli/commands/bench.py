@@ -10,8 +10,8 @@ import typer
 
 from .. import console
 from ..errors import UsageError
-from .completion import complete_field, complete_recipe, complete_saving
-from .options import DeviceOption, DtypeOption
+from . import options
+from .completion import complete_recipe, complete_saving
 
 if TYPE_CHECKING:
     from ..benchmark.sides import Side, WeightSource
@@ -29,12 +29,12 @@ def bench(
         typer.Option(
             "--recipe",
             "-r",
-            help="Name or path of a recipe; repeat to compare several.",
+            help="Name or path of a recipe; repeatable, to compare several.",
             autocompletion=complete_recipe,
         ),
     ] = None,
     against: Annotated[
-        str | None, typer.Option(help="Also measure this: 'reference' (the published implementation).")
+        str | None, typer.Option(help="Also measure 'reference', the published implementation.")
     ] = None,
     ablation: Annotated[
         bool, typer.Option("--ablation", help="Also measure with each optimization disabled.")
@@ -46,20 +46,14 @@ def bench(
         Path | None,
         typer.Option(help="Photo for timing face detection; without it, a random identity is used."),
     ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", help="Override a recipe field: sampling.width=512.", autocompletion=complete_field
-        ),
-    ] = None,
-    compile_: Annotated[bool, typer.Option("--compile", help="Compile the UNet step and the VAE.")] = False,
-    accelerate: Annotated[
-        list[str] | None, typer.Option("--accelerate", help="Change an optimization: channels_last=on.")
-    ] = None,
+    set_: options.SetOption = None,
+    compile_: options.CompileOption = False,
+    accelerate: options.AccelerateOption = None,
     low_memory: Annotated[
         str,
         typer.Option(
-            help="Fit into this much GPU memory, in GB: off, 12, 8 or 6.", autocompletion=complete_saving
+            help="GPU memory in GB to fit into by offloading: 12, 8, 6 or off.",
+            autocompletion=complete_saving,
         ),
     ] = "off",
     batch: Annotated[int, typer.Option("--batch", min=1, help="Number of images per UNet call.")] = 1,
@@ -67,13 +61,13 @@ def bench(
     cold: Annotated[
         bool, typer.Option("--cold/--no-cold", help="Also measure a new process for each configuration.")
     ] = True,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
+    device: options.DeviceOption = None,
+    dtype: options.DtypeOption = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Output folder for bench.json and bench.md.")
     ] = None,
-    offline: Annotated[bool, typer.Option("--offline", help="Do not use the network.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    offline: options.OfflineOption = False,
+    as_json: options.JsonOption = False,
 ) -> None:
     """Measure the time per image by stage, the first image, memory and the number of operations.
 
@@ -97,11 +91,10 @@ def bench(
     recipes = [_load(name, set_ or []) for name in recipe or [settings.recipe]]
     device_name = _device(recipes, weights, device or settings.device)
 
-    from ..app.pipeline import check_level
     from ..benchmark import run, sides, tables
     from ..models.acceleration import parse
     from ..models.device import pick_device, pick_dtype
-    from ..models.offload import level_of
+    from ..models.offload import check_level, level_of
 
     pick_dtype(dtype, pick_device(device_name))
     source: WeightSource = weights  # type: ignore[assignment]  # one of WEIGHTS

@@ -7,19 +7,19 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .. import console
-from .options import RecipeOption
+from . import options
 
 if TYPE_CHECKING:
     from ..doctor.finding import Finding
 
 
 def doctor(
-    recipe: RecipeOption = None,
+    recipe: options.RecipeOption = None,
     fix: Annotated[
         bool, typer.Option("--fix", help="Replace packages that overwrite each other (ONNX Runtime, OpenCV).")
     ] = False,
-    offline: Annotated[bool, typer.Option("--offline", help="Do not use the network.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    offline: options.OfflineOption = False,
+    as_json: options.JsonOption = False,
 ) -> None:
     """Check this machine and print the command that fixes each problem.
 

@@ -13,8 +13,8 @@ import typer
 
 from .. import console
 from ..errors import FastFaceError, UsageError, nearest
-from .completion import complete_field, complete_metric, complete_recipe
-from .options import DeviceOption, DtypeOption
+from . import options
+from .completion import complete_metric, complete_recipe
 
 if TYPE_CHECKING:
     from ..evaluation.dataset import Dataset
@@ -54,10 +54,8 @@ MetricsOption = Annotated[
     ),
 ]
 ProtocolOption = Annotated[
-    str, typer.Option(help="fastface, or published: the paper's protocol with its known bugs.")
+    str, typer.Option(help="Protocol: fastface, or published (the paper's, with its known bugs).")
 ]
-OfflineOption = Annotated[bool, typer.Option("--offline", help="Use no network.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 @app.callback()
@@ -68,7 +66,7 @@ def evaluate(
         typer.Option(
             "--recipe",
             "-r",
-            help="Recipe to compare (repeatable). The first one is the baseline.",
+            help="Recipe to compare; repeatable. The first one is the baseline.",
             autocompletion=complete_recipe,
         ),
     ] = None,
@@ -78,11 +76,12 @@ def evaluate(
     split: SplitOption = "full",
     seeds: Annotated[int, typer.Option(min=1, max=1000, help="Number of images per person and prompt.")] = 1,
     stress: Annotated[
-        str | None, typer.Option(help="Also use degraded photos: blur,lowlight,occlusion,jpeg,small.")
+        str | None,
+        typer.Option(help="Also use degraded photos: blur,lowlight,occlusion,jpeg,small."),
     ] = None,
     metrics: MetricsOption = None,
     protocol: ProtocolOption = "fastface",
-    engine: Annotated[str, typer.Option(help="local, or ray for a cluster.")] = "local",
+    engine: Annotated[str, typer.Option(help="Where workers run: local, or ray for a cluster.")] = "local",
     address: Annotated[str | None, typer.Option(help="Address of a running Ray cluster.")] = None,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Number of worker processes.", show_default="one per GPU")
@@ -90,20 +89,13 @@ def evaluate(
     threads: Annotated[int, typer.Option(min=1, help="Torch threads per process, on a CPU.")] = 1,
     shard: Annotated[str, typer.Option(help="Part of the run: 2/8 is the second of eight.")] = "1/1",
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Retry failed images.")] = False,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", help="Override a field of all recipes: sampling.width=64.", autocompletion=complete_field
-        ),
-    ] = None,
-    stack: Annotated[Path | None, typer.Option(help="Folder of local model weights.")] = None,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
-    offline: OfflineOption = False,
-    commercial: Annotated[
-        bool, typer.Option("--commercial", help="Refuse models whose license forbids commercial use.")
-    ] = False,
-    as_json: JsonOption = False,
+    set_: options.SetOption = None,
+    stack: options.StackOption = None,
+    device: options.DeviceOption = None,
+    dtype: options.DtypeOption = None,
+    offline: options.OfflineOption = False,
+    commercial: options.CommercialOption = False,
+    as_json: options.JsonOption = False,
 ) -> None:
     """Compare recipes on a data set, with 95% confidence intervals.
 
@@ -176,7 +168,7 @@ def evaluate(
 def score(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, or of INDEX.png images.")],
     metrics: MetricsOption = None,
-    again: Annotated[bool, typer.Option("--again", help="Score again what already has scores.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Also replace existing scores.")] = False,
     identity_order: Annotated[
         Path | None, typer.Option(metavar="FILE", help="People in the order of INDEX.png, one per line.")
     ] = None,
@@ -189,11 +181,11 @@ def score(
         str, typer.Option(metavar="RECIPE", help="Recipe whose face models score INDEX.png.")
     ] = "hyper-fastface",
     protocol: Annotated[
-        str | None, typer.Option(help="fastface or published.", show_default="the run's")
+        str | None, typer.Option(help="Protocol: fastface or published.", show_default="the run's")
     ] = None,
-    device: DeviceOption = None,
-    offline: OfflineOption = False,
-    as_json: JsonOption = False,
+    device: options.DeviceOption = None,
+    offline: options.OfflineOption = False,
+    as_json: options.JsonOption = False,
 ) -> None:
     """Score a run later or with more metrics, or score images of another program.
 
@@ -253,7 +245,7 @@ def score(
 @app.command()
 def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run; it may be unfinished.")],
-    as_json: JsonOption = False,
+    as_json: options.JsonOption = False,
 ) -> None:
     """Write the tables and the report page of a run again.
 
@@ -269,7 +261,7 @@ def report(
 def merge(
     shards: Annotated[list[Path], typer.Argument(metavar="SHARD...", help="Runs made with --shard.")],
     output: OutputOption = None,
-    as_json: JsonOption = False,
+    as_json: options.JsonOption = False,
 ) -> None:
     """Merge the shards of a run.
 
@@ -295,11 +287,11 @@ def compare(
             "--recipe",
             "-r",
             metavar="A=B",
-            help="Recipe of RUN_A to compare with a recipe of RUN_B (repeatable).",
+            help="Pair of recipes to compare; repeatable.",
             show_default="same names",
         ),
     ] = None,
-    as_json: JsonOption = False,
+    as_json: options.JsonOption = False,
 ) -> None:
     """Compare two finished runs over the same people, prompts and seeds.
 

@@ -12,8 +12,8 @@ import typer
 
 from .. import console
 from ..errors import UsageError
-from .completion import complete_field, complete_saving
-from .options import DeviceOption, DtypeOption, RecipeOption
+from . import options
+from .completion import complete_saving
 from .run_display import RunDisplay
 
 if TYPE_CHECKING:
@@ -27,20 +27,20 @@ if TYPE_CHECKING:
 def generate(
     face: Annotated[
         list[Path] | None,
-        typer.Option("--face", metavar="PHOTO", help="Photo of the person; repeat for several photos."),
+        typer.Option("--face", metavar="PHOTO", help="Photo of the person; repeatable."),
     ] = None,
     prompt: Annotated[
         list[str] | None,
         typer.Option(
-            "--prompt", "-p", metavar="TEXT", help="What the image shows; repeat for several images."
+            "--prompt", "-p", metavar="TEXT", help="What the image shows; repeatable, one image each."
         ),
     ] = None,
-    recipe: RecipeOption = None,
+    recipe: options.RecipeOption = None,
     output: Annotated[
         str | None,
-        typer.Option("--output", "-o", help="File, folder or template such as '{recipe}-{seed}.png'."),
+        typer.Option("--output", "-o", help="File, folder or template, for example '{recipe}-{seed}.png'."),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the first image; random by default.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the first image.", show_default="random")] = None,
     count: Annotated[
         int, typer.Option(min=1, max=10000, help="Number of images per prompt: seed, seed+1, ...")
     ] = 1,
@@ -50,79 +50,71 @@ def generate(
     ] = 1,
     prompts_file: Annotated[Path | None, typer.Option(help="File with one prompt per line.")] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What the image must not show.")] = None,
-    identity: Annotated[Path | None, typer.Option(help="A saved identity instead of photos.")] = None,
-    save_identity: Annotated[Path | None, typer.Option(help="Save the identity as FILE.safetensors.")] = None,
+    identity: Annotated[
+        Path | None, typer.Option(help="Identity file made with --save-identity, instead of photos.")
+    ] = None,
+    save_identity: Annotated[
+        Path | None, typer.Option(help="Also write the identity to this .safetensors file.")
+    ] = None,
     face_index: Annotated[
-        int | None, typer.Option(min=0, help="Which face in the photo; 0 is the largest.")
+        int | None, typer.Option(min=0, help="Index of the face in the photo, largest first, from 0.")
     ] = None,
     face_box: Annotated[
-        str | None, typer.Option(help="Which face: a box 'x1,y1,x2,y2' in pixels of the photo.")
+        str | None, typer.Option(help="Box around the face, x1,y1,x2,y2, in pixels of the photo.")
     ] = None,
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="Diffusion steps; selects the distilled checkpoint.")
+    steps: options.StepsOption = None,
+    size: Annotated[
+        str | None,
+        typer.Option(help="Width and height in pixels: 1024x1024.", show_default="the recipe's"),
     ] = None,
-    size: Annotated[str | None, typer.Option(help="Image size in pixels, such as 1024x1024.")] = None,
     adapter_scale: Annotated[
-        str | None, typer.Option(help="Strength of the identity adapter; a list '0.4,0.8' sweeps it.")
+        str | None,
+        typer.Option(help="Strength of the identity adapter; 0.4,0.8 makes one image each."),
     ] = None,
     lora_scale: Annotated[
-        float | None, typer.Option(help="Weight of the LoRA inside the adapter file.")
+        float | None,
+        typer.Option(help="Weight of the LoRA inside the adapter file.", show_default="the recipe's"),
     ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="FIELD=VALUE",
-            help="Change a recipe field: guidance.text=[1,2,2,1].",
-            autocompletion=complete_field,
-        ),
-    ] = None,
-    stack: Annotated[
-        Path | None, typer.Option(help="Folder of local weights instead of the recipe's models.")
-    ] = None,
+    set_: options.SetOption = None,
+    stack: options.StackOption = None,
     from_: Annotated[
         Path | None,
-        typer.Option("--from", help="Replay a PNG made by fastface: its recipe, prompt and seed."),
+        typer.Option("--from", help="Repeat the recipe, prompt and seed of an image made by fastface."),
     ] = None,
     allow_hub: Annotated[
         bool,
         typer.Option("--allow-hub", help="With --from: download Hub repositories that only the image names."),
     ] = False,
     jobs: Annotated[
-        str | None, typer.Option(help="File of JSON lines, one image each; - reads stdin.")
+        str | None, typer.Option(help="JSONL file with one image per line; - reads stdin.")
     ] = None,
     grid: Annotated[bool, typer.Option("--grid", help="Also write a contact sheet of all images.")] = False,
-    save_latents: Annotated[Path | None, typer.Option(help="Save the latents as FILE.safetensors.")] = None,
+    save_latents: Annotated[
+        Path | None, typer.Option(help="Also write the latents to this .safetensors file.")
+    ] = None,
     no_metadata: Annotated[
         bool, typer.Option("--no-metadata", help="Write no metadata into the PNG.")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace existing files.")] = False,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
+    device: options.DeviceOption = None,
+    dtype: options.DtypeOption = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Number of images per UNet call.")] = 1,
     low_memory: Annotated[
         str | None,
         typer.Option(
-            help="Offload to CPU to fit a card of 12, 8 or 6 GB; auto or off.",
+            help="GPU memory in GB to fit into by offloading: 12, 8, 6, auto or off.",
             show_default="auto",
             autocompletion=complete_saving,
         ),
     ] = None,
-    compile_: Annotated[
-        bool, typer.Option("--compile", help="Compile the models first; pays off for many images.")
-    ] = False,
-    accelerate: Annotated[
-        list[str] | None,
-        typer.Option(metavar="ITEM=VALUE", help="Change an optimization: channels_last=on, vae=half."),
-    ] = None,
+    compile_: options.CompileOption = False,
+    accelerate: options.AccelerateOption = None,
     remember: Annotated[
-        bool, typer.Option("--remember", help="Keep the face embedding on disk for later runs.")
+        bool, typer.Option("--remember", help="Cache the face embedding on disk for later runs.")
     ] = False,
-    offline: Annotated[bool, typer.Option("--offline", help="Download nothing.")] = False,
-    commercial: Annotated[
-        bool, typer.Option("--commercial", help="Refuse models whose license forbids commercial use.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+    offline: options.OfflineOption = False,
+    commercial: options.CommercialOption = False,
+    as_json: options.JsonOption = False,
     verbose: Annotated[
         int, typer.Option("--verbose", "-v", count=True, show_default=False, help="Print progress details.")
     ] = 0,
@@ -201,7 +193,7 @@ def generate(
         session = open_session()
         show_run(session, request, images, as_json=as_json, verbosity=verbose)
     except BaseException as error:
-        # Whatever ended the run, the JSON lists the images that were written.
+        # However the run ended, the JSON lists the images that were written.
         vars(error)["partial"] = images.record()
         raise
     if as_json:
@@ -210,13 +202,13 @@ def generate(
 
 @dataclass
 class RunImages:
-    """The images that are written so far; printed as JSON also where the run fails midway."""
+    """The images written so far; printed as JSON even if the run fails midway."""
 
     images: list[Mapping[str, Any]] = field(default_factory=list)
     grid: Path | None = None
 
     def record(self) -> dict[str, Any]:
-        """Its part of the JSON object."""
+        """Return the entries for the JSON object."""
         return {"images": self.images} | ({"grid": str(self.grid)} if self.grid else {})
 
 
@@ -263,7 +255,7 @@ def show_run(
 
 
 def _print_models(event: ModelsReady) -> None:
-    """What was loaded and what each step computes, on stderr."""
+    """Print what was loaded and what each step computes, to stderr."""
     console.note(f"models loaded in {event.seconds:.1f} s on {event.device}, {event.dtype}")
     for step in event.steps:
         branches = ", ".join(f"e{index}" for index in step.branches)
@@ -275,7 +267,7 @@ def _print_models(event: ModelsReady) -> None:
 
 
 def _print_scores(candidates: Candidates) -> None:
-    """The table of candidates, on stderr."""
+    """Print the table of candidates to stderr."""
     from ..app.best_of import standing
 
     eligible = standing(candidates.scores)
@@ -317,7 +309,7 @@ def _refuse_with_jobs(request: GenerateRequest, prompts_file: Path | None) -> No
     }
     for name, is_given in refused.items():
         if is_given:
-            raise UsageError(f"{name} does not go with --jobs", "a line of the jobs file makes one image")
+            raise UsageError(f"{name} does not go with --jobs", "each line of the jobs file makes one image")
 
 
 def _saving(text: str | None) -> Saving | None:
@@ -338,14 +330,14 @@ def _size(text: str) -> tuple[int, int]:
 
 def _numbers(text: str, flag: str) -> list[float]:
     try:
-        found = [float(part) for part in re.split(r"[,\s]+", text.strip()) if part]
+        numbers = [float(part) for part in re.split(r"[,\s]+", text.strip()) if part]
     except ValueError:
-        found = []
-    if not found or not all(-5 <= number <= 5 for number in found):
+        numbers = []
+    if not numbers or not all(-5 <= number <= 5 for number in numbers):
         raise UsageError(
-            f"{flag} '{text}' is not a list of numbers between -5 and 5", f"as in {flag} 0.4,0.8"
+            f"{flag} '{text}' is not a list of numbers between -5 and 5", f"for example {flag} 0.4,0.8"
         )
-    return found
+    return numbers
 
 
 def _box(text: str) -> tuple[float, float, float, float]:

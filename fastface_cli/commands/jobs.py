@@ -19,7 +19,7 @@ def run_jobs(session: Session, defaults: GenerateRequest, source: str) -> None:
     Raises:
         UsageError: the file cannot be read.
         ModelUnavailableError, DeviceError: no line can be run.
-        typer.Exit: with code 1 where a line failed.
+        typer.Exit: with code 1 if a line failed.
     """
     from ..app.job_runner import job_records
 

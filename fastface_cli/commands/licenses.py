@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
-
 from .. import console
-from .options import RecipeOption
+from . import options
 
 
 def licenses(
-    recipe: RecipeOption = None,
-    steps: Annotated[
-        int | None,
-        typer.Option(help="Use the checkpoints for this step count.", min=1, show_default=False),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    recipe: options.RecipeOption = None,
+    steps: options.StepsOption = None,
+    as_json: options.JsonOption = False,
 ) -> None:
     """Show each model part of a recipe, its license, and whether it may be used commercially.
 

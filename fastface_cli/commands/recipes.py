@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from .. import console
 from ..errors import FastFaceError, RecipeError
-from .completion import complete_field, complete_recipe
+from . import options
+from .completion import complete_recipe
 
 app = typer.Typer(help="List, show and validate recipes.", no_args_is_help=True)
 
 
 @app.command("list")
-def list_(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
+def list_(as_json: options.JsonOption = False) -> None:
     """List the recipes that ship with fastface.
 
     Example: fastface recipes list
@@ -28,7 +28,7 @@ def list_(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON o
         console.print_json({"ok": True, "recipes": rows, "error": None})
         return
     console.print_table(
-        "", ("recipe", "short", "what it is"), ((info.name, info.short or "", info.summary) for info in infos)
+        "", ("recipe", "short", "summary"), ((info.name, info.short or "", info.summary) for info in infos)
     )
 
 
@@ -36,27 +36,16 @@ def list_(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON o
 def show(
     name: Annotated[
         str,
-        typer.Argument(help="A recipe's name or path.", autocompletion=complete_recipe, show_default=False),
+        typer.Argument(help="Name or path of a recipe.", autocompletion=complete_recipe, show_default=False),
     ],
     *,
     resolved: Annotated[
         bool, typer.Option("--resolved", help="Print every value and its origin.", show_default=False)
     ] = False,
-    steps: Annotated[int | None, typer.Option("--steps", help="Number of steps.", show_default=False)] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="FIELD=VALUE",
-            help="Override a field.",
-            show_default=False,
-            autocompletion=complete_field,
-        ),
-    ] = None,
-    stack: Annotated[
-        Path | None, typer.Option("--stack", metavar="DIR", help="Local models.", show_default=False)
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    steps: options.StepsOption = None,
+    overrides: options.SetOption = None,
+    stack: options.StackOption = None,
+    as_json: options.JsonOption = False,
 ) -> None:
     """Print a recipe file, or with --resolved all its values after inheritance and overrides.
 
@@ -99,15 +88,13 @@ def validate(
         list[str],
         typer.Argument(
             metavar="RECIPE...",
-            help="Names or paths.",
+            help="Names or paths of recipes.",
             show_default=False,
             autocompletion=complete_recipe,
         ),
     ],
-    stack: Annotated[
-        Path | None, typer.Option("--stack", metavar="DIR", help="Local models.", show_default=False)
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    stack: options.StackOption = None,
+    as_json: options.JsonOption = False,
 ) -> None:
     """Check recipes and print their problems. The exit code is 2 if any is invalid.
 

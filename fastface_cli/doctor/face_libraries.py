@@ -44,7 +44,7 @@ def check_face_libraries(
 
 
 def check_opencv() -> Finding | None:
-    """Return what is wrong with OpenCV; None if it can be imported."""
+    """Return the problem with OpenCV; None if it can be imported."""
     try:
         import cv2  # noqa: F401
     except ImportError as error:

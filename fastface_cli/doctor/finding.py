@@ -18,7 +18,7 @@ class Finding:
     Args:
         check: what was checked.
         level: `failure` if the recipe cannot run because of it.
-        message: what the check found.
+        message: the result of the check.
         command: the command that fixes the problem.
         error: the error that `generate` would raise because of it.
         fixable: whether `fastface doctor --fix` runs the command.

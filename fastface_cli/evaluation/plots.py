@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import io
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from xml.etree import ElementTree
 
 INK, FAINT = "#010203", "#040506"
 """Placeholders for the text and line colors of the page."""
@@ -107,22 +107,23 @@ def _placeholder(number: int) -> str:
 
 def _for_page(svg: str, title: str) -> str:
     """Return the `<svg>` element alone, with page colors and without a fixed size."""
-    from markupsafe import escape
-
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r"<style[^>]*>.*?</style>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'<g id="[^"]*">', "<g>", svg)  # unused, and two plots would have the same ids
-    svg = re.sub(r"\b(fill|stroke): (#\w{6})", lambda match: f"{match[1]}: {_page_color(match[2])}", svg)
-    start = f'<svg role="img" aria-label="{escape(title)}"'
-    return re.sub(r'<svg((?:\s+[\w:]+="[^"]*")*)', lambda match: start + _unsized(match[1]), svg, count=1)
-
-
-def _page_color(color: str) -> str:
-    named = {INK: "currentColor", FAINT: "var(--faint)"}
-    series = {_placeholder(number): f"var(--series-{number})" for number in range(COLORS)}
-    return {**named, **series}.get(color, color)
-
-
-def _unsized(attributes: str) -> str:
-    return re.sub(r'\s(?:width|height)="[^"]*"', "", attributes)
+    root = ElementTree.fromstring(svg)
+    for name in ("width", "height"):
+        del root.attrib[name]
+    root.attrib = {"role": "img", "aria-label": title, **root.attrib}
+    colors = {INK: "currentColor", FAINT: "var(--faint)"}
+    colors |= {_placeholder(number): f"var(--series-{number})" for number in range(COLORS)}
+    for element in list(root.iter()):
+        for child in [child for child in element if child.tag.endswith(("}metadata", "}style"))]:
+            element.remove(child)
+        # HTML implies both namespaces.
+        element.tag = element.tag.rpartition("}")[2]
+        element.attrib = {name.rpartition("}")[2]: value for name, value in element.attrib.items()}
+        if element.tag == "g":
+            element.attrib.pop("id", None)  # unused, and two plots would have the same ids
+        style = element.attrib.get("style", "")
+        for placeholder, color in colors.items():
+            style = style.replace(placeholder, color)
+        if style:
+            element.attrib["style"] = style
+    return ElementTree.tostring(root, encoding="unicode")

@@ -66,9 +66,9 @@
     const cell = make("td", {}, make("span", { className: "mean", textContent: written(column, mean.mean) }), " ");
     cell.append(make("span", { className: "interval", textContent: between(column, mean) }));
     if (difference) {
-      const said = verdict(column, difference);
-      const text = make("span", { className: `difference ${said}` }, signed(column, difference.difference));
-      if (MARKS[said]) text.append(" ", make("span", { role: "img", "aria-label": said, textContent: MARKS[said] }));
+      const result = verdict(column, difference);
+      const text = make("span", { className: `difference ${result}` }, signed(column, difference.difference));
+      if (MARKS[result]) text.append(" ", make("span", { role: "img", "aria-label": result, textContent: MARKS[result] }));
       const interval = make("span", { className: "interval", textContent: between(column, difference) });
       cell.append(make("div", {}, text, " ", interval));
     } else {
@@ -208,8 +208,8 @@
     control("words", "Words in the prompt", make("input", { type: "search", autocomplete: "off" }));
     const attributes = [...new Set(data.groups.flatMap((group) => Object.keys(group.attributes)))].sort();
     for (const name of attributes) {
-      const found = values((group) => group.attributes[name]).filter((value) => value !== undefined);
-      choice(`attribute ${name}`, name, [["", "any"], ...found.sort().map(same)]);
+      const choices = values((group) => group.attributes[name]).filter((value) => value !== undefined);
+      choice(`attribute ${name}`, name, [["", "any"], ...choices.sort().map(same)]);
     }
     const stresses = values((group) => group.stress).filter(Boolean);
     if (stresses.length) {
@@ -243,7 +243,7 @@
       apply();
     });
     const paper = make("button", { type: "button", textContent: "Print with images" });
-    paper.addEventListener("click", printWhole);
+    paper.addEventListener("click", printAll);
     at("filters").append(make("div", { className: "row" }, reset, paper));
     at("filters").addEventListener("submit", (event) => event.preventDefault());
   }
@@ -387,16 +387,16 @@
 
   function scoresOf(group, picture) {
     const list = make("dl");
-    const say = (name, value) => list.append(make("div", {}, make("dt", { textContent: name }), make("dd", { textContent: value })));
+    const add = (name, value) => list.append(make("div", {}, make("dt", { textContent: name }), make("dd", { textContent: value })));
     data.columns.forEach((column, index) => {
-      if (picture.scores[index] !== null) say(column.title, single(column, picture.scores[index]));
+      if (picture.scores[index] !== null) add(column.title, single(column, picture.scores[index]));
     });
-    if (picture.seconds !== null && !columnOf("seconds")) say("generation time", `${picture.seconds.toFixed(2)} s`);
-    if (picture.samples !== null && !columnOf("unet_samples")) say("UNet samples", picture.samples);
-    say("prompt and seed index", group.index.join(", "));
-    say("seed", group.seed);
-    if (group.stress) say("reference", group.stress);
-    for (const [name, value] of Object.entries(group.attributes)) say(name, value);
+    if (picture.seconds !== null && !columnOf("seconds")) add("generation time", `${picture.seconds.toFixed(2)} s`);
+    if (picture.samples !== null && !columnOf("unet_samples")) add("UNet samples", picture.samples);
+    add("prompt and seed index", group.index.join(", "));
+    add("seed", group.seed);
+    if (group.stress) add("reference", group.stress);
+    for (const [name, value] of Object.entries(group.attributes)) add(name, value);
     return list;
   }
 
@@ -450,7 +450,7 @@
   });
 
   /** Browsers print only loaded images, and images below the visible area load lazily. */
-  async function printWhole() {
+  async function printAll() {
     // Rows may be drawn while images load, so repeat until none is left.
     let waiting;
     while ((waiting = [...document.images].filter((image) => image.loading === "lazy")).length > 0) {

@@ -132,6 +132,14 @@ class Identity:
         return cls((embedding / norms).astype(np.float32), crop, weight)
 
 
+def random_identity() -> Identity:
+    """An arbitrary identity for warm-up and benchmarks: a random unit embedding and a crop of noise."""
+    rng = np.random.default_rng(0)
+    embedding = rng.standard_normal((1, 512)).astype(np.float32)
+    crop = rng.integers(0, 256, (1, CROP, CROP, 3), dtype=np.uint8)
+    return Identity(embedding / np.linalg.norm(embedding), crop, np.ones(1, np.float32))
+
+
 def make_identity(
     photos: Sequence[Path | str | Image.Image | Photo],
     analyzer: FaceAnalyzer,

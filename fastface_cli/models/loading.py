@@ -28,8 +28,8 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from ..adapters.faceid_plusv2 import load_adapter
 from ..adapters.lora import TEXT_ENCODERS, fuse_lora
+from ..adapters.registry import ADAPTERS, DEFAULT_ADAPTER
 from ..quiet import is_out_of_memory, loading_errors
 from ..recipe.schema import Recipe
 from ..store.fused_cache import FusedCache, fused_inputs, fused_key
@@ -339,7 +339,8 @@ def _fused(
         touched |= fuse_lora(pipe, paths["distillation"], 1.0)
     for index, lora in enumerate(recipe.model.loras):
         touched |= fuse_lora(pipe, paths[f"lora.{index}"], lora.scale)
-    projection = load_adapter(pipe, paths["adapter"], recipe.adapter.lora_scale, fuse=fuse)
+    load = ADAPTERS[DEFAULT_ADAPTER].load
+    projection = load(pipe, paths["adapter"], recipe.adapter.lora_scale, fuse=fuse)
     pipe.unet.to(homes.unet, number).requires_grad_(False)  # an unfused LoRA comes in float32, on the CPU
     projection = projection.to(homes.encoders, number).requires_grad_(False)
     encoders = {name: getattr(pipe, name).state_dict() for name in TEXT_ENCODERS if name in touched}

@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 
 from ..errors import UsageError
+from .acceleration import Acceleration
 
 LevelName: TypeAlias = Literal["off", "12", "8", "6"]
 GIB = 2**30
@@ -173,3 +174,25 @@ def _visits_when_called(device: torch.device, block: torch.nn.Module, without: A
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def check_level(level: Level, acceleration: Acceleration) -> None:
+    """Check that an offload level and the optimizations can be combined.
+
+    Raises:
+        UsageError: they exclude each other.
+    """
+    if level.moves_unet and acceleration.compile:
+        raise UsageError(
+            f"--low-memory {level.name} moves the UNet, and compiled models cannot be moved",
+            "omit --compile, or use --low-memory 12",
+        )
+    if level.projections and not acceleration.cache_kv:
+        raise UsageError(
+            f"--low-memory {level.name} requires keys and values that are projected once per image",
+            "omit --accelerate cache_kv=off",
+        )
+    if level.moves_unet and not acceleration.fuse_lora:
+        raise UsageError(
+            f"--low-memory {level.name} requires a fused LoRA", "omit --accelerate fuse_lora=off"
+        )

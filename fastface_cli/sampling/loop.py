@@ -15,6 +15,14 @@ Denoiser: TypeAlias = Callable[[Tensor, Step], Tensor]
 """From latents as scaled by the scheduler, [images, C, h, w], to the guided prediction of a step."""
 
 
+OnStep: TypeAlias = Callable[[Step, Tensor], None]
+"""Called after a step with the step and the latents of the batch, [images, C, h, w]."""
+
+
+def ignore_step(_step: Step, _latents: Tensor) -> None:
+    """The default `OnStep`."""
+
+
 @dataclass
 class Trace:
     """Latents of a batch over the steps."""
@@ -31,7 +39,7 @@ def sample(
     noise: Tensor,
     steps: Sequence[Step],
     generators: Sequence[torch.Generator] | None,
-    on_step: Callable[[int], None] = lambda _: None,
+    on_step: OnStep = ignore_step,
 ) -> Trace:
     """Sample a batch with FastFace (arXiv 2505.21144, section 3).
 
@@ -45,7 +53,7 @@ def sample(
         noise: [images, C, h, w], standard normal.
         steps: one per timestep.
         generators: one per image for a stochastic scheduler, which draws from them; None for the others.
-        on_step: called with the number of images after each step.
+        on_step: called after each step.
     """
     latents = noise * scheduler.init_noise_sigma
     trace = Trace(latents.clone())
@@ -54,5 +62,5 @@ def sample(
         prediction = denoiser(scheduler.scale_model_input(latents, t), step)
         latents = scheduler.step(prediction, t, latents, **extra, return_dict=False)[0]
         trace.latents.append(latents)
-        on_step(len(latents))
+        on_step(step, latents)
     return trace

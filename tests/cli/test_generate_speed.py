@@ -78,7 +78,7 @@ def test_lossy_optimization_is_recorded_in_the_image(generate, stack, me, tmp_pa
         (["--accelerate", "prune=maybe"], 2, "prune is one of on, off"),
         (["--accelerate", "vae=int8"], 2, "vae is one of auto, half, float32"),
         (["--accelerate", "fp8=on"], 4, "cannot multiply 8-bit floats"),
-        (["--compile", "--low-memory", "8"], 2, "take --low-memory 12"),
+        (["--compile", "--low-memory", "8"], 2, "use --low-memory 12"),
     ],
 )
 def test_invalid_flags_fail_before_models_are_loaded(flags, code, message, generate, me, tmp_path):

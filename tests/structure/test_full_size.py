@@ -38,7 +38,11 @@ EXPECTED = {
 
 @pytest.mark.parametrize("case", EXPECTED)
 def test_loads_in_full_size(case: str, tmp_path: Path) -> None:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests"))),
+    }
     command = [
         sys.executable,
         str(Path(__file__).parents[1] / "support" / "full_size.py"),

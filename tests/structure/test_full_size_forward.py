@@ -7,8 +7,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 
-from fastface_cli.app.pipeline import BLOCKS
 from fastface_cli.benchmark.sdxl import PUBLISHED
+from fastface_cli.models.backbone import SDXL
 from fastface_cli.recipe.schema import AdaptiveSoftmask, Attention, Blend, Power, Scale
 from fastface_cli.sampling import attention, processor
 from fastface_cli.sampling.guidance import BRANCHES
@@ -75,7 +75,7 @@ def test_attention_shapes_of_two_images_at_1024(
         installed = sum(kind is processor.IdentityAttnProcessor for kind in kinds)
         attended = conditions.select(
             BRANCHES["identity_first"][3 - branches :],
-            {block: attention.resolve(METHODS[method], block, 0, 4) for block in BLOCKS},
+            {block: attention.resolve(METHODS[method], block, 0, 4) for block in SDXL.blocks},
         )
         (predicted,) = unet(
             torch.empty(rows, 4, 128, 128, dtype=torch.float16, device=META),

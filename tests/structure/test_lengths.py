@@ -23,11 +23,11 @@ from safetensors.torch import load_file, save
 from support.original_names import original
 
 import fastface_cli
-from fastface_cli.benchmark.sdxl import MINIATURE, PUBLISHED, Stack, config_text
-from fastface_cli.benchmark.structure import (
+from benchmarks.published_files import (
     PARTS,
     PT,
     TensorLayout,
+    base_configs,
     lora_layout,
     part_layouts,
     random_tensor,
@@ -35,6 +35,7 @@ from fastface_cli.benchmark.structure import (
     safetensors_length,
     write,
 )
+from fastface_cli.benchmark.sdxl import MINIATURE, PUBLISHED, Stack, config_text
 
 BASE_FILES = {
     "model_index.json": (609, "6d7b93508390ab91ac5bfbe4aeb4dc2d83f7bb1b05fb069d714b5b0c75f70d44"),
@@ -67,12 +68,12 @@ BASE_FILES = {
 
 @pytest.mark.parametrize("name", BASE_FILES)
 def test_base_configuration_has_the_published_hash(name: str) -> None:
-    text = config_text(PUBLISHED.base_configs()[name]).encode()
+    text = config_text(base_configs(PUBLISHED)[name]).encode()
     assert (len(text), hashlib.sha256(text).hexdigest()) == BASE_FILES[name]
 
 
 def test_every_base_configuration_has_a_published_hash() -> None:
-    assert set(PUBLISHED.base_configs()) == set(BASE_FILES)
+    assert set(base_configs(PUBLISHED)) == set(BASE_FILES)
 
 
 def test_image_encoder_configuration_has_the_published_length() -> None:

@@ -18,9 +18,10 @@ from safetensors.torch import load_file, save_file
 from support.original_names import original
 from torch import Tensor
 
+from benchmarks.published_files import base_configs, lora_targets, write_stack, write_tokenizer
+from fastface_cli.adapters.faceid_plusv2 import load_adapter
 from fastface_cli.app.pipeline import Pipeline, Request
 from fastface_cli.benchmark.sdxl import MINIATURE, PADS, config_text
-from fastface_cli.benchmark.structure import lora_targets, write_stack, write_tokenizer
 from fastface_cli.errors import ModelUnavailableError
 from fastface_cli.identity.identity import Identity
 from fastface_cli.models import loading
@@ -154,7 +155,7 @@ def test_adapter_lora_is_fused_at_its_scale(
 ) -> None:
     before = snapshot(pipe.unet)
     file = torch.load(miniature["adapter"], weights_only=True)["ip_adapter"]
-    loading.load_adapter(pipe, miniature["adapter"], scale)
+    load_adapter(pipe, miniature["adapter"], scale)
     after = snapshot(pipe.unet)
     for index, name, _ in attention_layers(pipe.unet):
         for role, module in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("out", "to_out.0")):
@@ -173,7 +174,7 @@ def test_adapter_lora_is_fused_at_its_scale(
 
 def test_projection_equals_the_file(pipe: StableDiffusionXLPipeline, miniature: Paths) -> None:
     file = torch.load(miniature["adapter"], weights_only=True)["image_proj"]
-    module = loading.load_adapter(pipe, miniature["adapter"], 1.0)
+    module = load_adapter(pipe, miniature["adapter"], 1.0)
     actual = snapshot(module)
     both = {name: tensor.double().sum().item() for name, tensor in actual.items()}
     assert sum(both.values()) == pytest.approx(sum(t.double().sum().item() for t in file.values()), abs=1e-6)
@@ -297,7 +298,7 @@ def single_file(miniature: Paths, tmp_path_factory: pytest.TempPathFactory) -> P
         text_encoder_2=load_file(base / "text_encoder_2" / "model.safetensors"),
     )
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "model.safetensors")
-    for name, config in MINIATURE.base_configs().items():
+    for name, config in base_configs(MINIATURE).items():
         (folder / "config" / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / "config" / name).write_text(config_text(config))
     for name, pad in PADS.items():
@@ -319,7 +320,7 @@ def test_single_file_base_is_fused_once(
 ) -> None:
     paths, cache = {**miniature, **single_file}, FusedCache(tmp_path, 1 << 30, least=0)
     first = Pipeline.load(recipe(0.8, 0.6), paths, device="cpu", dtype="float32", fused=cache)
-    monkeypatch.delattr(loading, "load_adapter")
+    monkeypatch.delattr(loading, "ADAPTERS")
     second = Pipeline.load(recipe(0.8, 0.6), paths, device="cpu", dtype="float32", fused=cache)
     assert same(snapshot(first.unet), snapshot(second.unet))
     assert same(snapshot(first.vae), snapshot(second.vae))
@@ -386,7 +387,7 @@ def test_replacements_that_lack_a_tensor_are_refused(
     del adapter["ip_adapter"]["1.to_v_ip.weight"]
     torch.save(adapter, tmp_path / "adapter.bin")
     with pytest.raises(ModelUnavailableError):
-        loading.load_adapter(pipe, tmp_path / "adapter.bin", 0.6)
+        load_adapter(pipe, tmp_path / "adapter.bin", 0.6)
 
 
 def test_lora_of_another_model_is_refused(

@@ -20,11 +20,10 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file
 
-from fastface_cli.app import pipeline
-from fastface_cli.benchmark.sdxl import PADS, PUBLISHED, config_text
-from fastface_cli.benchmark.structure import (
+from benchmarks.published_files import (
     PT,
     TensorLayout,
+    base_configs,
     lora_targets,
     part_layouts,
     safetensors_length,
@@ -32,6 +31,9 @@ from fastface_cli.benchmark.structure import (
     write_stack,
     write_tokenizer,
 )
+from fastface_cli.adapters.faceid_plusv2 import load_adapter
+from fastface_cli.app import pipeline
+from fastface_cli.benchmark.sdxl import PADS, PUBLISHED, config_text
 from fastface_cli.models import loading
 from fastface_cli.recipe.schema import Recipe
 from support.original_names import original
@@ -128,7 +130,7 @@ def distillation(part: str) -> Callable[[Path], dict[str, Any]]:
 def adapter(folder: Path) -> dict[str, Any]:
     path = write_stack(folder, parts=["adapter"], fill="random")["adapter"]
     pipe = shell(loading.load_unet(base(folder), None, HALF))
-    projection = loading.load_adapter(pipe, path, 0.8)
+    projection = load_adapter(pipe, path, 0.8)
     file = torch.load(path, weights_only=True, mmap=True)
     state = pipe.unet.state_dict()
     layers = [name.removesuffix(".processor") for name in pipe.unet.attn_processors]
@@ -167,7 +169,7 @@ def single_file(folder: Path) -> dict[str, Any]:
     }
     names = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in original(**state).items()}
     path = write(folder / "model.safetensors", TensorLayout(names, PT))
-    for name, config in PUBLISHED.base_configs().items():
+    for name, config in base_configs(PUBLISHED).items():
         (folder / "config" / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / "config" / name).write_text(config_text(config))
     for name, pad in PADS.items():

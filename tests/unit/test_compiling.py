@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,11 @@ import torch
 from support.methods import METHODS, assert_same, latents, recipe_of, requests
 from torch._dynamo.utils import counters
 
-from fastface_cli.app.pipeline import Pipeline, vae_decode
+from benchmarks.published_files import write_stack
+from fastface_cli.app.pipeline import Pipeline
 from fastface_cli.benchmark.sdxl import MINIATURE
-from fastface_cli.benchmark.structure import write_stack
 from fastface_cli.models.acceleration import Acceleration
 from fastface_cli.models.compilation import Compiled, keep_graphs
-from fastface_cli.sampling.denoiser import denoise
 
 LIMITS = {"am1": 1e-5, "fastface": 1e-5, "am2": 2e-4, "fastface-am2": 2e-4}
 """Golden tolerances."""
@@ -43,10 +43,14 @@ def compiled(loaded: Pipeline, recipe, parts, backend: str) -> Pipeline:
     torch._dynamo.reset()
     counters.clear()
     plain = loaded.with_recipe(recipe, parts)
-    fast = Pipeline(recipe, plain.parts, plain.projection, plain.scheduler, faster=Acceleration(compile=True))
-    fast._denoise = Compiled(denoise, backend=backend)
-    fast._decode = Compiled(vae_decode, backend=backend)
-    return fast
+    return Pipeline(
+        recipe,
+        plain.parts,
+        plain.projection,
+        plain.scheduler,
+        acceleration=Acceleration(compile=True),
+        compiler=partial(Compiled, backend=backend),
+    )
 
 
 def assert_one_graph_a_shape(pipeline: Pipeline) -> None:

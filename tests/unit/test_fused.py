@@ -7,11 +7,13 @@ import hashlib
 import os
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from fastface_cli.adapters.registry import ADAPTERS, DEFAULT_ADAPTER
 from fastface_cli.app.pipeline import Pipeline, Request
 from fastface_cli.models import fused, loading
 from fastface_cli.recipe.schema import Recipe
@@ -69,13 +71,13 @@ def cache(tmp_path) -> FusedCache:
 def builds(monkeypatch):
     """How often LoRAs were fused."""
     counted = []
-    own = loading.load_adapter
+    kind = ADAPTERS[DEFAULT_ADAPTER]
 
     def counting(*args, **options):
         counted.append(args)
-        return own(*args, **options)
+        return kind.load(*args, **options)
 
-    monkeypatch.setattr(loading, "load_adapter", counting)
+    monkeypatch.setitem(ADAPTERS, DEFAULT_ADAPTER, replace(kind, load=counting))
     return counted
 
 

@@ -9,8 +9,8 @@ import torch
 from support.methods import FASTFACE, METHODS, assert_same, latents, requests
 from support.pretend_device import pretended
 
+from benchmarks.footprint import count
 from fastface_cli.app.pipeline import Pipeline
-from fastface_cli.benchmark.footprint import count
 from fastface_cli.errors import DeviceError, UsageError
 from fastface_cli.models.acceleration import Acceleration
 from fastface_cli.models.device import memory_errors
@@ -56,7 +56,7 @@ def test_a_level_gives_the_same_picture_on_a_device(level, method, parts, person
 def on_card(recipe, parts, level: str, card: torch.device) -> Pipeline:
     """A pipeline that runs on a card that is only pretended: no loader would put anything there."""
     pipeline = Pipeline.load(recipe, parts, device="cpu", dtype="float32", level=LEVELS[level])
-    pipeline.device = card
+    pipeline.backbone.device = card
     if not LEVELS[level].models:
         pipeline.unet.to(card)
         pipeline.vae.to(card)
@@ -72,7 +72,7 @@ def homes(pipeline: Pipeline) -> list[int]:
 def test_off_moves_nothing(parts, person):
     pipeline = Pipeline.load(FASTFACE, parts, device="cpu", dtype="float32")
     assert pipeline.level is OFF
-    assert not pipeline._projections
+    assert not pipeline.key_modules
 
 
 def on_device(pipeline: Pipeline) -> set[str]:
@@ -84,7 +84,7 @@ def on_device(pipeline: Pipeline) -> set[str]:
     for name, module in named.items():
         for part in module.modules():
             if any(tensor.device.type == "cuda" for tensor in part.parameters(recurse=False)):
-                found.add("keys" if part in pipeline._projections else name)
+                found.add("keys" if part in pipeline.key_modules else name)
     return found
 
 
@@ -186,7 +186,7 @@ def test_a_visit_ends_when_the_work_fails():
 @pytest.mark.parametrize(
     ("level", "items", "said"),
     [
-        ("8", {"compile": True}, "take --low-memory 12"),
+        ("8", {"compile": True}, "use --low-memory 12"),
         ("6", {"cache_kv": False}, "cache_kv=off"),
         ("8", {"fuse_lora": False}, "fuse_lora=off"),
     ],

@@ -268,7 +268,8 @@ class TestWriting:
         def full(*_: object) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr(files, "_place", full)
+        monkeypatch.setattr("os.link", full)
+        monkeypatch.setattr("os.replace", full)
         with pytest.raises(FastFaceError, match=r"cannot write x\.png: No space left") as caught:
             write_png(small(), Path("x.png"), force=force)
         assert caught.value.exit_code == 1

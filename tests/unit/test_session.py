@@ -50,6 +50,9 @@ def test_a_run_is_a_stream_of_events_in_the_order_of_the_work(session, tmp_path)
     steps = [event for event in events if isinstance(event, Step)]
     assert [step.done for step in steps] == list(range(1, 9))
     assert {step.total for step in steps} == {8}
+    assert [step.step for step in steps] == [1, 2, 3, 4] * 2
+    assert {tuple(step.latents.shape) for step in steps} == {(1, 4, 16, 16)}
+    assert not steps[0].latents.equal(steps[1].latents)
     for event in events:
         if isinstance(event, ImageFinished):
             with Image.open(event.path) as written:
