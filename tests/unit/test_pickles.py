@@ -44,8 +44,7 @@ def test_vectors_with_code_are_refused_and_do_not_run(tmp_path: Path) -> None:
     array = np.empty(1, object)
     array[0] = MakesFolder(folder)
     np.savez(vectors / "a.npz", **{"key\timage": array})
-    with pytest.raises(ValueError, match="allow_pickle=False"):
-        load_vectors(tmp_path, ["clip"])
+    assert load_vectors(tmp_path, ["clip"]) == {}, "treated as damaged"
     assert not folder.exists()
     with np.load(vectors / "a.npz", allow_pickle=True) as arrays:
         assert len(arrays["key\timage"]) == 1
