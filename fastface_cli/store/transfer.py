@@ -168,10 +168,10 @@ class TransferClient:
         """See the function `announce`."""
         url = hub_url(artifact, file)
         with _explained(artifact, file.path, url):
-            found = _announced(self._request("HEAD", url, follow=False), url)
-        if not found.etag or found.commit != artifact.commit:
+            announced = _announced(self._request("HEAD", url, follow=False), url)
+        if not announced.etag or announced.commit != artifact.commit:
             raise no_hub(artifact, file.path, url)
-        return found
+        return announced
 
     def fetch(
         self,

@@ -272,8 +272,8 @@ def test_ctrl_c_ends_a_download_soon_and_keeps_its_bytes(shop: Shop, tmp_path: P
         time.sleep(0.05)
     sent = time.monotonic()
     child.send_signal(signal.SIGINT)
-    _, told = child.communicate(timeout=30)
-    assert child.returncode == 130, told
+    _, errors = child.communicate(timeout=30)
+    assert child.returncode == 130, errors
     assert time.monotonic() - sent < 10
-    assert "Traceback" not in told
+    assert "Traceback" not in errors
     assert any(path.stat().st_size for path in folder.glob("*.incomplete"))

@@ -20,8 +20,8 @@ from support.tiny_manifest import BIG, fill, manifest_text, sha256
 from fastface_cli.store import partial
 from fastface_cli.store.partial import ranges_path, received_bytes
 
-KILLS = 100 if os.environ.get("FASTFACE_FAULTS") == "long" else 5
-"""Number of kills."""
+from .sizes import size
+
 PART = 256 << 10
 CHILD = """
 import sys
@@ -36,7 +36,7 @@ Store(load_settings(), known=known).ensure([known["tiny-lora"], known["tiny-base
 
 def run() -> list[tuple[str, int, int]]:
     """Kill downloads; returns (what, passed, of) for the kills and for the completed downloads."""
-    rng = random.Random(0)
+    rng, number_of_kills = random.Random(0), size("store_kills", 5, 100)
     kills = right = downloads = complete = 0
     with (
         mock.patch.object(partial, "PART", PART),
@@ -48,10 +48,10 @@ def run() -> list[tuple[str, int, int]]:
         text = Path(work) / "manifest.yaml"
         text.write_text(manifest_text(hub), encoding="utf-8")
         home = Path(work) / "home"
-        while kills < KILLS:
+        while kills < number_of_kills:
             downloads += 1
             shutil.rmtree(home, ignore_errors=True)
-            while kills < KILLS and _kill(hub, text, home, rng):
+            while kills < number_of_kills and _kill(hub, text, home, rng):
                 kills += 1
                 right += _counted_bytes_are_right(home)
             complete += _complete(hub, text, home)
@@ -111,8 +111,3 @@ def _complete(hub: Hub, text: Path, home: Path) -> bool:
     hub.rate = rate
     blobs = list(_partial(home).parent.iterdir())
     return code == 0 and [path.name for path in blobs] == [sha256(BIG)] and blobs[0].read_bytes() == BIG
-
-
-if __name__ == "__main__":
-    for what, passed, of in run():
-        print(f"{passed} of {of}  {what}")

@@ -27,8 +27,3 @@ def run() -> list[tuple[str, int, int]]:
             use_hub(patch, hub, Path(work) / "home")
             passed += changed(Shop(hub, Path(work) / "home"), case, Path(work) / "outside") is None
     return [("links to files outside the cache: the files are unchanged", passed, len(CASES))]
-
-
-if __name__ == "__main__":
-    for what, passed, of in run():
-        print(f"{passed} of {of}  {what}")

@@ -439,6 +439,14 @@ def test_a_proxy_that_cannot_be_used(shop: Shop, monkeypatch: pytest.MonkeyPatch
     assert "socks5://" in str(error.hint)
 
 
+def test_a_socks_proxy_without_its_package(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "socksio", None)
+    monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:1")
+    error = failure(shop.store(), shop["lora"])
+    assert "socksio" in error.message
+    assert "pip install socksio" in str(error.hint)
+
+
 def test_a_busy_server_is_asked_again(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
     shop.hub.status["tiny/lora"] = 503
     monkeypatch.setattr("fastface_cli.store.transfer.pause", lambda *_: shop.hub.status.clear())

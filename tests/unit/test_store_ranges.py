@@ -142,7 +142,7 @@ def test_a_server_without_ranges_sends_the_complete_file(shop: Shop) -> None:
 
 def test_a_size_that_only_the_server_knows(shop: Shop) -> None:
     entry = json.loads(shop.text)
-    (lora,) = (one for one in entry["artifacts"] if one["name"] == "tiny-lora")
+    (lora,) = (artifact for artifact in entry["artifacts"] if artifact["name"] == "tiny-lora")
     lora["files"][0][1] = "~3000000"
     shop.known = parse_manifest(json.dumps(entry))
     assert fetch(shop) == BIG
@@ -246,7 +246,7 @@ def test_events_of_concurrent_files_do_not_overlap_and_have_unique_names(shop: S
 
     shop.hub.files["tiny/lora/unet/config.json"] = CONFIG
     entry = json.loads(shop.text)
-    (lora,) = (one for one in entry["artifacts"] if one["name"] == "tiny-lora")
+    (lora,) = (artifact for artifact in entry["artifacts"] if artifact["name"] == "tiny-lora")
     lora["files"].append(["unet/config.json", str(len(CONFIG)), sha256(CONFIG)])
     shop.known = parse_manifest(json.dumps(entry))
     shop.store().ensure([shop["lora"], shop["base"], shop["url"]], progress=observe)
