@@ -33,8 +33,9 @@ test: ready  ## the test suite, at most ten minutes on two cores
 test-slow: ready  ## full-size structure, killed runs, installation: at most thirty minutes
 	$(PYTEST) -m slow
 
+EXAMPLES ?= 1000
 fuzz: ready  ## untrusted files: a thousand examples for each reader, about five minutes
-	FASTFACE_FUZZ=1000 $(PYTEST) tests/fuzz --hypothesis-show-statistics
+	FASTFACE_FUZZ=$(EXAMPLES) $(PYTEST) tests/fuzz --hypothesis-show-statistics
 
 faults: ready  ## kills, power cuts, full disks: about ninety seconds; FASTFACE_FAULTS=long for the full sizes
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults

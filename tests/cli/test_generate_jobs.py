@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 LINES = """\
 # a comment, and an empty line
@@ -162,3 +164,29 @@ def test_a_file_that_cannot_be_read(source, generate, tmp_path, monkeypatch):
     ended = generate("--jobs", Path(source), "--json")
     assert ended.code == 2
     assert "cannot read the jobs file" in ended.json["error"]["message"]
+
+
+def test_a_photo_replaced_between_two_lines_is_the_new_person(tmp_path):
+    """A web service writes each upload to the same file."""
+    people = Path(__file__).parents[2] / "examples" / "mini" / "id_photos"
+    photo = tmp_path / "upload.png"
+    command = [sys.executable, "-c", "from fastface_cli.cli import main; main()"]
+    arguments = ["generate", "--recipe", "pocket", "--jobs", "-", "--device", "cpu"]
+    process = subprocess.Popen(
+        [*command, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tmp_path
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    identities = []
+    for number, name in enumerate(("anna", "hugo", "anna")):
+        photo.write_bytes((people / f"{name}.png").read_bytes())
+        job = {"face": "upload.png", "prompt": "a person", "seed": 1, "output": f"{number}.png"}
+        process.stdin.write(json.dumps(job) + "\n")
+        process.stdin.flush()
+        record = json.loads(process.stdout.readline())
+        assert record["ok"], record
+        with Image.open(tmp_path / f"{number}.png") as image:
+            identities.append(json.loads(image.info["fastface"])["identity"])
+    process.stdin.close()
+    assert process.wait(timeout=60) == 0
+    assert identities[0] == identities[2] != identities[1]
