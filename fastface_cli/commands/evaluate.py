@@ -362,6 +362,19 @@ def _finish(run: Run, *, as_json: bool) -> None:
         raise FastFaceError("all images failed", f"{page} lists the reasons")
 
 
+def check_name(name: str) -> None:
+    """Check that the images of a recipe can be in a folder of its name, on any system.
+
+    Raises:
+        UsageError: the name is empty, too long, hidden, or contains a character that some system forbids.
+    """
+    if not re.fullmatch(r'(?!\.)[^/\\:*?"<>|+\x00-\x1f\x7f-\x9f\u202a-\u202e]{1,80}', name):
+        raise UsageError(
+            f"recipe name {name[:80]!r} is not a valid folder name",
+            "rename the recipe: up to 80 letters, digits, dashes and underscores",
+        )
+
+
 def _recipes(
     names: Sequence[str], overrides: list[str], stack: Path | None, rules: Rules = "fastface"
 ) -> dict[str, Recipe]:
@@ -378,11 +391,7 @@ def _recipes(
             raise UsageError(
                 f"two recipes are called '{recipe.name}'", "copy one of them to a file with another name"
             )
-        if not re.fullmatch(r'(?!\.)[^/\\:*?"<>|+\x00-\x1f\x7f]{1,80}', recipe.name):
-            raise UsageError(
-                f"recipe name {recipe.name[:80]!r} is not a valid folder name",
-                "rename the recipe: up to 80 letters, digits, dashes and underscores",
-            )
+        check_name(recipe.name)
         recipes[recipe.name] = recipe
     return recipes
 
