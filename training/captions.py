@@ -9,6 +9,7 @@ from typing import Any
 import cv2
 import numpy as np
 
+from fastface_cli.pocket import WORD
 from training.data import Portraits
 from training.styles import PHOTO, STYLES
 
@@ -171,3 +172,25 @@ def caption(fact: Facts, style: str, generator: random.Random, expression_chance
             return sentence
         return f"{generator.choice(PHOTO)}; {sentence}"
     return f"{generator.choice(STYLES[style][1])}; {sentence}"
+
+
+def vocabulary(samples: int = 20_000) -> list[str]:
+    """All words of the captions, sorted, from random attributes; `pocket/words.txt` is a copy of it."""
+    generator = random.Random(0)
+    words: set[str] = set()
+    for _ in range(samples):
+        facts_ = Facts(
+            sex=generator.choice(("female", "male")),
+            age=generator.choice(("a child", "young", "", "middle-aged", "old")),
+            group=generator.choice(list(GROUPS)),
+            smile=generator.random() < 0.4,
+            surprised=generator.random() < 0.2,
+            hair=generator.choice(("black", "dark brown", "brown", "red", "blond", "grey")),
+            length=generator.choice(("long", "short", "")),
+            background=generator.choice(
+                ("white", "light grey", "grey", "dark", "green", "blue", "beige", "brown")
+            ),
+        )
+        style = generator.choice(["photo", *STYLES])
+        words.update(WORD.findall(caption(facts_, style, generator).lower()))
+    return sorted(words)

@@ -11,6 +11,7 @@ with Session("pocket") as session:
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
@@ -18,11 +19,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from .. import pocket
 from ..errors import FastFaceError, UsageError
 from ..recipe.schema import Recipe
 from ..settings import Settings, load_settings
 from .events import Event, IdentityReady, ModelsReady, RunStarted
-from .plan import plan_run
+from .plan import RunPlan, plan_run
 from .request import GenerateRequest
 from .runtime import Runtime
 from .stack import ModelStack
@@ -30,6 +32,9 @@ from .stack import ModelStack
 if TYPE_CHECKING:
     from ..identity.identity import Identity
     from ..identity.photos import Photo
+
+
+log = logging.getLogger(__name__)
 
 
 class RunCancelledError(FastFaceError):
@@ -71,6 +76,7 @@ class Session:
         )
         self._running = threading.Lock()
         self._cancelled = threading.Event()
+        self._reported: set[str] = set()
 
     def __enter__(self) -> Session:
         return self
@@ -113,6 +119,7 @@ class Session:
                 identity, photos = _read_person(request)
             reference = photos[0].image if photos else None
             runtime = self.runtime.resolve(plan.recipe, self.settings)
+            self._warn_about_pocket(plan)
             yield RunStarted(plan.recipe, plan.seeds, len(plan.cells) * request.best_of)
             stack = self.stack
             if identity is None:
@@ -134,6 +141,23 @@ class Session:
 
             yield from self._stream(
                 lambda emit: Generation(request, plan, pipeline, identity, scorer, emit, reference).run()
+            )
+
+    def _warn_about_pocket(self, plan: RunPlan) -> None:
+        """Log once which words of the prompts the pocket stack ignores."""
+        if plan.recipe.model.base != pocket.BASE:
+            return
+        words = dict.fromkeys(word for cell in plan.cells for word in pocket.ignored_words(cell.prompt))
+        ignored = [word for word in words if word not in self._reported]
+        if ignored:
+            self._reported.update(ignored)
+            more = f" and {len(ignored) - 8} more" if len(ignored) > 8 else ""
+            log.warning(
+                "the pocket stack ignores these words: %s%s; "
+                "it generates portraits of one person in these styles: %s",
+                ", ".join(ignored[:8]),
+                more,
+                ", ".join(pocket.STYLES),
             )
 
     @contextmanager

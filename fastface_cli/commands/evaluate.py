@@ -216,6 +216,7 @@ def score(
                 f"{run} is not a run",
                 "to score images of another program, add --dataset, --identity-order and -o",
             )
+        check_name(name, "choose another --name")
         rules = _rules(protocol or "fastface")
         (recipe,) = _recipes([face], [], None).values()  # keyed by its own name, not by --face
         adopt(
@@ -362,16 +363,18 @@ def _finish(run: Run, *, as_json: bool) -> None:
         raise FastFaceError("all images failed", f"{page} lists the reasons")
 
 
-def check_name(name: str) -> None:
+def check_name(name: str, hint: str = "rename the recipe") -> None:
     """Check that the images of a recipe can be in a folder of its name, on any system.
 
     Raises:
-        UsageError: the name is empty, too long, hidden, or contains a character that some system forbids.
+        UsageError: the name is empty, too long, or not a plain file name.
     """
-    if not re.fullmatch(r'(?!\.)[^/\\:*?"<>|+\x00-\x1f\x7f-\x9f\u202a-\u202e]{1,80}', name):
+    from ..evaluation.dataset import LONGEST, names_a_folder
+
+    if "+" in name or not names_a_folder(name):
         raise UsageError(
             f"recipe name {name[:80]!r} is not a valid folder name",
-            "rename the recipe: up to 80 letters, digits, dashes and underscores",
+            f"{hint}: use letters and dashes, at most {LONGEST} bytes",
         )
 
 

@@ -30,6 +30,8 @@ PROMPTS: dict[Split, str] = {
 }
 PHOTOS = "id_photos"
 PHOTO_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+LONGEST = 110
+"""Maximum bytes of the name of a person or a recipe: files are called RECIPE~PERSON~PROMPT-SEED.npz."""
 _RESERVED = ("identity", "photos", "held_out")
 _ENDINGS = ("+held-out", *(f"+{stress}" for stress in STRESSES))
 """Suffixes that a run adds to names of further photos of a person; names with them are ambiguous."""
@@ -200,8 +202,11 @@ def _check_names(subjects: Iterable[Subject], path: Path) -> None:
     seen: dict[str, str] = {}
     for subject in subjects:
         name = subject.name
-        if not _names_a_folder(name):
-            raise UsageError(f"{path}: {name[:80]!r} is not a valid name", "names are used as folder names")
+        if not names_a_folder(name):
+            raise UsageError(
+                f"{path}: {name[:80]!r} is not a valid name",
+                f"names are used as folder names, of at most {LONGEST} bytes",
+            )
         if name.endswith(_ENDINGS):
             raise UsageError(
                 f"{path}: '{name}' is not a valid name",
@@ -218,11 +223,13 @@ def _check_names(subjects: Iterable[Subject], path: Path) -> None:
         seen[folded] = name
 
 
-def _names_a_folder(name: str) -> bool:
-    """Whether every file system keeps the name unchanged: Windows drops trailing dots and spaces, and file
-    names in old encodings are not valid Unicode."""
+def names_a_folder(name: str) -> bool:
+    """Whether every file system keeps the name unchanged: Windows drops trailing dots and spaces, file names
+    in old encodings are not valid Unicode, and a run adds to the name for its vectors."""
     plain = all(ord(letter) >= 32 and letter not in '/\\:*?"<>|' for letter in name)
-    return plain and name == name.strip().rstrip(".") != "" and name.isprintable()
+    if not (plain and name == name.strip().rstrip(".") != "" and name.isprintable()):
+        return False
+    return len(name.encode()) <= LONGEST
 
 
 def _content(subject: Subject) -> list[Any]:

@@ -357,8 +357,9 @@ def compare(known: Any, requested: Any, path: str = "") -> Iterator[str]:
             else:
                 yield from compare(known[name], requested[name], place)
     elif isinstance(known, list) and isinstance(requested, list) and known != requested:
-        removed = [f"{_short(item)} only before" for item in known if item not in requested]
-        added = [f"{_short(item)} only now" for item in requested if item not in known]
+        before, now = set(map(json.dumps, known)), set(map(json.dumps, requested))
+        removed = [f"{_short(item)} only before" for item in known if json.dumps(item) not in now]
+        added = [f"{_short(item)} only now" for item in requested if json.dumps(item) not in before]
         if removed or added:
             yield f"  {path}: " + ", ".join(removed + added)
         else:

@@ -17,7 +17,7 @@ COMMAND = [sys.executable, "-c", "from fastface_cli.cli import main; main()"]
 MEMORY = 1 << 30
 """Bytes of peak memory that a refusal may take."""
 
-NAMES = ("", ".", "..", "a/b", "a\nb", "a\x1b[2Jb", "\u202egnp", "x" * 300, "con+", "a:b")
+NAMES = ("", ".", "..", "a/b", "a\nb", "a\x1b[2Jb", "\u202egnp", "x" * 300, "con+", "a:b", "a\0b")
 """Recipe names that cannot be the name of a folder."""
 
 BOMBS = {

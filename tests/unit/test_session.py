@@ -205,3 +205,12 @@ def test_only_first_candidates_are_named_before_the_run(tmp_path, monkeypatch):
     assert len(calls) == 1
     assert planned.names.path(1, 0) == tmp_path / "pocket-baseline-1005.png"
     assert planned.names.path(1, 7) == tmp_path / "pocket-baseline-1012.png"
+
+
+def test_words_that_the_pocket_stack_ignores_are_logged_once(caplog):
+    with Session("pocket", Runtime(device="cpu")) as session:
+        wish = GenerateRequest(photos=(PORTRAIT,), prompts=("photo of an astronaut",), output=None)
+        for _ in range(2):
+            next(session.run(wish))
+    (record,) = caplog.records
+    assert "ignores these words: astronaut;" in record.getMessage()

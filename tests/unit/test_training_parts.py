@@ -260,3 +260,17 @@ def test_run_resumes_after_kill(tmp_path: Path) -> None:
     again = run(1)
     assert again.step == 5
     assert again.seconds == pytest.approx(first.seconds)
+
+
+def test_the_pocket_lists_the_words_of_its_captions():
+    from fastface_cli import pocket
+    from training.captions import vocabulary
+
+    assert frozenset(vocabulary()) == pocket.known_words()
+
+
+def test_words_that_no_caption_has_are_ignored():
+    from fastface_cli import pocket
+
+    assert pocket.ignored_words("A photo of a smiling woman, white background") == []
+    assert pocket.ignored_words("an Astronaut on the moon; an astronaut") == ["astronaut", "moon"]
