@@ -116,7 +116,7 @@ def print_table(
 
 
 def print_finding(level: str, subject: str, message: str, command: str | None) -> None:
-    """One line of a report on stdout: what was looked at, what was found, and the command that mends it."""
+    """One line of a report on stdout: subject, message, and the command that fixes it."""
     from rich.table import Table
     from rich.text import Text
 

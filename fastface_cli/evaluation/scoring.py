@@ -117,7 +117,7 @@ def judging(load: Load) -> Callable[[ToScore], Judged]:
                 samples.append(
                     Sample(
                         key=row.key,
-                        picture=image,
+                        image=image,
                         reference=photo(chunk.folder, row.reference),
                         prompt=row.prompt,
                         held_out=photo(chunk.folder, row.held_out),

@@ -162,7 +162,7 @@ def _slug(value: str | float) -> str:
     if isinstance(value, str):
         text = text.lstrip("-.")
     if not text:
-        return "picture"
+        return "image"
     return f"{text}_" if _RESERVED.fullmatch(text) else text
 
 

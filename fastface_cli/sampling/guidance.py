@@ -160,8 +160,8 @@ def mix(
         for index in range(1, len(e)):
             guided = guided + numbers[index] * e[index]
     if rescale > 0:
-        wanted = (_std(e[-2]) + _std(e[-1])) / (2 * _std(guided))
-        guided = guided * (rescale * wanted + (1 - rescale))
+        target = (_std(e[-2]) + _std(e[-1])) / (2 * _std(guided))
+        guided = guided * (rescale * target + (1 - rescale))
     return guided
 
 

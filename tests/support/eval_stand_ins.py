@@ -176,10 +176,10 @@ class Brightness:
 
     def score(self, samples: list[Sample]) -> list[Scores]:
         self.batches.append([sample.key for sample in samples])
-        return [{"brightness": float(np.asarray(sample.picture)[..., 0].mean())} for sample in samples]
+        return [{"brightness": float(np.asarray(sample.image)[..., 0].mean())} for sample in samples]
 
     def vectors(self, samples: list[Sample]) -> list[dict[str, np.ndarray]]:
-        return [{"red": np.asarray(sample.picture)[0, :1, 0].astype(np.float32)} for sample in samples]
+        return [{"red": np.asarray(sample.image)[0, :1, 0].astype(np.float32)} for sample in samples]
 
     def finish(self, rows, vectors) -> dict[str, Scores]:
         order = sorted(vectors, key=lambda key: (float(vectors[key]["red"][0]), key))

@@ -101,7 +101,7 @@ class Aesthetic:
 
     def score(self, samples: Sequence[Sample]) -> list[Scores]:
         """See `Metric`."""
-        vectors = self.clip.images([sample.picture for sample in samples])
+        vectors = self.clip.images([sample.image for sample in samples])
         return [{"aesthetic": float(value)} for value in predict(self._head, vectors)]
 
 

@@ -63,7 +63,7 @@ class Sample:
 
     key: str
     """Key of the row."""
-    picture: Image.Image
+    image: Image.Image
     reference: Image.Image | None
     """The photo that conditioned generation."""
     prompt: str

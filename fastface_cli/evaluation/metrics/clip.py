@@ -26,7 +26,7 @@ class ClipScore:
     def score(self, samples: Sequence[Sample]) -> list[Scores]:
         """See `Metric`."""
         texts = self.clip.texts([sample.prompt for sample in samples])
-        images = self.clip.images([sample.picture for sample in samples])
+        images = self.clip.images([sample.image for sample in samples])
         return [{self.columns[0].name: float(cosine)} for cosine in (texts * images).sum(axis=1)]
 
 

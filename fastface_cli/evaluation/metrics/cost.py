@@ -1,4 +1,4 @@
-"""What a picture cost."""
+"""The cost of an image."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Cost:
     """Latency and UNet samples, as the run noted them."""
 
     name = "cost"
-    summary = "seconds and UNet samples a picture, as the run noted them"
+    summary = "seconds and UNet samples per image, as recorded by the run"
     columns = (
-        Column("seconds", "time", False, "s", "Time to make the picture, models loaded."),
+        Column("seconds", "time", False, "s", "Generation time, without loading."),
         Column("unet_samples", "UNet samples", False, "", "Samples that went through the UNet."),
     )
     needs = Needs()
@@ -27,7 +27,7 @@ class Cost:
         """See `Metric`: nothing."""
 
     def score(self, samples: Sequence[Sample]) -> list[Scores]:
-        """See `Metric`: nothing is measured on the picture."""
+        """See `Metric`: nothing is measured on the image."""
         return [{} for _ in samples]
 
     def vectors(self, samples: Sequence[Sample]) -> list[dict[str, np.ndarray]]:

@@ -72,11 +72,11 @@ class FaceClip:
         scores: Scores = {"fcs": None, "fcs_published": None}
         if sample.reference is None:
             return scores
-        photo_box, image_box = self._box(sample.reference), self._box(sample.picture)
+        photo_box, image_box = self._box(sample.reference), self._box(sample.image)
         if photo_box is None or image_box is None:
             return scores
         text = self.clip.texts([sample.prompt.split(";")[0]])[0]
-        photo_crops, image_crops = crops(sample.reference, photo_box), crops(sample.picture, image_box)
+        photo_crops, image_crops = crops(sample.reference, photo_box), crops(sample.image, image_box)
         for name in scores:
             if photo_crops[name].size and image_crops[name].size:
                 published = name == "fcs_published"

@@ -37,14 +37,14 @@ class IdentityMetric:
         """See `Metric`."""
         raise NotImplementedError
 
-    def describe(self, picture: Image.Image) -> np.ndarray | None:
+    def describe(self, image: Image.Image) -> np.ndarray | None:
         """The vector of the face in an image, [d] float32; None without a face."""
         raise NotImplementedError
 
     @staticmethod
-    def compare(pictures: np.ndarray, photos: np.ndarray) -> np.ndarray:
+    def compare(images: np.ndarray, photos: np.ndarray) -> np.ndarray:
         """Similarities, [n, d] and [m, d] -> [n, m]: cosines of unit vectors."""
-        cosines: np.ndarray = pictures.astype(np.float64) @ photos.astype(np.float64).T
+        cosines: np.ndarray = images.astype(np.float64) @ photos.astype(np.float64).T
         return cosines
 
     def score(self, samples: Sequence[Sample]) -> list[Scores]:
@@ -55,7 +55,7 @@ class IdentityMetric:
         """See `RunMetric`: `picture` and `photo`."""
         results = []
         for sample in samples:
-            vectors = {"picture": self.embedding(sample.picture), "photo": self.embedding(sample.reference)}
+            vectors = {"picture": self.embedding(sample.image), "photo": self.embedding(sample.reference)}
             results.append({name: vector for name, vector in vectors.items() if vector is not None})
         return results
 
@@ -87,7 +87,7 @@ class IdentityMetric:
         return float(self.compare(first[None], second[None])[0, 0])
 
     def _score(self, sample: Sample) -> Scores:
-        image, photo = self.embedding(sample.picture), self.embedding(sample.reference)
+        image, photo = self.embedding(sample.image), self.embedding(sample.reference)
         own = self.similarity(image, photo)
         held_out = self.similarity(image, self.embedding(sample.held_out))
         return {
@@ -121,8 +121,8 @@ class IdentityMetric:
             scores[row.key] = self._verdict(verified=False, first=False)
         if not seen:
             return scores
-        pictures = np.stack([vectors[row.key]["picture"] for row in seen])
-        alike = self.compare(pictures, np.stack([photos[name] for name in names]))
+        images = np.stack([vectors[row.key]["picture"] for row in seen])
+        alike = self.compare(images, np.stack([photos[name] for name in names]))
         own = np.array([names.index(row.identity) for row in seen])
         verified, first = verify(alike, own), rank_first(alike, own)
         for row, is_verified, is_first in zip(seen, verified, first, strict=True):
@@ -220,15 +220,15 @@ class ConditioningIdentity(IdentityMetric):
         """See `Metric`."""
         self._faces = faces_of(context)
 
-    def describe(self, picture: Image.Image) -> np.ndarray | None:
+    def describe(self, image: Image.Image) -> np.ndarray | None:
         """See `IdentityMetric`: [512], unit norm."""
-        face = self._faces.find(picture)
-        return None if face is None else self._faces.analyzer.embed(bgr(picture), face)
+        face = self._faces.find(image)
+        return None if face is None else self._faces.analyzer.embed(bgr(image), face)
 
     def _score(self, sample: Sample) -> Scores:
-        found = self.embedding(sample.picture) is not None
-        ratio = self._faces.ratio(sample.picture)
-        return {**super()._score(sample), "face_found": float(found), "face_ratio": ratio}
+        has_face = self.embedding(sample.image) is not None
+        ratio = self._faces.ratio(sample.image)
+        return {**super()._score(sample), "face_found": float(has_face), "face_ratio": ratio}
 
 
 class AdaFaceIdentity(IdentityMetric):
@@ -248,14 +248,14 @@ class AdaFaceIdentity(IdentityMetric):
         self._faces = faces_of(context)
         self._session = open_onnx(context.paths["adaface-ir101"], context.device)
 
-    def describe(self, picture: Image.Image) -> np.ndarray | None:
+    def describe(self, image: Image.Image) -> np.ndarray | None:
         """See `IdentityMetric`: [512], unit norm."""
         from insightface.utils.face_align import norm_crop
 
-        face = self._faces.find(picture)
+        face = self._faces.find(image)
         if face is None:
             return None
-        crop = norm_crop(bgr(picture), face.key_points, image_size=self.SIDE)
+        crop = norm_crop(bgr(image), face.key_points, image_size=self.SIDE)
         pixels = (crop.astype(np.float32) - 127.5) / 127.5  # BGR, as it was trained
         entry = self._session.get_inputs()[0].name
         vector = np.asarray(self._session.run(None, {entry: pixels.transpose(2, 0, 1)[None]})[0][0])
@@ -281,13 +281,13 @@ class DlibIdentity(IdentityMetric):
         self.recognizer = DlibRecognizer()
 
     @staticmethod
-    def compare(pictures: np.ndarray, photos: np.ndarray) -> np.ndarray:
+    def compare(images: np.ndarray, photos: np.ndarray) -> np.ndarray:
         """See `IdentityMetric`: 1 minus the Euclidean distance, which dlib's descriptors are trained for."""
-        return similarities(pictures, photos)
+        return similarities(images, photos)
 
-    def describe(self, picture: Image.Image) -> np.ndarray | None:
+    def describe(self, image: Image.Image) -> np.ndarray | None:
         """See `IdentityMetric`: [128]; the largest face counts."""
-        return self.recognizer.describe(picture)
+        return self.recognizer.describe(image)
 
 
 def open_onnx(path: Path, device: str) -> Any:

@@ -1,4 +1,4 @@
-"""Which picture people would prefer for a prompt: ImageReward v1.0 (Xu et al., arXiv 2304.05977), in the BLIP
+"""Which image people would prefer for a prompt: ImageReward v1.0 (Xu et al., arXiv 2304.05977), in the BLIP
 that transformers has. The published weights keep their own names; `STATE` says which is which."""
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class Towers:
         self.head = regression(parts["mlp"], device)
 
     def read(self, ids: torch.Tensor, mask: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
-        """What the text tower makes of prompts in sight of pictures.
+        """Encode prompts with cross-attention to images.
 
         Args:
             ids: [n, tokens].
@@ -154,14 +154,14 @@ class ImageReward:
     """ImageReward v1.0."""
 
     name = "image-reward"
-    summary = "ImageReward v1.0: which picture people would prefer for the prompt"
+    summary = "ImageReward v1.0: which image people would prefer for the prompt"
     columns = (
         Column(
             "image_reward",
             "ImageReward",
             True,
             "",
-            "Predicted human preference for the picture given the prompt, about -2 to 2.",
+            "Predicted human preference for the image given the prompt, about -2 to 2.",
         ),
     )
     needs = Needs(artifacts=("image-reward", "bert-base-uncased-vocabulary"))
@@ -185,17 +185,17 @@ class ImageReward:
 
     def score(self, samples: Sequence[Sample]) -> list[Scores]:
         """See `Metric`."""
-        rewards = self.rewards([one.prompt for one in samples], [one.picture for one in samples])
+        rewards = self.rewards([sample.prompt for sample in samples], [sample.image for sample in samples])
         return [{"image_reward": float(reward)} for reward in rewards]
 
-    def rewards(self, prompts: Sequence[str], pictures: Sequence[Image.Image]) -> np.ndarray:
+    def rewards(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> np.ndarray:
         """[n]"""
         import torch
 
         words = self._words(
             list(prompts), padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt"
         )
-        pixels = self._processor([one.convert("RGB") for one in pictures], return_tensors="pt").pixel_values
+        pixels = self._processor([image.convert("RGB") for image in images], return_tensors="pt").pixel_values
         with torch.inference_mode():
             first = self._towers.read(
                 words["input_ids"].to(self._device),

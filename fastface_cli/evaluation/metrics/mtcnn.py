@@ -60,21 +60,21 @@ class Mtcnn:
             {name: tensor.to(device).float() for name, tensor in state.items()} for state in states.values()
         )
 
-    def largest(self, picture: Image.Image) -> Box | None:
-        """The box of the largest face, in pixels, not cut at the picture's edge; None without a face."""
-        boxes = self.find(picture)
+    def largest(self, image: Image.Image) -> Box | None:
+        """The box of the largest face, in pixels, not cut at the edge of the image; None without a face."""
+        boxes = self.find(image)
         if not len(boxes):
             return None
         areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
         left, top, right, bottom = (float(side) for side in boxes[np.argsort(areas)[-1], :4])
         return left, top, right, bottom
 
-    def find(self, picture: Image.Image) -> np.ndarray:
+    def find(self, image: Image.Image) -> np.ndarray:
         """Boxes and probabilities of all faces, [n, 5] float32."""
         import torch
 
         with torch.inference_mode():
-            pixels = torch.from_numpy(np.array(picture.convert("RGB"))).to(self._device)
+            pixels = torch.from_numpy(np.array(image.convert("RGB"))).to(self._device)
             pixels = pixels.permute(2, 0, 1)[None].float()
             boxes = self._propose(pixels)
             boxes, moves = self._look(pixels, boxes, 24, self._refine, REFINE)
