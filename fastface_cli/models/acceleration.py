@@ -51,8 +51,8 @@ class Acceleration:
 
     def lossy(self) -> Mapping[str, Any]:
         """The enabled optimizations that cost precision beyond rounding, as image metadata records them."""
-        found: dict[str, Any] = {"fp8": True} if self.fp8 else {}
-        return found | ({"vae": self.vae} if self.vae == "half" else {})
+        enabled: dict[str, Any] = {"fp8": True} if self.fp8 else {}
+        return enabled | ({"vae": self.vae} if self.vae == "half" else {})
 
 
 DEFAULT = Acceleration()

@@ -64,7 +64,7 @@ class Compiled:
             mark: Any = torch.compiler.cudagraph_mark_step_begin
             mark()
         try:
-            found = self._function(*args, **named)
+            result = self._function(*args, **named)
         except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
             reason = str(error).strip().splitlines()
             raise DeviceError(
@@ -72,7 +72,7 @@ class Compiled:
                 "leave out --compile; a compiler needs g++ on a CPU, Triton on a GPU",
             ) from error
         # A CUDA graph writes every result to the same place.
-        return found.clone() if self.cuda_graphs else found
+        return result.clone() if self.cuda_graphs else result
 
 
 @functools.cache

@@ -57,8 +57,8 @@ def _strict(report: Mapping[str, Any], what: str, allowed: tuple[str, ...] = ())
     missing = [key for key in report.get("missing_keys", ()) if not key.endswith(allowed)]
     wrong = [key if isinstance(key, str) else key[0] for key in report.get("mismatched_keys", ())]
     if missing or wrong:
-        found = sorted(missing) + sorted(wrong)
-        named = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
+        names = sorted(missing) + sorted(wrong)
+        named = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
         counts = f"{len(missing)} tensors are missing, {len(wrong)} have another shape"
         raise ValueError(f"{what}: {counts} ({named})")
 
@@ -311,9 +311,9 @@ def _single_file_models(
     paths: Mapping[str, Path], number: torch.dtype, kept: _Kept
 ) -> StableDiffusionXLPipeline:
     models: dict[str, Any] = {}
-    found = kept.models()
-    if found is not None:
-        models["unet"] = found.unet
+    fused_models = kept.models()
+    if fused_models is not None:
+        models["unet"] = fused_models.unet
     elif "unet" in paths:
         models["unet"] = load_unet(paths["config"], paths["unet"], number)
     if "vae" in paths:

@@ -147,10 +147,10 @@ def in_blocks(device: torch.device, unet: torch.nn.Module, *, without: Absent = 
 
 def blocks_of(unet: torch.nn.Module) -> list[torch.nn.Module]:
     """The parts of a UNet that are called one after the other, and together hold all its weights."""
-    found: list[torch.nn.Module] = []
+    blocks: list[torch.nn.Module] = []
     for child in unet.children():
-        found += list(child) if isinstance(child, torch.nn.ModuleList) else [child]
-    return found
+        blocks += list(child) if isinstance(child, torch.nn.ModuleList) else [child]
+    return blocks
 
 
 @contextmanager

@@ -193,7 +193,7 @@ def finish_run(
         rows: every row of the run, scored.
         vectors: by key and "METRIC/NAME", as `SampleResult.vectors`.
     """
-    found: dict[str, Scores] = {}
+    combined: dict[str, Scores] = {}
     for metric in metrics:
         if not isinstance(metric, RunMetric):
             continue
@@ -203,8 +203,8 @@ def finish_run(
             for key, named in vectors.items()
         }
         for key, scores in metric.finish(rows, {key: named for key, named in own.items() if named}).items():
-            found.setdefault(key, {}).update(scores)
-    return found
+            combined.setdefault(key, {}).update(scores)
+    return combined
 
 
 @functools.cache
@@ -214,7 +214,7 @@ def registry() -> dict[str, type[Metric]]:
     Raises:
         UsageError: a metric of a package cannot be imported, or two metrics have the same name.
     """
-    found: dict[str, type[Metric]] = {}
+    kinds: dict[str, type[Metric]] = {}
     for point in sorted(entry_points(group=GROUP), key=lambda point: point.name):
         try:
             kind = point.load()
@@ -224,9 +224,9 @@ def registry() -> dict[str, type[Metric]]:
                 f"the metric {point.name} of {package} cannot be imported: {error}",
                 f"update or remove {package}",
             ) from error
-        if found.setdefault(point.name, kind) is not kind:
+        if kinds.setdefault(point.name, kind) is not kind:
             raise UsageError(f"two packages provide a metric called {point.name}", "remove one of them")
-    return found
+    return kinds
 
 
 def make_metrics(names: Iterable[str]) -> list[Metric]:

@@ -87,7 +87,7 @@ class Mtcnn:
     def _propose(self, pixels: torch.Tensor) -> np.ndarray:
         """Squares that may be faces, over all scales."""
         height, width = pixels.shape[2:]
-        found = [np.zeros((0, 9), np.float32)]
+        candidates = [np.zeros((0, 9), np.float32)]
         scale = CELL / MIN_FACE
         while min(height, width) * scale >= CELL:
             size = (int(height * scale + 1), int(width * scale + 1))
@@ -101,9 +101,9 @@ class Mtcnn:
             boxes = np.concatenate(
                 [*corners, probability[rows, columns, None], moves[:, rows, columns].T], axis=1
             )
-            found.append(boxes[suppress(boxes, 0.5)])
+            candidates.append(boxes[suppress(boxes, 0.5)])
             scale *= SHRINK
-        boxes = np.concatenate(found)
+        boxes = np.concatenate(candidates)
         boxes = boxes[suppress(boxes, 0.7)]
         return squared(moved(boxes[:, :5], boxes[:, 5:], 0))
 
@@ -158,19 +158,19 @@ def moved(boxes: np.ndarray, moves: np.ndarray, extra: int) -> np.ndarray:
     """Boxes [n, 5] whose corners are moved by shares of their sides; `extra` is what a side has beyond the
     difference of its ends (the later networks count both end pixels)."""
     size = boxes[:, 2:4] - boxes[:, :2] + extra
-    found = boxes.copy()
-    found[:, :4] += moves * np.concatenate([size, size], axis=1)
-    return found
+    refined = boxes.copy()
+    refined[:, :4] += moves * np.concatenate([size, size], axis=1)
+    return refined
 
 
 def squared(boxes: np.ndarray) -> np.ndarray:
     """Boxes [n, 5] made square around their middles, by their longer sides."""
     size = boxes[:, 2:4] - boxes[:, :2]
     longest = size.max(axis=1, keepdims=True) if len(boxes) else size[:, :1]
-    found = boxes.copy()
-    found[:, :2] += size * np.float32(0.5) - longest * np.float32(0.5)
-    found[:, 2:4] = found[:, :2] + longest
-    return found
+    square = boxes.copy()
+    square[:, :2] += size * np.float32(0.5) - longest * np.float32(0.5)
+    square[:, 2:4] = square[:, :2] + longest
+    return square
 
 
 def suppress(boxes: np.ndarray, most: float, over: Literal["union", "smaller"] = "union") -> np.ndarray:
