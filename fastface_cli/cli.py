@@ -30,6 +30,7 @@ app.command(name="doctor", short_help="Check this machine and print the command 
     doctor.doctor
 )
 app.command(name="licenses", short_help="Show the licenses of a recipe's models.")(licenses.licenses)
+app.command(name="licences", hidden=True)(licenses.licenses)
 app.add_typer(evaluate.app, name="eval")
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(cache.app, name="cache")

@@ -30,7 +30,7 @@ def job_records(session: Session, defaults: GenerateRequest, source: str) -> Ite
             yield record(job.line, job.error)
             continue
         try:
-            yield record(job.line, _run(session, job_request(defaults, job)))
+            yield record(job.line, _run(session, job_request(defaults, job)), job.id)
         except Exception as error:
             needs_own_models = bool(job.set or job.face)
             if (
@@ -39,7 +39,7 @@ def job_records(session: Session, defaults: GenerateRequest, source: str) -> Ite
                 and not needs_own_models
             ):
                 raise  # all lines need these models
-            yield record(job.line, error if isinstance(error, FastFaceError) else unexpected(error))
+            yield record(job.line, error if isinstance(error, FastFaceError) else unexpected(error), job.id)
 
 
 def job_request(defaults: GenerateRequest, job: Job) -> GenerateRequest:

@@ -43,6 +43,8 @@ class Job(BaseModel):
 
     line: Annotated[int, Field(exclude=True)] = 0
     """Line number in the file, counted from 1; set by the reader."""
+    id: Annotated[str, Field(max_length=200)] | int | None = None
+    """Chosen by the caller; repeated in the record."""
     face: Annotated[list[_Name], Field(max_length=1000)] = []
     """Photos of one person."""
     identity: _Name | None = None
@@ -209,23 +211,28 @@ def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
-def record(line: int, result: Mapping[str, Any] | FastFaceError) -> dict[str, Any]:
+def record(
+    line: int, result: Mapping[str, Any] | FastFaceError, job_id: str | int | None = None
+) -> dict[str, Any]:
     """Return the JSON object that is printed for a job.
 
     Args:
         line: its line number.
         result: the record of the image (path, prompt, seed, ...), or the error.
+        job_id: of the job, if it has one.
     """
+    start = {"line": line} if job_id is None else {"line": line, "id": job_id}
     if isinstance(result, FastFaceError):
-        return {"line": line, "ok": False, "error": result.record()}
-    return {"line": line, "ok": True, **result, "error": None}
+        return {**start, "ok": False, "error": result.record()}
+    return {**start, "ok": True, **result, "error": None}
 
 
-def prompts_file(path: Path) -> list[str]:
+def prompts_file(path: Path, *, comments: bool = False) -> list[str]:
     """Read prompts, one per line. Blank lines, and spaces around a prompt, are ignored.
 
     Args:
         path: UTF-8 text, with or without a byte order mark.
+        comments: ignore lines that start with #, as in a jobs file.
 
     Raises:
         UsageError: the file cannot be read, is not UTF-8, or contains no prompt.
@@ -246,6 +253,8 @@ def prompts_file(path: Path) -> list[str]:
         raise UsageError(f"{path}:{number}: is not UTF-8 text", "save the file as UTF-8") from error
     # Not splitlines(): it also splits at characters that a prompt may contain, such as U+2028.
     prompts = [line.strip() for line in text.replace("\r", "\n").split("\n") if line.strip()]
+    if comments:
+        prompts = [prompt for prompt in prompts if not prompt.startswith("#")]
     if not prompts:
         raise UsageError(f"the prompts file {path} contains no prompt", "write one prompt per line")
     for prompt in prompts:

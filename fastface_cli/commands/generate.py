@@ -48,7 +48,9 @@ def generate(
         int,
         typer.Option(min=1, max=1000, help="Generate N candidates per image and keep the best likeness."),
     ] = 1,
-    prompts_file: Annotated[Path | None, typer.Option(help="File with one prompt per line.")] = None,
+    prompts_file: Annotated[
+        Path | None, typer.Option(help="File with one prompt per line; # starts a comment.")
+    ] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What the image must not show.")] = None,
     identity: Annotated[
         Path | None, typer.Option(help="Identity file made with --save-identity, instead of photos.")
@@ -289,7 +291,7 @@ def _print_scores(candidates: Candidates) -> None:
 def _prompts(path: Path | None, *, is_read: bool) -> list[str]:
     from ..app.jobs import prompts_file
 
-    return prompts_file(path) if path is not None and is_read else []
+    return prompts_file(path, comments=True) if path is not None and is_read else []
 
 
 def _refuse_with_jobs(request: GenerateRequest, prompts_file: Path | None) -> None:

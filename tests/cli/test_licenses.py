@@ -103,3 +103,8 @@ def test_docs_list_every_model() -> None:
         assert artifact.license in row
         assert f"| {artifact.commercial}" in row
         assert artifact.license_link in row
+
+
+def test_the_british_spelling_is_accepted(capsys):
+    assert run(["licences", "pocket"]) == 0
+    assert "pocket" in capsys.readouterr().out

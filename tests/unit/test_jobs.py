@@ -113,7 +113,7 @@ class TestJobs:
             ('"x"', "not a JSON object", ""),
             ('{"promt": "x"}', "'promt' is not a field", "'prompt'"),
             ('{"line": 3}', "'line' is not a field", ""),
-            ('{"zzz": 3}', "'zzz' is not a field", "fields are face, identity"),
+            ('{"zzz": 3}', "'zzz' is not a field", "fields are id, face, identity"),
             ('{"seed": "1"}', "seed: ", ""),
             ('{"seed": 1.0}', "seed: ", ""),
             ('{"seed": true}', "seed: ", ""),
@@ -266,3 +266,23 @@ class TestPromptsFile:
         for path in (tmp_path, tmp_path / "missing"):
             with pytest.raises(UsageError, match="cannot read the prompts file"):
                 prompts_file(path)
+
+
+def test_comments_in_a_prompts_file_are_ignored_on_request(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("# styles\ncomic\n\n  # more\npencil #1\n")
+    assert prompts_file(file, comments=True) == ["comic", "pencil #1"]
+    assert prompts_file(file) == ["# styles", "comic", "# more", "pencil #1"]
+
+
+@pytest.mark.parametrize("job_id", ["a-1", 7])
+def test_the_id_of_a_job_is_repeated_in_its_record(job_id: str | int) -> None:
+    (job,) = jobs.read_stream(io.BytesIO(json.dumps({"id": job_id, "seed": 1}).encode()), "x")
+    assert isinstance(job, Job)
+    assert record(job.line, {"path": "x.png"}, job.id) == {
+        "line": 1,
+        "id": job_id,
+        "ok": True,
+        "path": "x.png",
+        "error": None,
+    }
