@@ -110,7 +110,8 @@ class People:
     def _stored(self, subject: Subject, stress: str | None, face: str) -> Identity:
         name = subject.name if stress is None else f"{subject.name}+{stress}"
         file = self._run / "identities" / _folder(face) / f"{name}.safetensors"
-        if file.is_file():
+        has_photo = stress is None or _is_readable(self._run / degraded_path(subject, stress))
+        if file.is_file() and has_photo:
             try:
                 return Identity.load(file)
             except UsageError as error:  # damaged by a power failure, for example

@@ -106,5 +106,5 @@ def test_docs_list_every_model() -> None:
 
 
 def test_the_british_spelling_is_accepted(capsys):
-    assert run(["licences", "pocket"]) == 0
+    assert run(["licences", "--recipe", "pocket"]) == 0
     assert "pocket" in capsys.readouterr().out

@@ -19,7 +19,7 @@ from support.face_stand_ins import SquareAnalyzer, drawn
 from fastface_cli import files
 from fastface_cli.errors import FastFaceError, UsageError
 from fastface_cli.evaluation.dataset import Subject
-from fastface_cli.evaluation.people import People, reference_path
+from fastface_cli.evaluation.people import People, degraded_path, reference_path
 from fastface_cli.evaluation.runner import generate, joined, score
 from fastface_cli.evaluation.runs import RowLog, Run
 from fastface_cli.files import write_atomically
@@ -129,6 +129,16 @@ def test_damaged_references_and_identities_are_made_again(tmp_path, subject, dam
     assert reference.read_bytes() == pixels
     assert len(messages) == 2  # and that the face is small
     assert "computed again" in messages[0]
+
+
+def test_damaged_degraded_photo_is_made_again(tmp_path, subject):
+    run = tmp_path / "run"
+    digest = people_of(run).identity(subject, "occlusion", "pack").digest()
+    photo = run / degraded_path(subject, "occlusion")
+    pixels = photo.read_bytes()
+    photo.write_bytes(b"")
+    assert people_of(run).identity(subject, "occlusion", "pack").digest() == digest
+    assert photo.read_bytes() == pixels
 
 
 @pytest.mark.parametrize("damage", ["deleted", "halved", "changed"])
