@@ -15,7 +15,7 @@ from .errors import FastFaceError
 
 if TYPE_CHECKING:  # rich is imported where it is used: `--help` must come at once
     from rich.console import Console
-    from rich.progress import Progress, TaskID
+    from rich.progress import Progress, ProgressColumn, TaskID
 
     from .store import ProgressObserver
     from .store.progress import StoreEvent
@@ -147,29 +147,43 @@ def print_error(error: FastFaceError) -> None:
         console.print(safe(error.hint), markup=False)
 
 
-def transfer_progress(*, quiet: bool = False) -> Progress:
-    """Progress of bytes; silent where stderr is not a terminal."""
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
+def _progress(*columns: ProgressColumn, quiet: bool = False) -> Progress:
+    """A progress display on stderr with a description; silent where stderr is not a terminal."""
+    from rich.progress import Progress, TextColumn
 
     console = err()
     return Progress(
         TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
+        *columns,
         console=console,
         disable=quiet or not console.is_terminal,
         transient=True,
         redirect_stdout=sys.stdout.isatty(),  # a pipe or a file gets its lines past the display
     )
+
+
+def transfer_progress(*, quiet: bool = False) -> Progress:
+    """Progress of bytes."""
+    from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    return _progress(BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(), quiet=quiet)
+
+
+def step_progress(*, quiet: bool = False) -> Progress:
+    """Progress of counted work."""
+    from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
+
+    return _progress(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), quiet=quiet)
+
+
+@contextlib.contextmanager
+def spinner(text: str) -> Iterator[None]:
+    """Show work of unknown length."""
+    from rich.progress import SpinnerColumn, TimeElapsedColumn
+
+    with _progress(SpinnerColumn(), TimeElapsedColumn()) as progress:
+        progress.add_task(safe(text), total=None)
+        yield
 
 
 @contextlib.contextmanager
@@ -191,7 +205,7 @@ def download_bars(*, quiet: bool = False) -> Iterator[ProgressObserver]:
             return
         downloads = isinstance(event, DownloadProgress)
         if event.name not in bars:
-            label = event.name if downloads else f"verifying {event.name}"
+            label = safe(event.name if downloads else f"verifying {event.name}")
             bars[event.name] = progress.add_task(label, total=event.total or None)
             received[event.name] = event.done  # earlier bytes are not part of the overall total
         progress.update(bars[event.name], completed=event.done)
@@ -201,40 +215,3 @@ def download_bars(*, quiet: bool = False) -> Iterator[ProgressObserver]:
 
     with progress:
         yield observe
-
-
-def step_progress(*, quiet: bool = False) -> Progress:
-    """Progress of counted work; silent where stderr is not a terminal."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = err()
-    return Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=quiet or not console.is_terminal,
-        transient=True,
-        redirect_stdout=sys.stdout.isatty(),  # a pipe or a file gets its lines past the display
-    )
-
-
-@contextlib.contextmanager
-def spinner(text: str) -> Iterator[None]:
-    """Show work of unknown length; silent where stderr is not a terminal."""
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    console = err()
-    progress = Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}", markup=False),
-        TimeElapsedColumn(),
-        console=console,
-        disable=not console.is_terminal,
-        transient=True,
-        redirect_stdout=sys.stdout.isatty(),  # a pipe or a file gets its lines past the display
-    )
-    with progress:
-        progress.add_task(safe(text), total=None)
-        yield
