@@ -44,7 +44,7 @@ def test_wheel_generates_with_the_pocket_recipe(tmp_path: Path, person) -> None:
     assert listed.returncode == 0, listed.stderr
     assert "pocket-fastface" in listed.stdout
     result = call(
-        *(fastface, "generate", "--recipe", "pocket", "--identity", "me.safetensors"),
+        *(fastface, "generate", "--recipe", "pocket-fastface", "--identity", "me.safetensors"),
         *("--prompt", "a woman smiling", "--seed", "1", "-o", "x.png", "--json"),
         cwd=tmp_path,
         **home,
