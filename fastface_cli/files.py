@@ -104,6 +104,14 @@ def write_atomically(path: Path, data: bytes, *, force: bool, private: bool = Fa
         ) from error
 
 
+def remove_temporaries(folder: Path) -> None:
+    """Remove the temporary files of killed processes from a folder that no other process writes to."""
+    for path, _, names in os.walk(folder):
+        for name in names:
+            if name.startswith(".fastface-") and name.endswith(".tmp"):
+                Path(path, name).unlink(missing_ok=True)
+
+
 def make_folders(folder: Path) -> None:
     """Create a folder and its missing parents, and sync their names to disk."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]

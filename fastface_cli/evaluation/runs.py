@@ -33,7 +33,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..errors import FastFaceError, UsageError
-from ..files import check_target, sync_folder, write_atomically
+from ..files import check_target, remove_temporaries, sync_folder, write_atomically
 from .rows import Row, finite
 
 log = logging.getLogger(__name__)
@@ -110,6 +110,8 @@ class Run:
         self.folder = folder
         self.info = info
         self._lock = _locked(folder) if writable else None
+        if writable:
+            remove_temporaries(folder)
         self._generated = RowLog(folder / "generated.jsonl") if writable else None
         self._scores = RowLog(folder / "scores.jsonl") if writable else None
 

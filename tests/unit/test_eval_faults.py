@@ -279,3 +279,12 @@ def test_vectors_are_never_unpickled(tmp_path):
         np.savez(file, x=np.array([Evil()], dtype=object))
     assert run_all(folder, plan) == before
     assert not (tmp_path / "ran").exists()
+
+
+def test_temporary_files_of_a_killed_process_are_removed(tmp_path):
+    plan, folder = stand_in.plan(), tmp_path / "run"
+    run_all(folder, plan)
+    left = folder / "images" / "pocket" / ".fastface-0123456789abcdef.tmp"
+    left.write_bytes(b"half an image")
+    run_all(folder, plan)
+    assert not left.exists()
