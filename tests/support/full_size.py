@@ -201,10 +201,10 @@ def complete(folder: Path) -> dict[str, Any]:
     paths = write_stack(folder, parts=["base", "hyper", "vae", "adapter", "image_encoder"])
     paths["distillation"] = paths.pop("hyper")
     loaded = pipeline.Pipeline.load(recipe, paths, device="cpu", dtype="float16")
-    text, pooled = loaded.encode_prompt("an astronaut")
+    text, pooled = loaded.backbone.encode_prompt("an astronaut")
     assert text.shape == (77, 2048)
     assert pooled.shape == (1280,)
-    assert loaded.latent_scale == 8
+    assert loaded.backbone.latent_scale == 8
     models = (loaded.unet, loaded.vae, loaded.projection, loaded.parts.image_encoder)
     assert {parameter.dtype for model in models for parameter in model.parameters()} == {HALF}
     own = sum(".processor.to_" in name for name, _ in loaded.unet.named_parameters())
