@@ -16,7 +16,6 @@ from PIL import Image
 from support import eval_stand_ins as stand_in
 from support.face_stand_ins import SquareAnalyzer, drawn
 
-from fastface_cli import files
 from fastface_cli.errors import FastFaceError, UsageError
 from fastface_cli.evaluation.dataset import Subject
 from fastface_cli.evaluation.people import People, degraded_path, reference_path
@@ -218,7 +217,7 @@ def test_a_full_disk_is_no_fault_of_a_photo(tmp_path, subject, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     people = people_of(tmp_path / "run")
-    monkeypatch.setattr(files, "_write", full)
+    monkeypatch.setattr("os.fsync", full)
     for call in (lambda: people.keep_photos(subject), lambda: people.identity(subject, None, "pack")):
         with pytest.raises(FastFaceError, match="No space left") as caught:
             call()
