@@ -133,22 +133,20 @@ def views(settings: Options, portraits: data.Portraits) -> tuple[np.ndarray, np.
 class Adapter(nn.Module):
     """The trained parameters; the base is not part of the module."""
 
-    def __init__(self, base: Any) -> None:
+    def __init__(self, base: Any, scale: float = ADAPTER_SCALE, lora_scale: float = LORA_SCALE) -> None:
         super().__init__()
         width = 2 * clip.TEXT_WIDTH
         self.projection = IPAdapterFaceIDPlusImageProjection(
             embed_dims=width, output_dims=width, hidden_dims=96, heads=2, id_embeddings_dim=recognizer.WIDTH
         )
         self.projection.shortcut = True
-        self.wrapped = [low_rank.inject(base, ENDINGS, RANK, LORA_SCALE)]
+        self.wrapped = [low_rank.inject(base, ENDINGS, RANK, lora_scale)]
         self.additions = low_rank.Additions(self.wrapped[0])
         processors = {}
         for name, processor in base.attn_processors.items():
             if name.endswith("attn2.processor"):
                 attention = base.get_submodule(name.removesuffix(".processor"))
-                own = IPAdapterAttnProcessor(
-                    attention.inner_dim, width, num_tokens=(TOKENS,), scale=ADAPTER_SCALE
-                )
+                own = IPAdapterAttnProcessor(attention.inner_dim, width, num_tokens=(TOKENS,), scale=scale)
                 # Initializing with the keys and values of the text converges much faster.
                 for added, text in ((own.to_k_ip[0], attention.to_k), (own.to_v_ip[0], attention.to_v)):
                     added.weight.data.copy_(text.layer.weight.data)

@@ -106,7 +106,7 @@ class Batch:
     texts: list[str]
     """Captions; "" if dropped."""
     smile: np.ndarray
-    """Whether the first captions specify a smile, [DECODED_COUNT]; half of them contradict the portrait."""
+    """Whether the first captions specify a smile, [decoded]; half of them contradict the portrait."""
     weights: Tensor
     """Loss weights of the positions, [n, 1, h, w]."""
 
@@ -127,8 +127,8 @@ class CaptionedLatents:
         weight = np.array([(1.0 if f.smile else 3.0) * (1.0 if f.sex == "female" else 1.5) for f in facts])
         self.chances = weight / weight.sum()
 
-    def draw(self, count: int, dropout: float) -> Batch:
-        """Return a batch; captions are dropped with a probability, except the first ``DECODED_COUNT``."""
+    def draw(self, count: int, dropout: float, decoded: int = DECODED_COUNT) -> Batch:
+        """Return a batch. The first ``decoded`` captions are never dropped and specify an expression."""
         index = self.draws.choice(self.portraits.train, count, p=self.chances)
         slot = np.where(
             self.draws.random(count) < 0.5,
@@ -136,12 +136,12 @@ class CaptionedLatents:
             self.draws.integers(2, latents.SLOTS, count),
         )
         values = np.stack([self.latents[i, s] for i, s in zip(index, slot, strict=True)]).astype(np.float32)
-        smile = self.draws.random(DECODED_COUNT) < 0.5
+        smile = self.draws.random(decoded) < 0.5
         texts, batch_weights = [], []
         for position, (i, s) in enumerate(zip(index, slot, strict=True)):
             style, mirrored = latents.content(int(i), int(s))
             fact, weights = self.facts[i], self.weights[i, int(mirrored)]
-            with_expression = position < DECODED_COUNT
+            with_expression = position < decoded
             if with_expression:
                 fact = replace(fact, smile=bool(smile[position]), surprised=False)
                 if fact.smile != self.facts[i].smile:  # the mouth of the portrait is no target

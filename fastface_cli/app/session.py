@@ -15,7 +15,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -23,7 +23,7 @@ from .. import pocket
 from ..errors import FastFaceError, UsageError
 from ..recipe.schema import Recipe
 from ..settings import Settings, load_settings
-from .events import Event, IdentityReady, ModelsReady, RunStarted
+from .events import Event, IdentityReady, ImageFinished, ModelsReady, RunStarted
 from .plan import RunPlan, plan_run
 from .request import GenerateRequest
 from .runtime import Runtime
@@ -74,6 +74,8 @@ class Session:
         self.stack = ModelStack(
             self.runtime, self.settings, offline=offline, fused_cache=fused_cache, remember=remember
         )
+        self.finished: list[dict[str, object]] = []
+        """Records of the images of the last run, complete even if it was interrupted between two events."""
         self._running = threading.Lock()
         self._cancelled = threading.Event()
         self._reported: set[str] = set()
@@ -97,7 +99,7 @@ class Session:
         """Cancel the current run at its next step or download event; no effect without a run."""
         self._cancelled.set()
 
-    def run(self, request: GenerateRequest, *, identity: Identity | None = None) -> Iterator[Event]:
+    def run(self, request: GenerateRequest, *, identity: Identity | None = None) -> Generator[Event, None, None]:
         """Run a request.
 
         Closing the iterator cancels the run, as `cancel` does from another thread.
@@ -113,6 +115,7 @@ class Session:
             RunCancelledError: `cancel` was called.
         """
         with self._exclusive():
+            self.finished = []
             plan = plan_run(request, self.recipe, self.runtime.acceleration.lossy())
             photos: Sequence[Photo] = ()
             if identity is None or request.photos or request.identity:
@@ -177,7 +180,9 @@ class Session:
         events: queue.SimpleQueue[Event | _Ended] = queue.SimpleQueue()
 
         def emit(event: Event) -> None:
-            if self._cancelled.is_set():
+            if isinstance(event, ImageFinished):  # it is written: never dropped
+                self.finished.append(event.record())
+            elif self._cancelled.is_set():
                 raise RunCancelledError("the run was cancelled", "finished images are kept")
             events.put(event)
 
@@ -189,8 +194,8 @@ class Session:
                 events.put(_Ended(error))
 
         worker = threading.Thread(target=target, name="fastface-run", daemon=True)
-        worker.start()
         try:
+            worker.start()
             while not isinstance(event := events.get(), _Ended):
                 yield event
             if event.error is not None:
@@ -199,7 +204,8 @@ class Session:
             self._cancelled.set()
             raise
         finally:
-            worker.join()
+            if worker.ident is not None:
+                worker.join()
 
 
 class _Ended:

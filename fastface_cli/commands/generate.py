@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -190,39 +189,31 @@ def generate(
         _refuse_with_jobs(request, prompts_file)
         run_jobs(open_session(), request, jobs)
         return
-    images = RunImages()
+    session = open_session()
     try:
-        session = open_session()
-        show_run(session, request, images, as_json=as_json, verbosity=verbose)
+        sheet = show_run(session, request, as_json=as_json, verbosity=verbose)
     except BaseException as error:
         # However the run ended, the JSON lists the images that were written.
-        vars(error)["partial"] = images.record()
+        vars(error)["partial"] = {"images": session.finished}
         raise
     if as_json:
-        console.print_json({"ok": True, **images.record(), "error": None})
+        grid_record = {} if sheet is None else {"grid": str(sheet)}
+        console.print_json({"ok": True, "images": session.finished, **grid_record, "error": None})
 
 
-@dataclass
-class RunImages:
-    """The images written so far; printed as JSON even if the run fails midway."""
+def show_run(session: Session, request: GenerateRequest, *, as_json: bool, verbosity: int) -> Path | None:
+    """Run a request and show its events: paths on stdout, progress and notes on stderr.
 
-    images: list[Mapping[str, Any]] = field(default_factory=list)
-    grid: Path | None = None
-
-    def record(self) -> dict[str, Any]:
-        """Return the entries for the JSON object."""
-        return {"images": self.images} | ({"grid": str(self.grid)} if self.grid else {})
-
-
-def show_run(
-    session: Session, request: GenerateRequest, images: RunImages, *, as_json: bool, verbosity: int
-) -> None:
-    """Run a request and show its events: paths on stdout, progress and notes on stderr."""
+    Returns:
+        the path of the contact sheet, if there is one.
+    """
     from ..app.events import IdentityReady, ImageFinished, ModelsReady, RunFinished, RunStarted, StepFinished
 
     verbosity = max(verbosity, session.settings.verbosity)
-    with RunDisplay() as display:
-        for event in session.run(request):
+    grid = None
+    # An error between two events must end the run before it is reported.
+    with RunDisplay() as display, closing(session.run(request)) as events:
+        for event in events:
             match event:
                 case RunStarted():
                     started = event
@@ -243,17 +234,17 @@ def show_run(
                 case StepFinished():
                     display.steps(event.done, event.total)
                 case ImageFinished():
-                    images.images.append(event.record())
                     if event.candidates and not as_json:
                         _print_scores(event.candidates)
                     if not as_json:
                         console.line(str(event.path))
                 case RunFinished():
-                    images.grid = event.grid
-                    if event.grid and not as_json:
-                        console.line(str(event.grid))
+                    grid = event.grid
+                    if grid and not as_json:
+                        console.line(str(grid))
                 case _:
                     display.transfer(event)
+    return grid
 
 
 def _print_models(event: ModelsReady) -> None:

@@ -58,6 +58,8 @@ def commands(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[s
     if not below or getattr(command, "invoke_without_command", False):
         yield path, command.help or ""
     for name, each in below.items():
+        if each.hidden:  # another spelling of a command
+            continue
         yield from commands(each, (*path, name))
 
 
