@@ -99,7 +99,7 @@ class Session:
         """Cancel the current run at its next step or download event; no effect without a run."""
         self._cancelled.set()
 
-    def run(self, request: GenerateRequest, *, identity: Identity | None = None) -> Generator[Event, None, None]:
+    def run(self, request: GenerateRequest, *, identity: Identity | None = None) -> Generator[Event]:
         """Run a request.
 
         Closing the iterator cancels the run, as `cancel` does from another thread.

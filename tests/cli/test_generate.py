@@ -405,13 +405,13 @@ def test_weights_that_are_no_numbers(generate, layout, me, tmp_path):
         (cli._Interrupted(), 130, "interrupted", "interrupted"),
     ],
 )
-def test_json_lists_the_pictures_made_whatever_ends_the_run(
-    raised, code, kind, message, generate, monkeypatch
+def test_json_lists_the_finished_images_whatever_ends_the_run(
+    raised, code, kind, message, generate, monkeypatch, tmp_path
 ):
     from PIL import Image
 
     from fastface_cli.app.events import ImageFinished
-    from fastface_cli.app.session import Session
+    from fastface_cli.app.generation import Generation
     from fastface_cli.output.metadata import Provenance
     from fastface_cli.recipe.files import load_recipe
 
@@ -427,12 +427,22 @@ def test_json_lists_the_pictures_made_whatever_ends_the_run(
     )
     image = ImageFinished(Path("x.png"), Image.new("RGB", (8, 8)), provenance, seconds=1.0)
 
-    def run(_session, _request):
-        yield image
+    def run(generation):
+        generation.emit(image)
         raise raised
 
-    monkeypatch.setattr(Session, "run", run)
-    ended = generate("--json")
+    monkeypatch.setattr(Generation, "run", run)
+    ended = generate(
+        "--recipe",
+        "pocket",
+        "--face",
+        Path(__file__).parents[2] / "examples/portrait.png",
+        "--prompt",
+        "a",
+        "-o",
+        tmp_path / "y.png",
+        "--json",
+    )
     assert ended.code == code
     assert ended.json["images"] == [image.record()]
     assert ended.json["error"]["kind"] == kind
