@@ -23,7 +23,7 @@ from fastface_cli import FastFace
 from fastface_cli.app.pipeline import GeneratedImage, Request
 from fastface_cli.app.provenance import provenance_of
 from fastface_cli.identity.identity import Identity
-from fastface_cli.output.images import write_png
+from fastface_cli.output.images import write_image
 from fastface_cli.output.metadata import describe
 from fastface_cli.sampling import attention
 
@@ -82,7 +82,7 @@ def draw_portrait(candidates: int = 16) -> None:
         if score.likeness is not None and score.prompt is not None:
             scored.append((score.prompt, result))
     _, best = max(scored, key=lambda pair: pair[0])
-    write_png(best.image, PORTRAIT, text=describe(provenance_of(face.recipe, best)), force=True)
+    write_image(best.image, PORTRAIT, text=describe(provenance_of(face.recipe, best)), force=True)
     print(f"{PORTRAIT.relative_to(HERE.parent)}: seed {best.request.seed} of {candidates}")
 
 

@@ -13,6 +13,7 @@ import typer
 
 from . import __version__, console
 from .commands import bench, cache, doctor, download, evaluate, generate, licenses, recipes
+from .commands.panels import PanelledCommand
 from .errors import FastFaceError, UsageError, unexpected
 
 app = typer.Typer(
@@ -23,7 +24,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # boxes take longer to import than all the rest of --help
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command(name="generate", short_help="Put a person into an image.")(generate.generate)
+app.command(name="generate", cls=PanelledCommand, short_help="Put a person into an image.")(generate.generate)
 app.command(name="download", short_help="Download and verify models.")(download.download)
 app.command(name="bench", short_help="Measure the time per image.")(bench.bench)
 app.command(name="doctor", short_help="Check this machine and print the command that fixes each problem.")(

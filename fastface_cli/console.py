@@ -28,6 +28,14 @@ def _plain() -> bool:
     return "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb"
 
 
+_state = {"quiet": False}
+
+
+def be_quiet(quiet: bool = True) -> None:
+    """Print only results and errors from now on, without progress and notes."""
+    _state["quiet"] = quiet
+
+
 def out() -> Console:
     """Console of results."""
     from rich.console import Console
@@ -62,6 +70,8 @@ def line(text: str) -> None:
 
 def note(text: str) -> None:
     """One line of progress or advice on stderr."""
+    if _state["quiet"]:
+        return
     err().print(safe(text), markup=False)
 
 
@@ -73,6 +83,7 @@ class _NoteHandler(logging.Handler):
 @contextlib.contextmanager
 def log_notes() -> Iterator[None]:
     """Print the log messages of the library on stderr."""
+    be_quiet(False)
     logger, handler = logging.getLogger(__package__), _NoteHandler()
     level, propagate = logger.level, logger.propagate
     logger.addHandler(handler)
@@ -156,7 +167,7 @@ def _progress(*columns: ProgressColumn, quiet: bool = False) -> Progress:
         TextColumn("{task.description}", markup=False),
         *columns,
         console=console,
-        disable=quiet or not console.is_terminal,
+        disable=quiet or _state["quiet"] or not console.is_terminal,
         transient=True,
         redirect_stdout=sys.stdout.isatty(),  # a pipe or a file gets its lines past the display
     )

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import UsageError
 from ..models.acceleration import DEFAULT, Acceleration
-from ..recipe.schema import Recipe
+from ..recipe.schema import AdapterScale, Recipe
 from ..settings import Saving, Settings
 from .events import ImageFinished
 from .request import GenerateRequest
@@ -119,7 +119,7 @@ class FastFace:
         seed: int | None = None,
         count: int = 1,
         negative_prompt: str | None = None,
-        adapter_scale: float | None = None,
+        adapter_scale: AdapterScale | None = None,
         batch_size: int = 1,
     ) -> list[Image.Image]:
         """Generate images of a person.
@@ -130,7 +130,7 @@ class FastFace:
             seed: of the first image; the next images use the following seeds. None: the recipe's, or random.
             count: number of images.
             negative_prompt: None: the recipe's.
-            adapter_scale: None: the recipe's.
+            adapter_scale: a constant, or one number per step; None: the recipe's.
             batch_size: number of images per UNet call.
 
         Returns:
@@ -159,7 +159,7 @@ class FastFace:
         n: int = 8,
         seed: int | None = None,
         negative_prompt: str | None = None,
-        adapter_scale: float | None = None,
+        adapter_scale: AdapterScale | None = None,
         batch_size: int = 1,
     ) -> Best:
         """Of `n` images that follow the prompt, return the most similar to the person: see `best_of.choose`.
@@ -170,7 +170,7 @@ class FastFace:
             n: number of candidates.
             seed: of the first candidate; the next use the following seeds. None: the recipe's, or random.
             negative_prompt: None: the recipe's.
-            adapter_scale: None: the recipe's.
+            adapter_scale: a constant, or one number per step; None: the recipe's.
             batch_size: number of images per UNet call.
 
         Raises:

@@ -37,6 +37,8 @@ class IdentityReady:
     identity: Identity
     matches_replay: bool
     """False if the replayed image was made with another identity."""
+    saved: Path | None = None
+    """The identity file written."""
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 from PIL import Image, ImageOps
 
-from ..output.images import enlarged, grid, write_png
+from ..output.images import enlarged, grid, write_image
 from ..output.metadata import describe, marker
 from ..output.writer import Behind
+from ..recipe.schema import scale_text
 from .best_of import Candidates, Scorer, make_candidates
 from .events import Event, ImageFinished, RunFinished, StepFinished
 from .pipeline import GeneratedImage, Pipeline, Request
@@ -102,8 +103,8 @@ class Generation:
         provenance = provenance_of(self.plan.recipe, image, best_of=summary)
         output = self.request.output
         if output is not None and path is not None:
-            text = describe(provenance) if output.metadata else None
-            path = write_png(image.image, path, text=text, force=output.force)
+            text = describe(provenance, path.suffix) if output.metadata else None
+            path = write_image(image.image, path, text=text, force=output.force)
         self.emit(ImageFinished(path, image.image, provenance, image.seconds, candidates))
 
     @property
@@ -115,8 +116,8 @@ class Generation:
         """What distinguishes an image in the contact sheet; its prompt if nothing does."""
         cells = self.plan.cells
         parts = []
-        if len({cell.adapter_scale for cell in cells}) > 1:
-            parts.append(f"scale {image.adapter_scale:g}")
+        if len({scale_text(cell.adapter_scale) for cell in cells}) > 1:
+            parts.append(f"scale {scale_text(image.adapter_scale)}")
         if len({cell.seed for cell in cells}) > 1:
             parts.append(f"seed {image.request.seed}")
         if len({cell.prompt for cell in cells}) > 1 or not parts:
@@ -139,7 +140,7 @@ class Generation:
         if self.plan.grid is None:
             return None
         text = marker() if output.metadata else None
-        return write_png(self._contact_sheet(), self.plan.grid, text=text, force=output.force)
+        return write_image(self._contact_sheet(), self.plan.grid, text=text, force=output.force)
 
     def _contact_sheet(self) -> Image.Image:
         """The reference and all images, one prompt (or the candidates of one image) per row."""

@@ -18,6 +18,7 @@ lines:
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from typing import IO, Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..errors import FastFaceError, UsageError, nearest
+from ..recipe.schema import AdapterScale
 
 MAX_LINE = 1024 * 1024
 """Bytes of one line."""
@@ -56,7 +58,7 @@ class Job(BaseModel):
     """File, folder or template, as `-o`."""
     set: list[_Name] = []
     """Changes to the recipe, `field=VALUE`, as `--set`; a JSON object of fields is turned into these."""
-    adapter_scale: Annotated[float, Field(ge=-5, le=5)] | None = None
+    adapter_scale: AdapterScale | None = None
     best_of: Annotated[int, Field(ge=1, le=1000)] | None = None
     """Candidates per image, as `--best-of`."""
 
@@ -187,7 +189,8 @@ def _job(data: bytes, number: int, where: str) -> Job | None:
         return Job(**{name: item for name, item in value.items() if item is not None}, line=number)
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
-        field = ".".join(map(str, first["loc"]))
+        # Without the names that pydantic gives to the branches of a union.
+        field = ".".join(str(part) for part in first["loc"] if not re.search(r"[\[-]", str(part)))
         message = first["msg"].removeprefix("Value error, ")[:200]
         raise UsageError(f"{where}: {field}: {message}" if field else f"{where}: {message}") from error
     except RecursionError as error:

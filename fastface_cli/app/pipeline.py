@@ -27,7 +27,7 @@ from ..models.loading import Homes, configured, load_parts, load_scheduler
 from ..models.offload import OFF, Level, check_level, in_blocks, visiting
 from ..models.schedulers import is_stochastic, with_steps
 from ..quiet import quiet_libraries
-from ..recipe.schema import Recipe
+from ..recipe.schema import AdapterScale, Recipe, per_step
 from ..sampling import attention, guidance, processor
 from ..sampling.denoiser import GuidedDenoiser, denoise
 from ..sampling.loop import Denoiser, OnStep, Trace, ignore_step, sample
@@ -52,8 +52,8 @@ class Request:
     identity: Identity
     negative_prompt: str | None = None
     """None: zero embeddings, which is not the encoding of an empty text."""
-    adapter_scale: float | None = None
-    """None: the scale of the pipeline's recipe."""
+    adapter_scale: AdapterScale | None = None
+    """A constant, or one number per step; None: the scale of the pipeline's recipe."""
 
 
 @dataclass
@@ -62,7 +62,7 @@ class GeneratedImage:
 
     image: Image.Image
     request: Request
-    adapter_scale: float
+    adapter_scale: AdapterScale
     unet_samples: int
     """Number of UNet samples, over all steps."""
     seconds: float
@@ -290,7 +290,7 @@ class Pipeline:
                     lossy=self.acceleration.lossy(),
                 )
 
-    def _scale(self, request: Request) -> float:
+    def _scale(self, request: Request) -> AdapterScale:
         return self.recipe.adapter.scale if request.adapter_scale is None else request.adapter_scale
 
     def sample(
@@ -363,8 +363,9 @@ class Pipeline:
         if self.acceleration.cache_kv:
             with self.watch("keys"):
                 projected = self.project(text, identity)
-        scales = [self._scale(r) for r in requests]
         sampling = self.recipe.sampling
+        by_image = [per_step(self._scale(r), sampling.steps) for r in requests]
+        scales = list(zip(*by_image, strict=True))
         return processor.Conditions(
             text=text,
             pooled=torch.stack([pooled for _, pooled in embeddings]),
@@ -373,7 +374,7 @@ class Pipeline:
             scale=torch.tensor(scales, device=self.device),
             images=len(requests),
             # A compiled step accepts any scale; without identity attention it would be another graph.
-            has_identity=any(scales) or self.acceleration.compile,
+            has_identity=[any(step) or self.acceleration.compile for step in scales],
             projected=projected,
             extra=self.adapter.extra_conditioning([r.identity for r in requests]),
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import secrets
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ from ..output.images import plan_paths
 from ..output.metadata import Provenance
 from ..output.replay import read as read_provenance
 from ..recipe.files import Flag, load_recipe, load_recipe_data
+from ..recipe.schema import AdapterScale, scale_text
 from ..store.manifest import load_manifest
 from .licensing import artifacts_of, check_commercial
 from .request import GenerateRequest, OutputPlan
@@ -37,7 +39,7 @@ class OutputNames:
     """
 
     def __init__(
-        self, output: OutputPlan, recipe: Recipe, contents: Sequence[tuple[str, int, float]]
+        self, output: OutputPlan, recipe: Recipe, contents: Sequence[tuple[str, int, AdapterScale]]
     ) -> None:
         self._output = output
         self._recipe = recipe
@@ -59,7 +61,7 @@ class OutputNames:
             {
                 "recipe": self._recipe.name,
                 "prompt": prompt,
-                "scale": scale,
+                "scale": scale_text(scale),
                 "index": index,
                 "seed": seed + candidate,
             }
@@ -75,7 +77,7 @@ class ImageCell:
     prompt: str
     seed: int
     """Seed of the first candidate."""
-    adapter_scale: float
+    adapter_scale: AdapterScale
     index: int
     """Position in the run, counted from 0."""
 
@@ -117,9 +119,13 @@ def plan_run(request: GenerateRequest, default: str | Recipe, lossy: Mapping[str
         defaults = _changed(request, provenance.as_run())
     if request.commercial:
         check_commercial(artifacts_of(recipe).values(), f"recipe '{recipe.name}'")
+    if request.aspect is not None:
+        recipe = _with_aspect(recipe, request.aspect)
     prompts = request.prompts or ((defaults.prompt,) if defaults.prompt is not None else ())
-    if not prompts:
+    if not prompts and not request.only_identity:
         raise UsageError("there is no prompt", 'describe the image: --prompt "a portrait in a garden"')
+    if not all(prompt.strip() for prompt in prompts):
+        raise UsageError("a prompt is empty", 'describe the image: --prompt "a portrait in a garden"')
     seeds = _seeds(request, defaults.seed)
     negative = defaults.negative_prompt if request.negative_prompt is None else request.negative_prompt
     scales = request.adapter_scales or (defaults.adapter.scale,)
@@ -128,8 +134,8 @@ def plan_run(request: GenerateRequest, default: str | Recipe, lossy: Mapping[str
     names = grid = None
     if request.output is not None:
         names = OutputNames(request.output, recipe, contents)
-        first = names.first[0]
-        grid = first.with_name(f"{first.stem}-grid.png") if request.output.grid else None
+        first = names.first[0] if contents else None
+        grid = first.with_name(f"{first.stem}-grid.png") if first and request.output.grid else None
         _check_targets(request.output, names.first, grid)
     expected = provenance.identity_digest if provenance else None
     return RunPlan(recipe, negative, seeds, cells, names, grid, expected)
@@ -147,6 +153,19 @@ def _load(request: GenerateRequest, base: str | Recipe) -> Recipe:
             base.canonical(), base.name, overrides=request.overrides, flags=changes, stack=request.stack
         )
     return resolved.recipe
+
+
+def _with_aspect(recipe: Recipe, aspect: tuple[int, int]) -> Recipe:
+    """The recipe with another shape of about the same area: both sides in 16ths of its shorter side."""
+    width, height = recipe.sampling.width, recipe.sampling.height
+    unit = max(8, min(width, height) // 16 // 8 * 8)
+    ratio = math.sqrt(aspect[0] / aspect[1])
+    sides = [max(1, round(math.sqrt(width * height) * share / unit)) * unit for share in (ratio, 1 / ratio)]
+    if max(sides) > 4 * min(sides):
+        raise UsageError(f"the aspect ratio {aspect[0]}:{aspect[1]} is too long", "use at most 4:1")
+    return recipe.model_copy(
+        update={"sampling": recipe.sampling.model_copy(update={"width": sides[0], "height": sides[1]})}
+    )
 
 
 def random_seed() -> int:

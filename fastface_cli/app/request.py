@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
 
 from ..errors import UsageError
+from ..recipe.schema import AdapterScale
 
 
 def encodable(text: object) -> str:
@@ -24,7 +25,6 @@ def _any_text(value: object) -> str:
 
 AnyText = Annotated[str, PlainValidator(_any_text)]
 Prompt = Annotated[str, PlainValidator(encodable)]
-AdapterScale = Annotated[float, Field(ge=-5, le=5, allow_inf_nan=False)]
 
 
 class _Frozen(BaseModel):
@@ -87,11 +87,19 @@ class GenerateRequest(_Frozen):
     """Candidates per image; the best one is kept."""
     adapter_scales: tuple[AdapterScale, ...] = ()
     """One image per scale; empty: the recipe's scale."""
+    aspect: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None = None
+    """Ratio of width and height, at about as many pixels as the recipe's size."""
     batch_size: Annotated[int, Field(ge=1)] = 1
     commercial: bool = False
     """Refuse models whose license forbids commercial use."""
     output: OutputPlan | None = OutputPlan()
     """None: nothing is written; the images are only in the events."""
+
+    @property
+    def only_identity(self) -> bool:
+        """Whether the run only saves an identity: a place to save it, and nothing to generate."""
+        saves = self.output is not None and self.output.save_identity is not None
+        return saves and not self.prompts and self.replay is None
 
     @model_validator(mode="after")
     def _one_source(self) -> GenerateRequest:

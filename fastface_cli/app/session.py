@@ -23,7 +23,7 @@ from .. import pocket
 from ..errors import FastFaceError, UsageError
 from ..recipe.schema import Recipe
 from ..settings import Settings, load_settings
-from .events import Event, IdentityReady, ImageFinished, ModelsReady, RunStarted
+from .events import Event, IdentityReady, ImageFinished, ModelsReady, RunFinished, RunStarted
 from .plan import RunPlan, plan_run
 from .request import GenerateRequest
 from .runtime import Runtime
@@ -131,9 +131,13 @@ class Session:
                 identity = stack.identity(
                     plan.recipe, photos, face_index=request.face_index, face_box=request.face_box
                 )
+            saved = None
             if request.output is not None and request.output.save_identity is not None:
-                identity.save(request.output.save_identity, force=request.output.force)
-            yield IdentityReady(identity, plan.expected_identity in (None, identity.digest()))
+                saved = identity.save(request.output.save_identity, force=request.output.force)
+            yield IdentityReady(identity, plan.expected_identity in (None, identity.digest()), saved)
+            if not plan.cells:
+                yield RunFinished(0, None)
+                return
             yield from self._stream(lambda emit: stack.model_files(plan.recipe, emit))
             began = time.perf_counter()
             pipeline = stack.pipeline(plan.recipe, runtime)

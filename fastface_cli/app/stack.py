@@ -124,7 +124,10 @@ class ModelStack:
         return self._pipeline
 
     def _load(self, recipe: Recipe, runtime: ResolvedRuntime) -> Pipeline:
-        from .pipeline import Pipeline
+        from ..quiet import quiet_libraries
+
+        with quiet_libraries():  # importing diffusers logs advice about packages that are not needed
+            from .pipeline import Pipeline
 
         if runtime.acceleration.compile:
             from ..models.compilation import keep_graphs

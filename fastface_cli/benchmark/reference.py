@@ -193,7 +193,10 @@ class PublishedPipeline:
                 )
 
     def _scale(self, request: Request) -> float:
-        return self.recipe.adapter.scale if request.adapter_scale is None else request.adapter_scale
+        scale = self.recipe.adapter.scale if request.adapter_scale is None else request.adapter_scale
+        if isinstance(scale, list):
+            raise ValueError("the published code supports only one adapter scale for all steps")
+        return scale
 
     def sample(self, requests: Sequence[Request]) -> tuple[Trace, Tensor]:
         """Run the sampling loop for one batch; return the latents of every step, and the timesteps."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .. import console
+from ..errors import ModelUnavailableError, UsageError
 from . import options
 
 if TYPE_CHECKING:
@@ -19,6 +20,10 @@ def doctor(
         bool, typer.Option("--fix", help="Replace packages that overwrite each other (ONNX Runtime, OpenCV).")
     ] = False,
     offline: options.OfflineOption = False,
+    online: Annotated[
+        bool,
+        typer.Option("--online", help="Only ask the servers for every pinned file; download nothing."),
+    ] = False,
     as_json: options.JsonOption = False,
 ) -> None:
     """Check this machine and print the command that fixes each problem.
@@ -27,6 +32,11 @@ def doctor(
 
     Example: fastface doctor --recipe pocket
     """
+    if online and offline:
+        raise UsageError("--online and --offline exclude each other", "leave one of them out")
+    if online:
+        _check_pins(as_json=as_json)
+        return
     from ..doctor.checks import examine
     from ..doctor.face_libraries import repair_packages
     from ..doctor.machine import inspect_machine
@@ -56,6 +66,32 @@ def doctor(
             console.line(f"{loaded.name} can run here")
     if failures:
         raise _failure(loaded.name, failures, report)
+    if as_json:
+        console.print_json({"ok": True, **report, "error": None})
+
+
+def _check_pins(*, as_json: bool) -> None:
+    from ..doctor.pins import check_pins
+    from ..store import load_manifest
+
+    with console.spinner("asking for every pinned file"):
+        pins = check_pins(load_manifest().values())
+    bad = [pin for pin in pins if pin.problem]
+    report = {"pins": [pin.record() for pin in pins]}
+    if not as_json:
+        rows = [
+            [pin.artifact, pin.path, pin.problem or ("ok" if pin.hash_seen else "ok, hash not named")]
+            for pin in pins
+        ]
+        console.print_table("", ["model", "file", "answer"], rows)
+        console.line(f"{len(pins) - len(bad)} of {len(pins)} pinned files are available as pinned")
+    if bad:
+        error = ModelUnavailableError(
+            f"{len(bad)} of {len(pins)} pinned files are not available as pinned: {bad[0].problem}",
+            "check the network with `fastface doctor`",
+        )
+        error.partial = report
+        raise error
     if as_json:
         console.print_json({"ok": True, **report, "error": None})
 

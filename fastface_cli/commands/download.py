@@ -144,7 +144,13 @@ def _show(store: Store, artifacts: list[Artifact], *, json: bool) -> None:
                         "commercial": artifact.commercial,
                         "commercial_note": artifact.commercial_note,
                         "path": str(store.path(artifact)),
-                        "files": [_as_json(file) for file in states[artifact.name]],
+                        "repo": artifact.repo,
+                        "commit": artifact.commit,
+                        "url": artifact.url,
+                        "files": [
+                            {**_as_json(file), "sha256": _hashes(artifact).get(file.path)}
+                            for file in states[artifact.name]
+                        ],
                     }
                     for artifact in artifacts
                 ],
@@ -196,6 +202,10 @@ def _verify(store: Store, artifacts: list[Artifact], *, json: bool) -> None:
         raise error
     if json:
         console.print_json({"ok": True, "files": report})
+
+
+def _hashes(artifact: Artifact) -> dict[str, str | None]:
+    return {file.path: file.sha256 for file in artifact.files}
 
 
 def _size(artifact: Artifact, files: list[FileStatus]) -> int:

@@ -13,6 +13,7 @@ from .. import console
 from ..errors import UsageError
 from . import options
 from .completion import complete_saving
+from .options import IMAGE, MACHINE, OUTPUT, PERSON, RECIPE
 from .run_display import RunDisplay
 
 if TYPE_CHECKING:
@@ -24,101 +25,191 @@ if TYPE_CHECKING:
 
 
 def generate(
+    # ---------------------------------------------------------------------------------------- person
     face: Annotated[
         list[Path] | None,
-        typer.Option("--face", metavar="PHOTO", help="Photo of the person; repeatable."),
+        typer.Option(
+            "--face", metavar="PHOTO", help="Photo of the person; repeatable.", rich_help_panel=PERSON
+        ),
     ] = None,
+    identity: Annotated[
+        Path | None,
+        typer.Option(
+            help="Identity file made with --save-identity, instead of photos.", rich_help_panel=PERSON
+        ),
+    ] = None,
+    save_identity: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write the identity to this .safetensors file; without a prompt, only that.",
+            rich_help_panel=PERSON,
+        ),
+    ] = None,
+    face_index: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Index of the face in the photo, largest first, from 0.", rich_help_panel=PERSON
+        ),
+    ] = None,
+    face_box: Annotated[
+        str | None,
+        typer.Option(
+            help="Box around the face, x1,y1,x2,y2, in pixels of the photo.", rich_help_panel=PERSON
+        ),
+    ] = None,
+    remember: Annotated[
+        bool,
+        typer.Option(
+            "--remember", help="Cache the face embedding on disk for later runs.", rich_help_panel=PERSON
+        ),
+    ] = False,
+    # ----------------------------------------------------------------------------------------- image
     prompt: Annotated[
         list[str] | None,
         typer.Option(
-            "--prompt", "-p", metavar="TEXT", help="What the image shows; repeatable, one image each."
+            "--prompt",
+            "-p",
+            metavar="TEXT",
+            help="What the image shows; repeatable, one image each.",
+            rich_help_panel=IMAGE,
         ),
     ] = None,
-    recipe: options.RecipeOption = None,
-    output: Annotated[
-        str | None,
-        typer.Option("--output", "-o", help="File, folder or template, for example '{recipe}-{seed}.png'."),
+    negative_prompt: Annotated[
+        str | None, typer.Option(help="What the image must not show.", rich_help_panel=IMAGE)
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the first image.", show_default="random")] = None,
+    prompts_file: Annotated[
+        Path | None,
+        typer.Option(help="File with one prompt per line; # starts a comment.", rich_help_panel=IMAGE),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="Seed of the first image.", show_default="random", rich_help_panel=IMAGE),
+    ] = None,
     count: Annotated[
-        int, typer.Option(min=1, max=10000, help="Number of images per prompt: seed, seed+1, ...")
+        int,
+        typer.Option(
+            min=1, max=10000, help="Number of images per prompt: seed, seed+1, ...", rich_help_panel=IMAGE
+        ),
     ] = 1,
     best_of: Annotated[
         int,
-        typer.Option(min=1, max=1000, help="Generate N candidates per image and keep the best likeness."),
+        typer.Option(
+            min=1,
+            max=1000,
+            help="Generate N candidates per image and keep the best likeness.",
+            rich_help_panel=IMAGE,
+        ),
     ] = 1,
-    prompts_file: Annotated[
-        Path | None, typer.Option(help="File with one prompt per line; # starts a comment.")
-    ] = None,
-    negative_prompt: Annotated[str | None, typer.Option(help="What the image must not show.")] = None,
-    identity: Annotated[
-        Path | None, typer.Option(help="Identity file made with --save-identity, instead of photos.")
-    ] = None,
-    save_identity: Annotated[
-        Path | None, typer.Option(help="Also write the identity to this .safetensors file.")
-    ] = None,
-    face_index: Annotated[
-        int | None, typer.Option(min=0, help="Index of the face in the photo, largest first, from 0.")
-    ] = None,
-    face_box: Annotated[
-        str | None, typer.Option(help="Box around the face, x1,y1,x2,y2, in pixels of the photo.")
-    ] = None,
-    steps: options.StepsOption = None,
     size: Annotated[
         str | None,
-        typer.Option(help="Width and height in pixels: 1024x1024.", show_default="the recipe's"),
+        typer.Option(
+            help="Width and height in pixels, 1024x1024, or an aspect ratio, 3:4.",
+            show_default="the recipe's",
+            rich_help_panel=IMAGE,
+        ),
     ] = None,
+    from_: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            help="Repeat the recipe, prompt and seed of an image made by fastface.",
+            rich_help_panel=IMAGE,
+        ),
+    ] = None,
+    jobs: Annotated[
+        str | None,
+        typer.Option(help="JSONL file with one image per line; - reads stdin.", rich_help_panel=IMAGE),
+    ] = None,
+    # ---------------------------------------------------------------------------------------- output
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="File (.png, .jpg, .webp), folder or template, for example '{recipe}-{seed}.png'.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
+    grid: Annotated[
+        bool,
+        typer.Option("--grid", help="Also write a contact sheet of all images.", rich_help_panel=OUTPUT),
+    ] = False,
+    save_latents: Annotated[
+        Path | None,
+        typer.Option(help="Also write the latents to this .safetensors file.", rich_help_panel=OUTPUT),
+    ] = None,
+    no_metadata: Annotated[
+        bool,
+        typer.Option("--no-metadata", help="Write no metadata into the image.", rich_help_panel=OUTPUT),
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace existing files.", rich_help_panel=OUTPUT)
+    ] = False,
+    as_json: options.JsonOption = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Print only paths and errors.", rich_help_panel=OUTPUT)
+    ] = False,
+    verbose: Annotated[
+        int,
+        typer.Option(
+            "--verbose",
+            "-v",
+            count=True,
+            show_default=False,
+            help="Print progress details.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = 0,
+    # ---------------------------------------------------------------------------------------- recipe
+    recipe: options.RecipeOption = None,
+    steps: options.StepsOption = None,
     adapter_scale: Annotated[
         str | None,
-        typer.Option(help="Strength of the identity adapter; 0.4,0.8 makes one image each."),
+        typer.Option(
+            help="Strength of the identity adapter; 0.4,0.8 makes one image each.", rich_help_panel=RECIPE
+        ),
     ] = None,
     lora_scale: Annotated[
         float | None,
-        typer.Option(help="Weight of the LoRA inside the adapter file.", show_default="the recipe's"),
+        typer.Option(
+            help="Weight of the LoRA inside the adapter file.",
+            show_default="the recipe's",
+            rich_help_panel=RECIPE,
+        ),
+    ] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE[:WEIGHT]", help="Add a style LoRA; repeatable.", rich_help_panel=RECIPE),
     ] = None,
     set_: options.SetOption = None,
     stack: options.StackOption = None,
-    from_: Annotated[
-        Path | None,
-        typer.Option("--from", help="Repeat the recipe, prompt and seed of an image made by fastface."),
-    ] = None,
     allow_hub: Annotated[
         bool,
-        typer.Option("--allow-hub", help="With --from: download Hub repositories that only the image names."),
+        typer.Option(
+            "--allow-hub",
+            help="With --from: download Hub repositories that only the image names.",
+            rich_help_panel=RECIPE,
+        ),
     ] = False,
-    jobs: Annotated[
-        str | None, typer.Option(help="JSONL file with one image per line; - reads stdin.")
-    ] = None,
-    grid: Annotated[bool, typer.Option("--grid", help="Also write a contact sheet of all images.")] = False,
-    save_latents: Annotated[
-        Path | None, typer.Option(help="Also write the latents to this .safetensors file.")
-    ] = None,
-    no_metadata: Annotated[
-        bool, typer.Option("--no-metadata", help="Write no metadata into the PNG.")
-    ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace existing files.")] = False,
+    commercial: options.CommercialOption = False,
+    # --------------------------------------------------------------------------------------- machine
     device: options.DeviceOption = None,
     dtype: options.DtypeOption = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Number of images per UNet call.")] = 1,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Number of images per UNet call.", rich_help_panel=MACHINE)
+    ] = 1,
     low_memory: Annotated[
         str | None,
         typer.Option(
             help="GPU memory in GB to fit into by offloading: 12, 8, 6, auto or off.",
             show_default="auto",
             autocompletion=complete_saving,
+            rich_help_panel=MACHINE,
         ),
     ] = None,
     compile_: options.CompileOption = False,
     accelerate: options.AccelerateOption = None,
-    remember: Annotated[
-        bool, typer.Option("--remember", help="Cache the face embedding on disk for later runs.")
-    ] = False,
     offline: options.OfflineOption = False,
-    commercial: options.CommercialOption = False,
-    as_json: options.JsonOption = False,
-    verbose: Annotated[
-        int, typer.Option("--verbose", "-v", count=True, show_default=False, help="Print progress details.")
-    ] = 0,
 ) -> None:
     """Put a person into an image: from a photo and a prompt, generate that person in that scene.
 
@@ -131,6 +222,8 @@ def generate(
       fastface generate --face me.jpg --prompt "a sailor" --best-of 4 -o image.png
 
       fastface generate --from image.png --face me.jpg
+
+      fastface generate --face me.jpg --save-identity me.safetensors
     """
     from ..app.request import GenerateRequest, OutputPlan, RecipeChange
     from ..app.runtime import Runtime
@@ -140,13 +233,16 @@ def generate(
     changes: dict[str, RecipeChange] = {}
     if steps is not None:
         changes["sampling.steps"] = RecipeChange(value=steps, origin="--steps")
-    if size is not None:
+    aspect = _aspect(size) if size is not None else None
+    if size is not None and aspect is None:
         for side, pixels in zip(("width", "height"), _size(size), strict=True):
             changes[f"sampling.{side}"] = RecipeChange(value=pixels, origin="--size")
     if lora_scale is not None:
         changes["adapter.lora_scale"] = RecipeChange(value=lora_scale, origin="--lora-scale")
     if len(scales) == 1:
         changes["adapter.scale"] = RecipeChange(value=scales[0], origin="--adapter-scale")
+    if lora:
+        changes["model.loras"] = RecipeChange(value=[_lora(text) for text in lora], origin="--lora")
     request = GenerateRequest(
         recipe=recipe,
         changes=changes,
@@ -164,6 +260,7 @@ def generate(
         count=count,
         best_of=best_of,
         adapter_scales=tuple(scales),
+        aspect=aspect,
         batch_size=batch_size,
         commercial=commercial,
         output=OutputPlan(
@@ -183,6 +280,7 @@ def generate(
         runtime = Runtime(device, dtype, _saving(low_memory), parse(accelerations))
         return Session(runtime=runtime, offline=offline or None, remember=remember)
 
+    console.be_quiet(quiet)
     if jobs is not None:
         from .jobs import run_jobs
 
@@ -222,10 +320,12 @@ def show_run(session: Session, request: GenerateRequest, *, as_json: bool, verbo
                 case IdentityReady():
                     if not event.matches_replay:
                         console.note("warning: this is not the identity that the image was made with")
-                    if request.seed is None and not as_json:
+                    if request.seed is None and started.images and not as_json:
                         console.note(f"seed {started.seeds[0]}")
                     if verbosity:
                         console.note(f"recipe {started.recipe.name}, digest {started.recipe.digest()[:12]}")
+                    if event.saved is not None and not started.images and not as_json:
+                        console.line(str(event.saved))
                     display.working("loading models")
                 case ModelsReady():
                     if verbosity:
@@ -316,9 +416,20 @@ def _saving(text: str | None) -> Saving | None:
 def _size(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"(\d{1,5})(?:[xX×](\d{1,5}))?", text.strip())
     if match is None:
-        raise UsageError(f"--size '{text}' is not a size", "use a form such as 1024x1024")
+        raise UsageError(f"--size '{text}' is not a size", "use a form such as 1024x1024 or 3:4")
     width = int(match[1])
     return width, int(match[2] or width)
+
+
+def _aspect(text: str) -> tuple[int, int] | None:
+    match = re.fullmatch(r"([1-9]\d{0,3}):([1-9]\d{0,3})", text.strip())
+    return None if match is None else (int(match[1]), int(match[2]))
+
+
+def _lora(text: str) -> dict[str, str | float]:
+    """Split `FILE:WEIGHT`; a colon that no number follows belongs to the name."""
+    match = re.fullmatch(r"(.+):(-?\d*\.?\d+)", text)
+    return {"file": text} if match is None else {"file": match[1], "scale": float(match[2])}
 
 
 def _numbers(text: str, flag: str) -> list[float]:

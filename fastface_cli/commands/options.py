@@ -9,6 +9,9 @@ import typer
 
 from .completion import complete_device, complete_dtype, complete_field, complete_recipe
 
+PERSON, IMAGE, OUTPUT, RECIPE, MACHINE = "Person", "Image", "Output", "Recipe", "Machine"
+"""Headings of options, where a command has many."""
+
 RecipeOption = Annotated[
     str | None,
     typer.Option(
@@ -17,6 +20,7 @@ RecipeOption = Annotated[
         help="Name or path of a recipe.",
         show_default="hyper-fastface",
         autocompletion=complete_recipe,
+        rich_help_panel=RECIPE,
     ),
 ]
 SetOption = Annotated[
@@ -26,38 +30,63 @@ SetOption = Annotated[
         metavar="FIELD=VALUE",
         help="Change a recipe field: guidance.text=[1,2,2,1]; repeatable.",
         autocompletion=complete_field,
+        rich_help_panel=RECIPE,
     ),
 ]
 StepsOption = Annotated[
-    int | None, typer.Option("--steps", min=1, help="Diffusion steps; selects the distilled checkpoint.")
+    int | None,
+    typer.Option(
+        "--steps", min=1, help="Diffusion steps; selects the distilled checkpoint.", rich_help_panel=RECIPE
+    ),
 ]
 StackOption = Annotated[
     Path | None,
-    typer.Option("--stack", metavar="DIR", help="Folder of local weights instead of the recipe's models."),
+    typer.Option(
+        "--stack",
+        metavar="DIR",
+        help="Folder of local weights instead of the recipe's models.",
+        rich_help_panel=RECIPE,
+    ),
 ]
 DeviceOption = Annotated[
     str | None,
     typer.Option(
-        help="Device that runs the models: auto, cpu, cuda, cuda:1 or mps.", autocompletion=complete_device
+        help="Device that runs the models: auto, cpu, cuda, cuda:1 or mps.",
+        autocompletion=complete_device,
+        rich_help_panel=MACHINE,
     ),
 ]
 DtypeOption = Annotated[
     str | None,
     typer.Option(
-        help="Data type of the models: float32, float16 or bfloat16.", autocompletion=complete_dtype
+        help="Data type of the models: float32, float16 or bfloat16.",
+        autocompletion=complete_dtype,
+        rich_help_panel=MACHINE,
     ),
 ]
 CompileOption = Annotated[
-    bool, typer.Option("--compile", help="Compile the UNet step and the VAE; pays off for many images.")
+    bool,
+    typer.Option(
+        "--compile",
+        help="Compile the UNet step and the VAE; pays off for many images.",
+        rich_help_panel=MACHINE,
+    ),
 ]
 AccelerateOption = Annotated[
     list[str] | None,
     typer.Option(
-        metavar="ITEM=VALUE", help="Change an optimization: channels_last=on, vae=half; repeatable."
+        metavar="ITEM=VALUE",
+        help="Change an optimization: channels_last=on, vae=half; repeatable.",
+        rich_help_panel=MACHINE,
     ),
 ]
 CommercialOption = Annotated[
-    bool, typer.Option("--commercial", help="Refuse models whose license forbids commercial use.")
+    bool,
+    typer.Option(
+        "--commercial", help="Refuse models whose license forbids commercial use.", rich_help_panel=RECIPE
+    ),
 ]
-OfflineOption = Annotated[bool, typer.Option("--offline", help="Do not use the network.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+OfflineOption = Annotated[
+    bool, typer.Option("--offline", help="Do not use the network.", rich_help_panel=MACHINE)
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.", rich_help_panel=OUTPUT)]

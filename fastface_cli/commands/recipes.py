@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,14 +11,27 @@ from ..errors import FastFaceError, RecipeError
 from . import options
 from .completion import complete_recipe
 
+if TYPE_CHECKING:
+    from ..recipe.files import RecipeInfo
+
 app = typer.Typer(help="List, show and validate recipes.", no_args_is_help=True)
 
 
 @app.command("list")
-def list_(as_json: options.JsonOption = False) -> None:
-    """List the recipes that ship with fastface.
+def list_(
+    all_: Annotated[
+        bool,
+        typer.Option("--all", help="List every recipe, not only one for each model.", show_default=False),
+    ] = False,
+    as_json: options.JsonOption = False,
+) -> None:
+    """List the models with their recipes, or with --all every recipe.
 
-    Example: fastface recipes list
+    Examples:
+
+      fastface recipes list
+
+      fastface recipes list --all
     """
     from ..recipe.files import list_recipes
 
@@ -26,10 +39,42 @@ def list_(as_json: options.JsonOption = False) -> None:
     if as_json:
         rows = [{"name": info.name, "short": info.short, "summary": info.summary} for info in infos]
         console.print_json({"ok": True, "recipes": rows, "error": None})
-        return
-    console.print_table(
-        "", ("recipe", "short", "summary"), ((info.name, info.short or "", info.summary) for info in infos)
-    )
+    elif all_:
+        rows_ = ((info.name, info.short or "", info.summary) for info in infos)
+        console.print_table("", ("recipe", "short", "summary"), rows_)
+    else:
+        _list_models([info for info in infos if info.short is not None])
+        console.line(
+            f"`fastface recipes list --all` lists all {len(infos)}: each model with each method, "
+            "such as hyper-dcg"
+        )
+
+
+def _list_models(infos: list[RecipeInfo]) -> None:
+    """Print one row for each model: what it costs to fetch, and what its licenses allow."""
+    from ..app.licensing import artifacts_of
+    from ..recipe.files import load_recipe
+    from ..settings import load_settings
+    from ..store import human_bytes
+
+    default = load_settings().recipe
+    rows = []
+    for info in infos:
+        recipe = load_recipe(info.name).recipe
+        parts = {part.name: part for part in artifacts_of(recipe).values()}.values()
+        uses = {part.commercial for part in parts}
+        rows.append(
+            (
+                f"{info.short}{' (default)' if default in (info.short, info.name) else ''}",
+                info.name,
+                info.summary.partition("; ")[2] or info.summary,
+                f"{recipe.sampling.width}x{recipe.sampling.height}",
+                human_bytes(sum(part.bytes for part in parts if not part.packaged)),
+                "no" if "no" in uses else "unclear" if "unclear" in uses else "yes",
+            )
+        )
+    rows.sort(key=lambda row: "(default)" not in row[0])
+    console.print_table("", ("model", "recipe", "what it is", "size", "download", "commercial use"), rows)
 
 
 @app.command()

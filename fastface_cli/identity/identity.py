@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,16 @@ from ..errors import NoFaceError, UsageError, nearest
 from ..files import check_target, write_atomically
 from .analyzer import CROP, EMBEDDING, Box, FaceAnalyzer, align
 from .photos import MAX_PHOTOS, Photo, open_photos
-from .search import bgr, check_choice, choose_face, describe_attempts, find_faces, rounded, scaled
+from .search import (
+    bgr,
+    check_choice,
+    choose_face,
+    describe_attempts,
+    find_faces,
+    rounded,
+    scaled,
+    turns_upright,
+)
 
 MAX_BYTES = 64 * 2**20
 """Maximum size of an identity file."""
@@ -47,6 +56,17 @@ class Identity:
     """[n, 224, 224, 3] uint8, aligned, BGR."""
     weight: np.ndarray
     """[n] float32, above 0: weight of each photo in the mean."""
+
+    def __repr__(self) -> str:
+        count = len(self.weight)
+        return f"Identity({count} photo{'s' if count > 1 else ''}, {self.digest()[:12]})"
+
+    def _repr_png_(self) -> bytes:
+        """The face crops side by side, which notebooks show."""
+        from ..output.images import encode_png
+
+        row = np.concatenate(list(self.face_crop_bgr[:8, :, :, ::-1]), axis=1)
+        return encode_png(Image.fromarray(np.ascontiguousarray(row)))
 
     def __post_init__(self) -> None:
         n = len(self.id_embedding) if self.id_embedding.ndim else 0
@@ -210,6 +230,12 @@ def _measure(
     """Return the chosen face of a photo, or the attempts made if it shows none."""
     image = bgr(photo.image)
     faces = find_faces(image, analyzer)
+    turns = 0 if box is not None else turns_upright(image, faces, analyzer)
+    if turns:
+        photo = replace(photo, image=photo.image.rotate(90 * turns, expand=True))
+        image = bgr(photo.image)
+        faces = find_faces(image, analyzer)
+        report(f"{photo.name} lies on its side; rotated by {90 * turns} degrees")
     if not faces and box is None:
         return describe_attempts(image)
     face = choose_face(photo, faces, analyzer, index=index, box=box)

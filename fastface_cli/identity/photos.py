@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +24,8 @@ MAX_PIXELS_IN_FULL = 1 << 26
 """Larger images of other formats (67 megapixels) are refused, because they are decoded in full."""
 MAX_PIXELS_BUFFERED = 1 << 25
 """Larger WebP and AVIF images (33 megapixels) are refused, because their decoders keep further copies."""
+MAX_PIXELS_HEIC = 50_000_000
+"""Telephones take HEIC photos of up to 48.8 megapixels."""
 MAX_SIDE = 4096
 """Longest side in pixels after loading: faces are detected at 640 and cropped at 224."""
 ORIENTATION = 0x0112
@@ -38,8 +41,11 @@ UPRIGHT = {
 }
 """The operation that makes an image of each EXIF orientation upright."""
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "TIFF", "BMP", "DIB", "PPM", "TGA")
-"""Formats that are read. Pillow knows more: some run external programs, and the decoder of JPEG 2000 uses a
-hundred times the memory of the image."""
+"""Formats that are read, beside HEIC. Pillow knows more: some run external programs, and the decoder of
+JPEG 2000 uses a hundred times the memory of the image."""
+
+_URL = re.compile(r"(https?|ftp|data|file):/?", re.IGNORECASE)
+"""The start of an address; a path object has lost the second slash."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +104,8 @@ def open_photo(source: Path | str | bytes | Image.Image | Photo, name: str = "th
         return _guarded(lambda: _decoded(source, name), name)
     if isinstance(source, bytes):
         return _guarded(lambda: _opened(io.BytesIO(source), name), name, source[:12])
+    if _URL.match(str(source)):
+        raise UsageError(f"the photo {source} is an address on the web", "download it and give its path")
     path = Path(source)
     try:
         if path.is_dir():
@@ -138,19 +146,29 @@ def _guarded(decode: Callable[[], Photo], name: str, start: bytes = b"") -> Phot
 
 def _opened(file: IO[bytes], name: str) -> Photo:
     file.seek(0)
+    box = file.read(12)
+    file.seek(0)
     Image.init()
-    with Image.open(file, formats=FORMATS) as image:
+    formats: tuple[str, ...] = FORMATS
+    if box[4:8] == b"ftyp" and box[8:12] not in (b"avif", b"avis"):
+        from pillow_heif import register_heif_opener
+
+        register_heif_opener(thumbnails=False)
+        formats = ("HEIF",)
+    with Image.open(file, formats=formats) as image:
         return _decoded(image, name)
 
 
 def _hint(start: bytes) -> str:
+    if start[4:8] == b"ftyp" and start[8:10] in (b"he", b"mi", b"ms"):
+        return "the HEIC file is damaged; save or copy it again"
     if start[4:8] == b"ftyp":
-        return "HEIC and video files are not supported; save the photo as JPEG or PNG"
+        return "videos are not supported; save one frame as JPEG or PNG"
     if start[4:6] == b"jP":
         return "JPEG 2000 is not supported; save the photo as JPEG or PNG"
     if start[8:10] in (b'{"', b"{ "):
         return "pass an identity file with --identity"
-    return "use a JPEG, PNG, WebP or TIFF file"
+    return "use a JPEG, PNG, HEIC, WebP or TIFF file"
 
 
 def _decoded(image: Image.Image, name: str) -> Photo:
@@ -192,6 +210,8 @@ def _shrunk(image: Image.Image) -> Image.Image:
 def _limit(kind: str | None) -> int:
     if kind in ("JPEG", "MPO"):
         return MAX_PIXELS
+    if kind == "HEIF":
+        return MAX_PIXELS_HEIC
     return MAX_PIXELS_BUFFERED if kind in ("WEBP", "AVIF") else MAX_PIXELS_IN_FULL
 
 

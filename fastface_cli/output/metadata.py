@@ -1,17 +1,19 @@
-"""The metadata of a PNG: how the image was made. `replay` reads it back.
+"""The metadata of an image: how it was made. `replay` reads it back.
 
-There are three text chunks: `parameters` (the lines that A1111-style viewers show), `fastface` (JSON with
+A PNG has three text chunks: `parameters` (the lines that A1111-style viewers show), `fastface` (JSON with
 everything that a replay needs except the photo) and an XMP packet that marks the image as generated (IPTC
-digital source type). None contains a path of this machine, the photo or the face embedding.
+digital source type). JPEG and WebP have only the packet, which then contains the other two. None contains
+a path of this machine, the photo or the face embedding.
 """
 
 from __future__ import annotations
 
 import functools
+import html
 import importlib.metadata
 import json
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Annotated, Any
@@ -22,13 +24,16 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from .. import __version__
 from ..errors import UsageError
 from ..files import content_mark
-from ..recipe.schema import Recipe, Weight, WeightFunction
+from ..recipe.schema import AdapterScale, Recipe, Weight, WeightFunction, scale_text
 from ..store.manifest import load_manifest
+from .images import XMP
 
 SCHEMA = 1
 """Version of the JSON in `fastface`; readers refuse newer versions."""
 
 KEYWORD = "fastface"
+NAMESPACE = "https://fastface.invalid/ns/1.0/"
+"""Name of the properties in XMP; it is not an address."""
 MAX_TEXT = 1024 * 1024
 """Maximum characters of the JSON, for writing and reading."""
 
@@ -81,7 +86,7 @@ class Provenance(BaseModel):
     negative_prompt: str | None
     """None: zero embeddings were used."""
     seed: Annotated[int, Field(ge=0, lt=2**63)]
-    adapter_scale: float
+    adapter_scale: AdapterScale
     """The scale of this image, which a sweep varies."""
     identity_digest: Annotated[
         str,
@@ -168,8 +173,12 @@ def installed_versions() -> dict[str, str]:
     return versions
 
 
-def describe(provenance: Provenance) -> dict[str, str]:
-    """Return the text chunks of an image, by keyword, for `images.write_png`.
+def describe(provenance: Provenance, suffix: str = ".png") -> dict[str, str]:
+    """Return the text chunks of an image, by keyword, for `images.write_image`.
+
+    Args:
+        provenance: how it was made.
+        suffix: of the file; other formats than PNG have only the XMP packet.
 
     Raises:
         UsageError: the metadata is longer than readers accept.
@@ -186,12 +195,21 @@ def describe(provenance: Provenance) -> dict[str, str]:
             "shorten the prompt, or use --no-metadata",
         )
     software = f"fastface {provenance.versions.get('fastface', __version__)}"
-    return {"parameters": _parameters(provenance, software), KEYWORD: data, **marker(software)}
+    parameters = _parameters(provenance, software)
+    if suffix.lower() != ".png":
+        return {XMP: _xmp(software, {"parameters": parameters, "run": data})}
+    return {"parameters": parameters, KEYWORD: data, **marker(software)}
 
 
 def marker(software: str = f"fastface {__version__}") -> dict[str, str]:
     """Return the text chunk that marks an image as generated, the only one of a contact sheet."""
-    return {"XML:com.adobe.xmp": _xmp(software)}
+    return {XMP: _xmp(software, {})}
+
+
+def run_of_packet(packet: bytes) -> str | None:
+    """The JSON in the XMP packet of a JPEG or WebP; None if it has none. The packet is not trusted."""
+    match = re.search(rb'\sfastface:run=("[^"]*"|\'[^\']*\')', packet[: 4 * MAX_TEXT])
+    return None if match is None else html.unescape(match[1][1:-1].decode("utf-8", "replace"))
 
 
 def _parameters(provenance: Provenance, software: str) -> str:
@@ -211,7 +229,7 @@ def _parameters(provenance: Provenance, software: str) -> str:
         "Model": file_name(recipe.name),
         "Identity guidance": _weight(guidance.identity),
         "Text guidance": _weight(guidance.text),
-        "Adapter scale": f"{provenance.adapter_scale:g}",
+        "Adapter scale": scale_text(provenance.adapter_scale),
         "Identity": provenance.identity_digest[:12],
     }
     if provenance.best_of is not None and provenance.best_of.count > 1:
@@ -239,7 +257,9 @@ def _weight(weight: Weight) -> str:
     return ", ".join(f"{number:g}" for number in weight) if isinstance(weight, list) else f"{weight:g}"
 
 
-def _xmp(software: str) -> str:
+def _xmp(software: str, own: Mapping[str, str]) -> str:
+    """The XMP packet, with properties in the namespace of fastface."""
+    properties = "".join(f" fastface:{name}={quoteattr(value)}" for name, value in own.items())
     return (
         '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>'
         '<x:xmpmeta xmlns:x="adobe:ns:meta/">'
@@ -248,7 +268,8 @@ def _xmp(software: str) -> str:
         ' xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/"'
         ' xmlns:xmp="http://ns.adobe.com/xap/1.0/"'
         f' Iptc4xmpExt:DigitalSourceType="{_SOURCE_TYPE}"'
-        f" xmp:CreatorTool={quoteattr(software)}/>"
+        f' xmlns:fastface="{NAMESPACE}"'
+        f" xmp:CreatorTool={quoteattr(software)}{properties}/>"
         '</rdf:RDF></x:xmpmeta><?xpacket end="w"?>'
     )
 

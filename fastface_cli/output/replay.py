@@ -1,4 +1,4 @@
-"""Read back how a PNG was made, to replay it. The files are not trusted."""
+"""Read back how an image was made, to replay it. The files are not trusted."""
 
 from __future__ import annotations
 
@@ -12,7 +12,17 @@ from pydantic import ValidationError
 from pydantic_core import from_json
 
 from ..errors import UsageError
-from .metadata import KEYWORD, MAX_TEXT, SCHEMA, LocalPart, Provenance, file_name, is_public, map_references
+from .metadata import (
+    KEYWORD,
+    MAX_TEXT,
+    SCHEMA,
+    LocalPart,
+    Provenance,
+    file_name,
+    is_public,
+    map_references,
+    run_of_packet,
+)
 
 MAX_FILE = 512 * 1024 * 1024
 """Maximum bytes of an image file."""
@@ -22,10 +32,10 @@ def read(path: Path) -> Provenance:
     """Read how an image was made.
 
     Args:
-        path: a PNG written by fastface.
+        path: an image written by fastface.
 
     Raises:
-        UsageError: the file is not a PNG, or its metadata is missing, malformed, too long or newer.
+        UsageError: the file is not an image, or its metadata is missing, malformed, too long or newer.
     """
     text = _chunk(path)
     if text is None:
@@ -112,23 +122,28 @@ def _provenance(data: dict[str, Any]) -> Provenance:
 
 
 def _chunk(path: Path) -> str | None:
-    """The `fastface` text of a PNG; Pillow limits the size of decompressed chunks."""
+    """The `fastface` text of an image; Pillow limits the size of decompressed chunks."""
     from PIL import Image, UnidentifiedImageError
 
     try:
         if not path.is_file():
             problem = f"{path} is not a file" if path.exists() else f"there is no image {path}"
-            raise UsageError(problem, "--from requires a PNG made by fastface")
+            raise UsageError(problem, "--from requires an image made by fastface")
         if path.stat().st_size > MAX_FILE:
             raise UsageError(f"{path} is too large to be an image made by fastface")
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=["PNG"]) as image:
+            with Image.open(path, formats=["PNG", "JPEG", "WEBP"]) as image:
+                if image.format != "PNG":
+                    packet = image.info.get("xmp")
+                    return run_of_packet(packet) if isinstance(packet, bytes) else None
                 if KEYWORD not in image.info:
                     image.load()  # an editor may have moved the text behind the pixels
                 text = image.info.get(KEYWORD)
     except UnidentifiedImageError as error:
-        raise UsageError(f"{path} is not a PNG", "only images made by fastface can be replayed") from error
+        raise UsageError(
+            f"{path} is not a PNG, JPEG or WebP file", "only images made by fastface can be replayed"
+        ) from error
     except (
         OSError,
         ValueError,

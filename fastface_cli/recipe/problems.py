@@ -139,7 +139,7 @@ def _fits(branch: str, node: Node) -> bool:
     return branch not in _LABELS and not branch.startswith(("list[", "dict["))
 
 
-_LABELS = {"str", "float", "int", "literal['all']", *_SECTIONS}
+_LABELS = {"str", "float", "constrained-float", "int", "literal['all']", *_SECTIONS}
 """Names that pydantic gives to union branches of this schema."""
 
 
@@ -147,6 +147,8 @@ def _no_branch(path: tuple[Key, ...], node: Node) -> Problem:
     last = path[-1] if path else ""
     if path[:1] == ("guidance",) and last in ("identity", "text"):
         expected = "a number, a list with one number per step, or a function"
+    elif path == ("adapter", "scale"):
+        expected = "a number, or a list with one number per step"
     elif path[:2] == ("attention", "steps"):
         expected = "'all' or a list of step indices"
     elif path[:2] == ("attention", "transforms"):

@@ -105,12 +105,17 @@ class Sampling(Section):
     height: Annotated[int, Field(ge=64, le=4096, multiple_of=8)] = 1024
 
 
+Strength: TypeAlias = Annotated[float, Field(ge=-5, le=5, allow_inf_nan=False)]
+AdapterScale: TypeAlias = Strength | Annotated[list[Strength], Field(min_length=1)]
+"""A constant, or one number per step; a list of another length is interpolated."""
+
+
 class Adapter(Section):
     """Strength of the identity adapter."""
 
-    scale: Annotated[float, Field(ge=-5, le=5)] = 0.8
+    scale: AdapterScale = 0.8
     """Weight of the identity part of decoupled cross-attention."""
-    lora_scale: Annotated[float, Field(ge=-5, le=5)] = 0.6
+    lora_scale: Strength = 0.6
     """Weight of the LoRA inside the adapter file, fused once."""
     crop_order: Literal["bgr", "rgb"] = "bgr"
     """Channel order of the face crop given to the image encoder; published results used BGR."""
@@ -340,6 +345,11 @@ def _by_step(value: ByStep | None, steps: int) -> ModelReference | None:
     if steps not in value:
         raise RecipeError(f"no checkpoint is distilled for {steps} steps", f"choose one of {sorted(value)}")
     return value[steps]
+
+
+def scale_text(scale: AdapterScale) -> str:
+    """An adapter scale as metadata and labels show it: `0.8`, or `0, 0.8, 0.8`."""
+    return ", ".join(f"{number:g}" for number in scale) if isinstance(scale, list) else f"{scale:g}"
 
 
 def per_step(value: PerStep, steps: int) -> list[float]:

@@ -99,10 +99,15 @@ class GuidedDenoiser:
         """The rows of a UNet call; those of the previous call are reused where the branches are the same."""
         chains = self.chains[step.index]
         if self._selected is not None and self._selected[0] == tuple(branches):
-            rows = replace(self._selected[1], chains=chains)
+            rows = replace(
+                self._selected[1],
+                chains=chains,
+                scale=self.conditions.row_scale(step.index, len(branches)),
+                has_identity=self.conditions.has_identity[step.index],
+            )
         else:
             # The previous rows are freed first: they hold the keys and values of every layer.
             self._selected = None
-            rows = self.conditions.select(branches, chains)
+            rows = self.conditions.select(branches, chains, step.index)
         self._selected = tuple(branches), rows
         return rows

@@ -61,17 +61,17 @@ class Conditions:
     identity: Tensor
     """[2 x images, identity tokens, width]: no identity for all images, then the identities."""
     scale: Tensor
-    """[images]: adapter scale of each image."""
+    """[steps, images]: adapter scale of each image."""
+    has_identity: Sequence[bool]
+    """For each step, False where every adapter scale is 0: identity attention can be skipped."""
     images: int
-    has_identity: bool = True
-    """False where every adapter scale is 0: identity attention can be skipped."""
     projected: Projected = ()
     """Result of `project`; empty where every UNet call projects again."""
     extra: Extra | None = None
     """Further conditioning of the adapter in every step."""
 
-    def select(self, branches: Sequence[Branch], chains: attention.Chains) -> Rows:
-        """Gather the rows of a UNet call over `branches` under a manipulation."""
+    def select(self, branches: Sequence[Branch], chains: attention.Chains, step: int) -> Rows:
+        """Gather the rows of the UNet call of a step over `branches` under a manipulation."""
         image, device = torch.arange(self.images), self.text.device
         identity_rows = torch.cat([image + self.images * branch.identity for branch in branches]).to(device)
         text_rows = torch.cat([image + self.images * branch.prompt for branch in branches]).to(device)
@@ -84,12 +84,16 @@ class Conditions:
                 (text.index_select(2, text_rows), identity.index_select(2, identity_rows))
                 for text, identity in self.projected
             ),
-            scale=self.scale.repeat(len(branches))[:, None, None, None],
+            scale=self.row_scale(step, len(branches)),
             images=self.images,
             chains=chains,
-            has_identity=self.has_identity,
+            has_identity=self.has_identity[step],
             extra=self.extra,
         )
+
+    def row_scale(self, step: int, branches: int) -> Tensor:
+        """The adapter scale of each row in a step, [rows, 1, 1, 1]."""
+        return self.scale[step].repeat(branches)[:, None, None, None]
 
 
 def _split_heads(x: Tensor, heads: int) -> Tensor:

@@ -118,7 +118,7 @@ def hub_url(artifact: Artifact, file: RemoteFile, commit: str | None = None) -> 
 
 
 def announce(artifact: Artifact, file: RemoteFile) -> Announcement:
-    """Request the metadata of a Hub file at its pinned commit.
+    """Request the metadata of a file: of a Hub file at its pinned commit, otherwise at its address.
 
     Raises:
         ModelUnavailableError: refused, not found, or unreachable.
@@ -166,6 +166,9 @@ class TransferClient:
 
     def announce(self, artifact: Artifact, file: RemoteFile) -> Announcement:
         """See the function `announce`."""
+        if artifact.url is not None:
+            with _explained(artifact, file.path, artifact.url):
+                return _announced(self._request("HEAD", artifact.url), artifact.url)
         url = hub_url(artifact, file)
         with _explained(artifact, file.path, url):
             announced = _announced(self._request("HEAD", url, follow=False), url)

@@ -217,3 +217,22 @@ def test_no_gpu(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
 def test_unknown_recipe(capsys: Capture) -> None:
     assert run(["doctor", "--recipe", "no-such-recipe", "--json"]) == 2
     assert json.loads(capsys.readouterr().out)["error"]["kind"] == "recipe"
+
+
+def test_online_names_every_pin_that_differs(shop: Shop, capsys: Capture) -> None:
+    def pins() -> tuple[int, list[dict[str, Any]]]:
+        capsys.readouterr()
+        code = run(["doctor", "--online", "--json"])
+        return code, json.loads(capsys.readouterr().out)["pins"]
+
+    code, answers = pins()
+    assert (code, [answer["problem"] for answer in answers if answer["problem"]]) == (0, [])
+    expected = {name for name, artifact in shop.known.items() if artifact.repo or artifact.url}
+    assert {answer["name"] for answer in answers} == {name for name in expected if shop.known[name].files}
+    shop.hub.files["tiny/lora/lora.safetensors"] += b"more"
+    code, answers = pins()
+    assert code == 3
+    (bad,) = [answer for answer in answers if not answer["ok"]]
+    assert bad["name"] == "tiny-lora"
+    assert "pinned" in bad["problem"]
+    assert not shop.hub.asked("GET")

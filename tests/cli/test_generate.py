@@ -195,7 +195,7 @@ WRONG = {
     "device": (["-p", "a", "--device", "tpu"], "'tpu' is not a device"),
     "recipe": (["-p", "a", "--recipe", "hypr"], "there is no recipe 'hypr'"),
     "field": (["-p", "a", "--set", "guidance.txt=1"], "guidance.txt: unknown key"),
-    "suffix": (["-p", "a", "-o", "x.jpg"], "is not a PNG name"),
+    "suffix": (["-p", "a", "-o", "x.gif"], "is not an image format"),
     "template": (["-p", "a", "-o", "{sed}.png"], "'{sed}' in the output template"),
     "existing": (["-p", "a", "-o", "there.png"], "there.png already exists"),
     "inside a file": (["-p", "a", "-o", "there.png/x.png"], "there.png is not a folder"),
@@ -562,7 +562,7 @@ def test_a_prompt_in_a_name_cannot_leave_its_folder_or_hide(generate, stack, me,
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_on_a_cpu(dtype, generate, stack, me, tmp_path):
-    ended = generate(*stack, "--dtype", dtype, "--steps", 1, "--identity", me, "--prompt", "", "--seed", 1,
+    ended = generate(*stack, "--dtype", dtype, "--steps", 1, "--identity", me, "--prompt", "a", "--seed", 1,
                      "-o", tmp_path / "x.png")  # fmt: skip
     assert ended == (0, f"{tmp_path / 'x.png'}\n", "")
 

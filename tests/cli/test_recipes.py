@@ -22,11 +22,20 @@ def run(capfd):
 
 
 def test_list_names_every_recipe(run):
-    code, out, err = run("list")
+    code, out, err = run("list", "--all")
     assert (code, err) == (0, "")
     for info in list_recipes():
         assert info.name in out
         assert info.summary in out
+
+
+def test_list_shows_the_default_model_first(run):
+    code, out, _ = run("list")
+    rows = [line for line in out.splitlines() if line.startswith("│")]
+    assert code == 0
+    assert "hyper (default)" in rows[0]
+    assert "12.10 GB" in rows[0]
+    assert {line.split()[1] for line in rows} == {"hyper", "lcm", "lightning", "pocket", "turbo"}
 
 
 def test_list_as_json(run):

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from fastface_cli import cli, console
-from fastface_cli.output.images import write_png
+from fastface_cli.output.images import write_image
 from fastface_cli.output.metadata import Provenance, describe
 from fastface_cli.recipe.files import load_recipe
 
@@ -79,7 +79,7 @@ def replayable(path: Path, **changes) -> Path:
         versions={},
     )
     text = describe(provenance.model_copy(update=changes))
-    return write_png(Image.new("RGB", (8, 8)), path, text=text)
+    return write_image(Image.new("RGB", (8, 8)), path, text=text)
 
 
 def test_unknown_optimizations_of_an_image_are_not_printed(tmp_path):

@@ -65,7 +65,8 @@ def test_attention_shapes_of_two_images_at_1024(
         pooled=torch.empty(2 * images, 1280, dtype=torch.float16, device=META),
         time_ids=torch.empty(1, 6, dtype=torch.float16, device=META),
         identity=identity,
-        scale=torch.empty(images, device=META),
+        scale=torch.empty(4, images, device=META),
+        has_identity=[True] * 4,
         images=images,
         projected=processor.project(layers, processors, text, identity),
     )
@@ -76,6 +77,7 @@ def test_attention_shapes_of_two_images_at_1024(
         attended = conditions.select(
             BRANCHES["identity_first"][3 - branches :],
             {block: attention.resolve(METHODS[method], block, 0, 4) for block in SDXL.blocks},
+            0,
         )
         (predicted,) = unet(
             torch.empty(rows, 4, 128, 128, dtype=torch.float16, device=META),

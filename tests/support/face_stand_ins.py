@@ -61,7 +61,7 @@ class SquareAnalyzer:
             right, bottom = float(columns.max() + 1), float(rows.max() + 1)
             if self.sees(size, shape, (right - left) / max(shape)):
                 points = np.array([left, top]) + POINTS * np.array([right - left, bottom - top])
-                score = self.score.get(int(number), 0.8)
+                score = self.score.get(int(number), 0.95)
                 faces.append(Face((left, top, right, bottom), points.astype(np.float32), score))
         return faces
 

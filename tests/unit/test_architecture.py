@@ -12,6 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "fastface_cli"
 
 LAYERS = (
+    ("__main__",),
     ("cli",),
     ("commands",),
     ("console",),

@@ -19,7 +19,7 @@ from PIL import Image, PngImagePlugin
 from fastface_cli.errors import UsageError
 from fastface_cli.files import content_mark
 from fastface_cli.output import metadata
-from fastface_cli.output.images import write_png
+from fastface_cli.output.images import write_image
 from fastface_cli.output.metadata import Provenance, describe, installed_versions
 from fastface_cli.output.replay import parse, read
 from fastface_cli.recipe.files import load_recipe
@@ -66,7 +66,7 @@ def run(made: Recipe | None = None, **changes: Any) -> dict[str, str]:
 
 
 def written(tmp_path: Path, text: dict[str, str] | None) -> Path:
-    return write_png(Image.new("RGB", (8, 8)), tmp_path / "x.png", text=text, force=True)
+    return write_image(Image.new("RGB", (8, 8)), tmp_path / "x.png", text=text, force=True)
 
 
 def again(tmp_path: Path, text: dict[str, str] | None) -> Provenance:
@@ -295,12 +295,12 @@ class TestRefusals:
 
     def test_other_files(self, tmp_path: Path) -> None:
         (tmp_path / "text.png").write_text("no picture")
-        Image.new("RGB", (8, 8)).save(tmp_path / "jpeg.png", format="JPEG")
+        Image.new("RGB", (8, 8)).save(tmp_path / "gif.png", format="GIF")
         (tmp_path / "empty.png").touch()
         for name, words in (
-            ("text.png", "not a PNG"),
-            ("jpeg.png", "not a PNG"),
-            ("empty.png", "not a PNG"),
+            ("text.png", "not a PNG, JPEG or WebP"),
+            ("gif.png", "not a PNG, JPEG or WebP"),
+            ("empty.png", "not a PNG, JPEG or WebP"),
             ("missing.png", "there is no image"),
             ("", "is not a file"),
         ):

@@ -17,7 +17,7 @@ from PIL import Image, PngImagePlugin
 
 from fastface_cli import files
 from fastface_cli.errors import FastFaceError, UsageError
-from fastface_cli.output.images import LONGEST_SIDE, grid, plan_paths, write_png
+from fastface_cli.output.images import LONGEST_SIDE, grid, plan_paths, write_image
 from fastface_cli.output.latents import save_latents
 
 
@@ -61,6 +61,8 @@ class TestNames:
         (tmp_path / "here").mkdir()
         assert plan("here") == ["here/hyper-fastface-40.png"]
         assert plan("new/") == ["new/hyper-fastface-40.png"]
+        assert plan("new") == ["new/hyper-fastface-40.png"]
+        assert plan("face-0.8") == ["face-0.8/hyper-fastface-40.png"]
         assert plan("..") == ["../hyper-fastface-40.png"]
         assert plan("new/{recipe}/") == ["new/hyper-fastface/hyper-fastface-40.png"]
         assert not Path("new").exists()
@@ -70,8 +72,7 @@ class TestNames:
     def test_file(self) -> None:
         assert plan("x.png") == ["x.png"]
         assert plan("a/x.PNG") == ["a/x.PNG"]
-        assert plan("x") == ["x.png"]
-        assert plan("face-0.8") == ["face-0.8.png"]
+        assert plan("a/x.jpg") == ["a/x.jpg"]
         assert plan("x.png", 3) == ["x-1.png", "x-2.png", "x-3.png"]
 
     def test_home(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -101,9 +102,9 @@ class TestNames:
     @pytest.mark.parametrize(
         ("output", "text"),
         [
-            ("x.jpg", "PNG"),
-            ("{seed}.webp", "PNG"),
-            ("x.tar", "PNG"),
+            ("x.gif", "image format"),
+            ("{seed}.tiff", "image format"),
+            ("x.tar", "image format"),
             ("{sed}.png", "{sed}"),
             ("{seed.__class__}.png", "{seed.__class__}"),
             ("{seed!r}.png", "formats"),
@@ -138,7 +139,6 @@ class TestNames:
             plan("x.png")
         assert "--force" in (caught.value.hint or "")
         assert plan("x.png", force=True) == ["x.png"]
-        assert plan("x", force=True) == ["x.png"]
         Path("y-2.png").touch()
         with pytest.raises(UsageError, match=r"y-2\.png already exists"):
             plan("y.png", 3)
@@ -196,7 +196,9 @@ class TestNames:
 
 class TestWriting:
     def test_round_trip_and_folder(self) -> None:
-        written = write_png(small(), Path("new/deep/x.png"), text={"parameters": "hello", "fastface": "ü 漢"})
+        written = write_image(
+            small(), Path("new/deep/x.png"), text={"parameters": "hello", "fastface": "ü 漢"}
+        )
         assert written == Path("new/deep/x.png")
         with Image.open(written) as image:
             assert image.getpixel((3, 3)) == (200, 10, 30)
@@ -207,32 +209,32 @@ class TestWriting:
         assert os.listdir("new/deep") == ["x.png"]
 
     def test_no_text_is_no_chunk(self) -> None:
-        write_png(small(), Path("x.png"))
+        write_image(small(), Path("x.png"))
         data = Path("x.png").read_bytes()
         assert not any(chunk in data for chunk in (b"tEXt", b"iTXt", b"zTXt", b"eXIf", b"tIME"))
 
     def test_same_image_same_bytes(self) -> None:
-        write_png(small(), Path("a.png"), text={"fastface": "1"})
-        write_png(small(), Path("b.png"), text={"fastface": "1"})
+        write_image(small(), Path("a.png"), text={"fastface": "1"})
+        write_image(small(), Path("b.png"), text={"fastface": "1"})
         assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
 
     def test_permissions_follow_the_umask(self) -> None:
         old = os.umask(0o027)
         try:
-            write_png(small(), Path("x.png"))
+            write_image(small(), Path("x.png"))
         finally:
             os.umask(old)
         assert Path("x.png").stat().st_mode & 0o777 == 0o640
 
     def test_a_taken_name_is_neither_overwritten_nor_is_the_image_lost(self) -> None:
         Path("x.png").write_text("mine")
-        assert write_png(small(), Path("x.png")) == Path("x-1.png")
-        assert write_png(small(), Path("x.png")) == Path("x-2.png")
+        assert write_image(small(), Path("x.png")) == Path("x-1.png")
+        assert write_image(small(), Path("x.png")) == Path("x-2.png")
         assert Path("x.png").read_text() == "mine"
 
     def test_force(self) -> None:
         Path("x.png").write_text("old")
-        assert write_png(small(), Path("x.png"), force=True) == Path("x.png")
+        assert write_image(small(), Path("x.png"), force=True) == Path("x.png")
         assert Image.open("x.png").size == (16, 16)
         assert os.listdir() == ["x.png"]
 
@@ -259,7 +261,7 @@ class TestWriting:
 
         monkeypatch.setattr(os, "link", refuse)
         Path("x.png").write_text("mine")
-        assert write_png(small(), Path("x.png")) == Path("x-1.png")
+        assert write_image(small(), Path("x.png")) == Path("x-1.png")
         assert Image.open("x-1.png").size == (16, 16)
         assert sorted(os.listdir()) == ["x-1.png", "x.png"]
 
@@ -271,7 +273,7 @@ class TestWriting:
         monkeypatch.setattr("os.link", full)
         monkeypatch.setattr("os.replace", full)
         with pytest.raises(FastFaceError, match=r"cannot write x\.png: No space left") as caught:
-            write_png(small(), Path("x.png"), force=force)
+            write_image(small(), Path("x.png"), force=force)
         assert caught.value.exit_code == 1
         assert os.listdir() == []
 
@@ -284,13 +286,13 @@ class TestWriting:
 
         monkeypatch.setattr(os, "link", stop)
         with pytest.raises(Stop):
-            write_png(small(), Path("x.png"))
+            write_image(small(), Path("x.png"))
         assert os.listdir() == []
 
     def test_folder_is_a_file(self) -> None:
         Path("f").touch()
         with pytest.raises(FastFaceError, match="cannot write"):
-            write_png(small(), Path("f/x.png"))
+            write_image(small(), Path("f/x.png"))
 
     def test_killed_between_write_and_move(self, tmp_path: Path) -> None:
         script = (
@@ -299,7 +301,7 @@ class TestWriting:
             "from PIL import Image\n"
             "from fastface_cli.output import images\n"
             "os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
-            "images.write_png(Image.new('RGB', (8, 8)), Path('x.png'), force=True)\n"
+            "images.write_image(Image.new('RGB', (8, 8)), Path('x.png'), force=True)\n"
         )
         (tmp_path / "x.png").write_text("old")
         done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=False)

@@ -1,0 +1,5 @@
+"""`python -m fastface_cli` is `fastface`."""
+
+from .cli import main
+
+main()
