@@ -157,7 +157,7 @@ class ModelStack:
             device = str(pick_device(self.runtime.device or self.settings.device))
             analyzer = load_face_models(self.face_models(recipe), device=device)
             if analyzer.note:
-                log.warning("%s", analyzer.note)
+                log.debug("%s", analyzer.note)  # `fastface doctor` reports it
             self._analyzer = name, analyzer
         return self._analyzer[1]
 

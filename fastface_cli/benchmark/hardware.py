@@ -102,6 +102,10 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 def process_peak() -> int:
     """Return the peak memory of this process in bytes."""
+    if os.name == "nt":
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

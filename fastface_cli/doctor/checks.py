@@ -17,7 +17,7 @@ from ..store import Store, human_bytes
 from .face_libraries import check_face_libraries
 from .finding import Finding
 from .machine import Gpu, Machine, explain_missing_gpu, supports_gpu, torch_install_command
-from .storage import check_cache, check_disk, check_models, check_network
+from .storage import FUSED_BYTES, check_cache, check_disk, check_models, check_network
 
 POCKET_EXAMPLE = 'fastface generate --recipe pocket --face me.jpg --prompt "a portrait"'
 
@@ -45,7 +45,7 @@ def examine(
         *check_memory(machine, recipe),
         *check_face_libraries(machine, store, by_role["face"], recipe_name),
         check_cache(settings, download_bytes),
-        check_disk(settings, download_bytes),
+        check_disk(settings, download_bytes, FUSED_BYTES if download_bytes and is_full_size(recipe) else 0),
         *check_models(store, recipe_name, artifacts),
         check_network(store, artifacts, download_bytes),
         check_terminal(),

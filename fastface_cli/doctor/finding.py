@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import dataclass
 from typing import Literal
 
 from ..errors import FastFaceError
+from .shell import shell_line
 
 Severity = Literal["ok", "warning", "failure"]
 
@@ -38,4 +38,4 @@ class Finding:
 
 def download_command(recipe_name: str) -> str:
     """Return the command that downloads a recipe's models."""
-    return f"fastface download {shlex.quote(recipe_name)}"
+    return shell_line(["fastface", "download", recipe_name])

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-import shlex
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..errors import FastFaceError
 from . import packages
 from .nvidia import driver_versions, nvml_installed
+from .shell import shell_line
 
 DRIVERS = {13: "580", 12: "525", 11: "450"}
 """The oldest driver for each CUDA major version (NVIDIA's table of minor version compatibility)."""
@@ -154,10 +155,12 @@ def reinstall_command(package: str) -> str:
 def install_command(package: str) -> str:
     """Return the command that installs a package into this environment."""
     try:
-        tool = shlex.join(packages.installer())
+        tool = packages.installer()
     except FastFaceError:
-        tool = "pip"
-    return f"{tool} install {package}"
+        tool = ["pip"]
+    # uv would otherwise look for an environment near the current folder.
+    target = ["--python", sys.executable] if tool[-2:] == [tool[0], "pip"] else []
+    return shell_line([*tool, "install", *target, *package.split()])
 
 
 def first_line(error: BaseException) -> str:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import FastFaceError
+from .shell import shell_line
 
 CPU_RUNTIME, GPU_RUNTIME = "onnxruntime", "onnxruntime-gpu"
 DESKTOP_CV, HEADLESS_CV = "opencv-python", "opencv-python-headless"
@@ -62,7 +62,7 @@ class Replacement:
     def command_line(self) -> str:
         """Return both commands as one line for a shell."""
         try:
-            return " && ".join(shlex.join(command) for command in self.commands())
+            return shell_line(*self.commands())
         except FastFaceError as error:
             return error.hint or error.message
 
@@ -130,11 +130,11 @@ def apply(
     """
     commands = replacement.commands()
     for index, command in enumerate(commands):
-        log("$ " + shlex.join(command))
+        log("$ " + shell_line(command))
         try:
             (run or _run)(command)
         except FastFaceError as error:
-            remaining = " && ".join(shlex.join(left) for left in commands[index:])
+            remaining = shell_line(*commands[index:])
             raise FastFaceError(error.message, f"check the network, then run: {remaining}") from error
     importlib.invalidate_caches()
 
@@ -161,4 +161,4 @@ def _run(command: list[str]) -> None:
     if result.returncode:
         output = (result.stderr or result.stdout).strip().splitlines()
         reason = output[-1] if output else f"exit code {result.returncode}"
-        raise FastFaceError(f"'{shlex.join(command)}' failed: {reason}")
+        raise FastFaceError(f"'{shell_line(command)}' failed: {reason}")

@@ -18,6 +18,8 @@ from ..store.transfer import announce, endpoint
 from .finding import Finding, Severity, download_command
 from .machine import reinstall_command
 
+FUSED_BYTES = 6_000_000_000
+"""Size of the fused models of a full-size recipe, which are cached after the first start."""
 MIN_FREE_BYTES = 1_000_000_000
 """Free disk space below which new images may soon fill the disk."""
 
@@ -42,8 +44,8 @@ def check_cache(settings: Settings, download_bytes: int) -> Finding:
     return Finding("Cache", "ok", f"{settings.home} can be written")
 
 
-def check_disk(settings: Settings, download_bytes: int) -> Finding:
-    """Check the free space for the missing models and for images."""
+def check_disk(settings: Settings, download_bytes: int, fused_bytes: int = 0) -> Finding:
+    """Check the free space for the missing models, the cache of fused models, and for images."""
     folder = settings.hub_folder
     existing = _existing_parent(folder)
     free = shutil.disk_usage(existing if existing.is_dir() else existing.parent).free
@@ -55,6 +57,14 @@ def check_disk(settings: Settings, download_bytes: int) -> Finding:
             f"{message}, but {human_bytes(download_bytes + MARGIN)} are needed",
             "fastface cache list",
             ModelUnavailableError,
+        )
+    if free < download_bytes + fused_bytes + MARGIN and fused_bytes:
+        return Finding(
+            "Disk",
+            "warning",
+            f"{message}: the models fit, but not their fused form ({human_bytes(fused_bytes)}), "
+            "which makes later starts faster",
+            "fastface cache list",
         )
     if free < MIN_FREE_BYTES:
         return Finding("Disk", "warning", message, "fastface cache list")

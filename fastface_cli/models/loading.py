@@ -333,7 +333,9 @@ def _fused(
     """Every LoRA fused into the pipeline's models, and the adapter put into its UNet."""
     if pipe.unet is None:  # what was kept could not be read
         pipe.unet = load_unet(paths["base"], paths.get("unet"), number)
-    pipe.unet.to(homes.unet).requires_grad_(False)
+    # MPS gets complete models: there, a layer that is replaced after the move keeps its old weights.
+    workshop = torch.device("cpu") if homes.unet.type == "mps" else homes.unet
+    pipe.unet.to(workshop).requires_grad_(False)
     touched: set[str] = set()
     if "distillation" in paths:
         touched |= fuse_lora(pipe, paths["distillation"], 1.0)

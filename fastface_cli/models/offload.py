@@ -132,7 +132,8 @@ def visiting(device: torch.device, *modules: torch.nn.Module, without: Absent = 
 
 
 def _copied(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    copy = tensor.detach().to(device, non_blocking=True)
+    # On MPS a copy that does not block may be read before it is complete.
+    copy = tensor.detach().to(device, non_blocking=device.type == "cuda")
     return torch.nn.Parameter(copy, requires_grad=False) if isinstance(tensor, torch.nn.Parameter) else copy
 
 

@@ -139,6 +139,8 @@ def quantile(attention: Tensor, level: Number) -> Tensor:
 
 def round_to_half(x: Tensor) -> Tensor:
     """`x.half().float()` for numbers below 65504, by arithmetic: compilers drop a cast there and back."""
+    if x.device.type == "mps":  # it has no frexp, and nothing is compiled there
+        return x.half().float()
     # A half has 11 bits from the first that is set, and none below 2^-24.
     lowest_bit = (torch.frexp(x).exponent - 11).clamp_min(-24)
     unit = torch.ldexp(torch.ones_like(x), lowest_bit)
