@@ -380,9 +380,25 @@
     else if (!photo) pair.push(make("p", { className: "failed", textContent: picture?.error ?? "not generated" }));
     const words = [make("p", { className: "prompt", textContent: group.prompt })];
     if (picture) words.push(scoresOf(group, picture));
+    if (picture?.file && group.reference) words.push(replay(group, picture));
     at("viewer").querySelector(".pair").replaceChildren(...pair);
     at("viewer").querySelector(".words").replaceChildren(...words);
     if (!at("viewer").open) at("viewer").showModal();
+  }
+
+  /** The command that generates an image again; typed in the folder of the run. */
+  function replay(group, picture) {
+    const path = (address) => {
+      const name = decodeURIComponent(address.replace(/^\.\//, ""));
+      return /^[\w./-]+$/.test(name) ? name : `'${name.replaceAll("'", "'\\''")}'`;
+    };
+    const command = `fastface generate --from ${path(picture.file)} --face ${path(group.degraded ?? group.reference)}`;
+    const button = make("button", { type: "button", textContent: "Copy" });
+    button.addEventListener("click", async () => {
+      await navigator.clipboard.writeText(command);
+      button.textContent = "Copied";
+    });
+    return make("p", { className: "replay" }, make("code", { textContent: command }), button);
   }
 
   function scoresOf(group, picture) {

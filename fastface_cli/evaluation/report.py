@@ -59,6 +59,8 @@ def _page(run: Path, info: Run, summary: Mapping[str, Any], rows: Sequence[Row])
         "recipes": recipes,
         "first": recipes[0] if recipes else "",
         "facts": _facts(summary, rows),
+        "opening": _opening(summary),
+        "extremes": _extremes(summary, rows),
         "few": len(summary["identities"]) if len(summary["identities"]) < FEW else None,
         "counts": summary["counts"],
         "results": _results(summary),
@@ -85,6 +87,78 @@ def _facts(summary: Mapping[str, Any], rows: Sequence[Row]) -> list[tuple[int, s
         (len(rows) - len(generated), "failed", "failed"),
     ]
     return [(count, singular if count == 1 else plural) for count, singular, plural in numbers if count]
+
+
+def _judge(summary: Mapping[str, Any]) -> str | None:
+    """The identity metric that decides: the most independent recognizer in the run."""
+    return next((name for name in ID_COLUMNS if name in summary["columns"]), None)
+
+
+def _opening(summary: Mapping[str, Any]) -> list[str]:
+    """Return one sentence for each recipe but the first: likeness, prompt and cost against the first."""
+    first = next(iter(summary["recipes"]), "")
+    against = next((name for name in PROMPT_COLUMNS if name in summary["columns"]), None)
+    sentences = []
+    for recipe in list(summary["recipes"])[1:]:
+        clauses = [
+            _clause(summary, recipe, name)
+            for name in (_judge(summary), against, "unet_samples", "seconds")
+            if name is not None and summary["paired"].get(recipe, {}).get(name)
+        ]
+        if clauses:
+            sentences.append(f"{recipe} against {first}: {'; '.join(clauses)}.")
+    return sentences
+
+
+_WORDS: Mapping[Verdict, str] = {
+    "better": "better",
+    "worse": "worse",
+    "differs": "different",
+    "unclear": "no clear difference",
+}
+
+
+def _clause(summary: Mapping[str, Any], recipe: str, name: str) -> str:
+    """A difference from the first recipe in words: `dlib similarity -0.045 [-0.049, -0.041], worse`."""
+    column, paired = summary["columns"][name], summary["paired"][recipe][name]
+    style = styles(summary)[name]
+    numbers = f"{style.difference(paired['difference'])} {style.interval(paired['low'], paired['high'])}"
+    meaning = _WORDS[verdict(paired, column["higher_is_better"])]
+    return f"{column['title']} {typeset(numbers).strip()}, {meaning}"
+
+
+def _extremes(summary: Mapping[str, Any], rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Return, for each recipe, its most and its least similar image, by the metric that decides."""
+    name = _judge(summary)
+    if name is None:
+        return []
+    column, style = summary["columns"][name], styles(summary)[name]
+    sign = -1 if column["higher_is_better"] is False else 1
+    extremes = []
+    for recipe in summary["recipes"]:
+        scored = [
+            (sign * value, row)
+            for row in rows
+            if row.recipe == recipe and row.file is not None and row.stress is None
+            if (value := finite(row.scores.get(name))) is not None
+        ]
+        if not scored:
+            continue
+        images = [
+            {
+                "word": word,
+                "file": link(row.file),
+                "identity": row.identity,
+                "prompt": row.prompt,
+                "score": typeset(style.value(sign * value)),
+            }
+            for word, (value, row) in (
+                ("best", max(scored, key=lambda item: item[0])),
+                ("worst", min(scored, key=lambda item: item[0])),
+            )
+        ]
+        extremes.append({"recipe": recipe, "title": column["title"], "images": images})
+    return extremes
 
 
 # -------------------------------------------------------------------------------------------- results
