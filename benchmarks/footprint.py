@@ -25,11 +25,11 @@ from diffusers.models.embeddings import IPAdapterFaceIDPlusImageProjection
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fastface_cli.adapters.faceid_plusv2 import HEAD_WIDTH
 from fastface_cli.app.pipeline import Pipeline, Request
 from fastface_cli.benchmark.random_stack import make_models, scheduler, tokenizers
 from fastface_cli.benchmark.sdxl import PUBLISHED, Stack
 from fastface_cli.identity.identity import random_identity
-from fastface_cli.models.fused import HEAD_WIDTH
 from fastface_cli.models.loading import Homes
 from fastface_cli.models.offload import GIB, LEVELS, Level
 from fastface_cli.quiet import quiet_libraries

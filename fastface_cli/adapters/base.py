@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from ..identity.identity import Identity
     from ..recipe.schema import Adapter
 
-Input: TypeAlias = Literal["embedding", "crop"]
-"""What an adapter reads of an identity: the face embedding, the aligned face crop."""
+Input: TypeAlias = Literal["embedding", "crop", "embedding_norm", "key_points", "eva"]
+"""What an adapter reads of an identity: the embedding of unit norm, the aligned face crop, the norm of the
+embedding, the key points in the photo, the features of EVA02-CLIP."""
 
 OnDevice: TypeAlias = Callable[..., AbstractContextManager[None]]
 """Entered with modules around their use: offloaded modules are moved to the device for that time."""
@@ -42,5 +43,13 @@ class IdentityAdapter(Protocol):
     def attention(self, unet: torch.nn.Module) -> tuple[Layers, list[IdentityAttnProcessor]]:
         """The layers of a UNet that attend to the tokens, and a processor for each."""
 
-    def extra_conditioning(self, identities: Sequence[Identity]) -> Extra | None:
-        """Further conditioning of a batch in every step, such as a ControlNet; None where there is none."""
+    def extra_conditioning(
+        self, identities: Sequence[Identity], size: tuple[int, int], on_device: OnDevice
+    ) -> Extra | None:
+        """Further conditioning of a batch in every step, such as a ControlNet; None where there is none.
+
+        Args:
+            identities: of each image of the batch.
+            size: width and height of the images, in pixels.
+            on_device: entered with a module around its use in a step.
+        """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from diffusers import StableDiffusionXLPipeline
+from diffusers.models.embeddings import IPAdapterFaceIDPlusImageProjection
 from PIL import Image
 from torch import Tensor
 from transformers import CLIPImageProcessorPil
@@ -29,6 +30,8 @@ from .lora import fuse_loaded
 if TYPE_CHECKING:
     from ..identity.identity import Identity
 
+HEAD_WIDTH = 64
+"""Of the identity projection's attention, in every FaceID-PlusV2 file."""
 LORA = "faceid_0"
 """The name that diffusers gives the LoRA inside the adapter file."""
 
@@ -46,10 +49,7 @@ class FaceIDPlusV2:
     processor: CLIPImageProcessorPil = field(init=False)
 
     def __post_init__(self) -> None:
-        config: Any = self.image_encoder.config
-        size = config.image_size
-        # The PIL one by name: with torchvision installed the plain class would resize differently.
-        self.processor = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=size)
+        self.processor = crop_processor(self.image_encoder)
 
     def configured(self, settings: Adapter) -> FaceIDPlusV2:
         """The same models under a recipe's adapter settings."""
@@ -57,16 +57,7 @@ class FaceIDPlusV2:
 
     def tokens(self, identity: Identity, on_device: OnDevice) -> tuple[Tensor, Tensor]:
         """Encode no identity (a zero embedding and a zero image) and a person: [4, width] each."""
-        crop = identity.crop()
-        if self.crop_order == "rgb":
-            crop = np.ascontiguousarray(crop[..., ::-1])
-        # The published pipeline passes the crop in BGR order as if it were RGB.
-        pixels = self.processor(Image.fromarray(crop), return_tensors="pt").pixel_values
-        encoder: Any = self.image_encoder
-        with on_device(encoder):
-            pixels = pixels.to(encoder.device, encoder.dtype)
-            images = torch.cat([torch.zeros_like(pixels), pixels])
-            features = encoder(images, output_hidden_states=True).hidden_states[-2]
+        features = crop_features(identity, self.image_encoder, self.processor, self.crop_order, on_device)
         embedding = torch.from_numpy(identity.mean()).to(features.device, features.dtype)
         embeddings = torch.stack([torch.zeros_like(embedding), embedding])
         projection: Any = self.projection
@@ -83,9 +74,56 @@ class FaceIDPlusV2:
         layers = identity_layers(unet)
         return layers, identity_processors(layers)
 
-    def extra_conditioning(self, identities: Sequence[Identity]) -> Extra | None:
+    def extra_conditioning(
+        self, identities: Sequence[Identity], size: tuple[int, int], on_device: OnDevice
+    ) -> Extra | None:
         """None: identity enters by attention alone."""
         return None
+
+
+def crop_processor(image_encoder: Any) -> CLIPImageProcessorPil:
+    """Resize and normalize a crop for an image encoder."""
+    size = image_encoder.config.image_size
+    # The PIL one by name: with torchvision installed the plain class would resize differently.
+    return CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=size)
+
+
+def crop_features(
+    identity: Identity, encoder: Any, processor: CLIPImageProcessorPil, order: str, on_device: OnDevice
+) -> Tensor:
+    """The features of a zero image and of a person's crop: `hidden_states[-2]`, [2, patches + 1, width].
+
+    Args:
+        identity: the person.
+        encoder: a CLIP vision tower.
+        processor: of `crop_processor`.
+        order: `bgr` passes the crop in BGR order as if it were RGB, as the published FaceID pipeline does.
+        on_device: entered around the use of the encoder.
+    """
+    crop = identity.crop()
+    if order == "rgb":
+        crop = np.ascontiguousarray(crop[..., ::-1])
+    pixels = processor(Image.fromarray(crop), return_tensors="pt").pixel_values
+    with on_device(encoder):
+        pixels = pixels.to(encoder.device, encoder.dtype)
+        images = torch.cat([torch.zeros_like(pixels), pixels])
+        features: Tensor = encoder(images, output_hidden_states=True).hidden_states[-2]
+    return features
+
+
+def empty_projection(state: Mapping[str, Tensor]) -> IPAdapterFaceIDPlusImageProjection:
+    """The projection without numbers, with the shapes of a state."""
+    into = state["proj_in.weight"].shape
+    with torch.device("meta"):
+        projection = IPAdapterFaceIDPlusImageProjection(
+            embed_dims=into[0],
+            output_dims=state["proj_out.weight"].shape[0],
+            hidden_dims=into[1],
+            heads=state["layers.0.attn.to_q.weight"].shape[0] // HEAD_WIDTH,
+            id_embeddings_dim=state["proj.net.0.proj.weight"].shape[1],
+        )
+    projection.shortcut = True
+    return projection
 
 
 def load_adapter(

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from ..recipe.schema import AdapterName
 from .base import IdentityAdapter
-from .faceid_plusv2 import FaceIDPlusV2, load_adapter
+from .faceid_plusv2 import FaceIDPlusV2, empty_projection, load_adapter
+from .instantid import InstantID, load_controlnet
+from .plus_face import PlusFace
+from .plus_projection import empty_plus, load_plus
+from .pulid import Pulid, empty_pulid, load_pulid
+
+Extras = Mapping[str, torch.nn.Module]
+"""Further models of an adapter, by role."""
 
 
 @dataclass(frozen=True)
@@ -19,15 +29,32 @@ class AdapterKind:
     load: Callable[..., torch.nn.Module]
     """(pipeline of the base, file, lora_scale, fuse=...): put the attention weights into the UNet and return
     the projection, which runs once per image."""
-    build: Callable[[Any, torch.nn.Module], IdentityAdapter]
-    """(pipeline of the base, projection): the adapter."""
+    build: Callable[[Any, Any, Extras], IdentityAdapter]
+    """(pipeline of the base, projection, further models): the adapter."""
+    empty_projection: Callable[[Mapping[str, Tensor]], torch.nn.Module]
+    """The projection without numbers, with the shapes of a state: for the cache of fused models."""
+    load_extras: Callable[[Mapping[str, Path], torch.dtype, Any], Extras] = lambda *_: {}
+    """(paths of the recipe, dtype, UNet): further models, on the CPU."""
 
 
-ADAPTERS = {
-    "faceid-plusv2": AdapterKind(
-        load_adapter, lambda parts, projection: FaceIDPlusV2(parts.image_encoder, projection)
+_PULID = AdapterKind(load_pulid, lambda _, encoder, __: Pulid(encoder), empty_pulid)
+
+ADAPTERS: Mapping[AdapterName, AdapterKind] = {
+    "faceid_plusv2": AdapterKind(
+        load_adapter,
+        lambda parts, projection, _: FaceIDPlusV2(parts.image_encoder, projection),
+        empty_projection,
     ),
+    "plus_face": AdapterKind(
+        load_plus, lambda parts, projection, _: PlusFace(parts.image_encoder, projection), empty_plus
+    ),
+    "instantid": AdapterKind(
+        load_plus,
+        lambda _, projection, extras: InstantID(projection, extras["controlnet"]),
+        empty_plus,
+        load_controlnet,
+    ),
+    "pulid_v1": _PULID,
+    "pulid_v1.1": _PULID,
 }
-
-DEFAULT_ADAPTER = "faceid-plusv2"
-"""The kind of every adapter file of today's recipes."""
+"""By the `model.adapter_kind` of a recipe."""

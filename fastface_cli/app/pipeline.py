@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..adapters.base import IdentityAdapter
-from ..adapters.registry import ADAPTERS, DEFAULT_ADAPTER
+from ..adapters.registry import ADAPTERS, Extras
 from ..errors import FastFaceError, RecipeError
 from ..identity.identity import random_identity
 from ..models.acceleration import DEFAULT, Acceleration, arrange, check
@@ -84,6 +84,7 @@ class Pipeline:
         recipe: what to run.
         parts: the loaded diffusers pipeline with the adapter in its UNet.
         projection: identity projection of the adapter.
+        extras: further models of the adapter.
         scheduler: of the right class and configuration; copied for each batch.
         acceleration: optimizations.
         level: which models are offloaded.
@@ -101,6 +102,7 @@ class Pipeline:
         projection: torch.nn.Module,
         scheduler: Any,
         *,
+        extras: Extras | None = None,
         acceleration: Acceleration = DEFAULT,
         level: Level = OFF,
         device: torch.device | None = None,
@@ -112,6 +114,7 @@ class Pipeline:
         self.acceleration = acceleration
         self.parts = parts
         self.projection = projection
+        self.extras: Extras = extras or {}
         self.scheduler = scheduler
         if compiler is None and acceleration.compile:
             on_cuda = (device or parts.unet.device).type == "cuda"
@@ -119,7 +122,7 @@ class Pipeline:
         self.compiler = compiler
         self._denoise = compiler(denoise) if compiler else denoise
         self.backbone: Backbone = SDXL(parts, level, device, compiler(vae_decode) if compiler else vae_decode)
-        self.use(ADAPTERS[DEFAULT_ADAPTER].build(parts, projection))
+        self.use(ADAPTERS[recipe.model.adapter_kind].build(parts, projection, self.extras))
         self.watch: StageTimer = lambda _: nullcontext()
 
     @property
@@ -175,13 +178,20 @@ class Pipeline:
         check(acceleration, chosen, weights)
         check_level(level, acceleration)
         with quiet_libraries(), memory_errors(chosen, level):
-            parts, projection = load_parts(
+            parts, projection, extras = load_parts(
                 recipe, paths, Homes.of(chosen, level), weights, fused, fuse=acceleration.fuse_lora
             )
             arrange(parts.unet, parts.vae, acceleration)
             scheduler = load_scheduler(recipe, configured(paths), paths.get("scheduler"))
         return cls(
-            recipe, parts, projection, scheduler, acceleration=acceleration, level=level, device=chosen
+            recipe,
+            parts,
+            projection,
+            scheduler,
+            extras=extras,
+            acceleration=acceleration,
+            level=level,
+            device=chosen,
         )
 
     def with_recipe(self, recipe: Recipe, paths: Mapping[str, Path]) -> Pipeline:
@@ -215,6 +225,7 @@ class Pipeline:
             self.parts,
             self.projection,
             scheduler,
+            extras=self.extras,
             acceleration=acceleration,
             level=self.level,
             device=self.device,
@@ -344,7 +355,8 @@ class Pipeline:
 
     def _chains(self, step: int, steps: int) -> attention.Chains:
         blocks = self.backbone.blocks
-        return {block: attention.resolve(self.recipe.attention, block, step, steps) for block in blocks}
+        settings, count = self.recipe.attention, self.adapter.num_tokens
+        return {block: attention.resolve(settings, block, step, steps, count) for block in blocks}
 
     def _conditions(self, requests: Sequence[Request]) -> processor.Conditions:
         """Conditions of a batch."""
@@ -376,7 +388,11 @@ class Pipeline:
             # A compiled step accepts any scale; without identity attention it would be another graph.
             has_identity=[any(step) or self.acceleration.compile for step in scales],
             projected=projected,
-            extra=self.adapter.extra_conditioning([r.identity for r in requests]),
+            extra=self.adapter.extra_conditioning(
+                [r.identity for r in requests],
+                (sampling.width, sampling.height),
+                partial(self.backbone.on_device, offloaded=self.level.models),
+            ),
         )
 
     def warm_up(self, *, batch_size: int = 1) -> float:
@@ -402,8 +418,17 @@ class Pipeline:
 def _loaded_parts(recipe: Recipe) -> tuple[Any, ...]:
     """All parts of a recipe that determine which weights are loaded."""
     model, steps = recipe.model, recipe.sampling.steps
-    parts = (model.base, model.unet_for(steps), model.distillation_for(steps), model.vae, model.adapter)
-    return (*parts, model.image_encoder, tuple((lora.file, lora.scale) for lora in model.loras))
+    return (
+        model.base,
+        model.unet_for(steps),
+        model.distillation_for(steps),
+        model.vae,
+        model.adapter,
+        model.adapter_kind,
+        model.controlnet,
+        model.image_encoder,
+        tuple((lora.file, lora.scale) for lora in model.loras),
+    )
 
 
 def to_pil(image: Tensor) -> Image.Image:

@@ -15,6 +15,7 @@ from cachetools import LRUCache
 
 from ..errors import UsageError
 from ..files import check_target
+from ..identity.features import NEEDED
 from ..models.acceleration import LOSSY
 from ..output.images import plan_paths
 from ..output.metadata import Provenance
@@ -119,6 +120,11 @@ def plan_run(request: GenerateRequest, default: str | Recipe, lossy: Mapping[str
         defaults = _changed(request, provenance.as_run())
     if request.commercial:
         check_commercial(artifacts_of(recipe).values(), f"recipe '{recipe.name}'")
+    if request.pose is not None and "key_points" not in NEEDED[recipe.model.adapter_kind]:
+        raise UsageError(
+            f"--pose is for InstantID, and recipe '{recipe.name}' uses {recipe.model.adapter_kind}",
+            "use a recipe such as hyper-instantid-fastface, or leave --pose out",
+        )
     if request.aspect is not None:
         recipe = _with_aspect(recipe, request.aspect)
     prompts = request.prompts or ((defaults.prompt,) if defaults.prompt is not None else ())

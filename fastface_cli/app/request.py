@@ -75,6 +75,8 @@ class GenerateRequest(_Frozen):
     face_index: Annotated[int, Field(ge=0)] | None = None
     face_box: tuple[float, float, float, float] | None = None
     """Left, top, right, bottom in pixels of the upright photo."""
+    pose: Path | None = None
+    """Photo whose face gives the pose, for InstantID; None: the pose of the person's photo."""
     prompts: tuple[Prompt, ...] = ()
     """Empty: the recipe's prompt."""
     negative_prompt: Prompt | None = None

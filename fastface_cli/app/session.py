@@ -131,6 +131,13 @@ class Session:
                 identity = stack.identity(
                     plan.recipe, photos, face_index=request.face_index, face_box=request.face_box
                 )
+            if request.pose is not None:
+                yield from self._stream(lambda emit: stack.face_models(plan.recipe, emit))
+                identity = stack.posed(plan.recipe, identity, request.pose)
+            if plan.cells:
+                from ..identity.features import check_features
+
+                check_features(identity, plan.recipe.model.adapter_kind)
             saved = None
             if request.output is not None and request.output.save_identity is not None:
                 saved = identity.save(request.output.save_identity, force=request.output.force)

@@ -209,11 +209,13 @@ class ModelStack:
             NoFaceError: the photos show no usable face.
         """
         from ..identity.cache import Remembered, key_of
+        from ..identity.features import NEEDED
         from ..identity.identity import make_identity
         from ..identity.photos import open_photos
 
         photos = open_photos(sources)
-        key = key_of(photos, artifacts_of(recipe)["face"], face_index, face_box)
+        features = NEEDED[recipe.model.adapter_kind]
+        key = key_of(photos, artifacts_of(recipe)["face"], face_index, face_box, features)
         if key is not None and key in self._identities:
             self._identities.move_to_end(key)
             return self._identities[key]
@@ -221,7 +223,12 @@ class ModelStack:
         identity = on_disk.find(key) if on_disk and key is not None else None
         if identity is None:
             identity = make_identity(
-                photos, self.analyzer(recipe), face_index=face_index, face_box=face_box, log=log.warning
+                photos,
+                self.analyzer(recipe),
+                face_index=face_index,
+                face_box=face_box,
+                features=features,
+                log=log.warning,
             )
             if on_disk and key is not None:
                 on_disk.keep(key, identity)
@@ -230,6 +237,19 @@ class ModelStack:
             if len(self._identities) > MAX_IDENTITIES:
                 self._identities.popitem(last=False)
         return identity
+
+    def posed(self, recipe: Recipe, identity: Identity, pose: Path) -> Identity:
+        """The identity in the pose of the largest face of another photo.
+
+        Raises:
+            UsageError: the photo cannot be read.
+            NoFaceError: it shows no face.
+        """
+        from ..identity.identity import key_points_of
+        from ..identity.photos import open_photo
+
+        points, size = key_points_of(open_photo(pose), self.analyzer(recipe))
+        return identity.posed(points, size)
 
 
 def fetch(

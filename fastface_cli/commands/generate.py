@@ -57,6 +57,14 @@ def generate(
             help="Box around the face, x1,y1,x2,y2, in pixels of the photo.", rich_help_panel=PERSON
         ),
     ] = None,
+    pose: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PHOTO",
+            help="Photo whose face gives the pose, for InstantID recipes.",
+            rich_help_panel=PERSON,
+        ),
+    ] = None,
     remember: Annotated[
         bool,
         typer.Option(
@@ -252,6 +260,7 @@ def generate(
         allow_hub=allow_hub,
         photos=tuple(face or ()),
         identity=identity,
+        pose=pose,
         face_index=face_index,
         face_box=_box(face_box) if face_box is not None else None,
         prompts=(*(prompt or ()), *_prompts(prompts_file, is_read=jobs is None)),

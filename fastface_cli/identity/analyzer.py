@@ -58,6 +58,10 @@ class FaceAnalyzer(Protocol):
         """Return the unit-norm embedding of one face, [512] float32."""
         ...
 
+    def raw_embedding(self, image: np.ndarray, face: Face) -> np.ndarray:
+        """Return the embedding before it is scaled to length 1, [512] float32."""
+        ...
+
 
 class InsightFaceAnalyzer:
     """Detection and recognition of an InsightFace pack."""
@@ -66,6 +70,8 @@ class InsightFaceAnalyzer:
         self._detector = app.models["detection"]
         self._recognizer = app.models["recognition"]
         self._folder = folder
+        self.recognizer: str = Path(str(app.models["recognition"].model_file)).stem
+        """Name of the recognizer's file, without suffix: `w600k_r50`."""
         self.provider: str = self._recognizer.session.get_providers()[0]
         """The ONNX Runtime provider that the recognizer's session uses."""
         self.note: str | None = None
@@ -92,12 +98,19 @@ class InsightFaceAnalyzer:
 
     def embed(self, image: np.ndarray, face: Face) -> np.ndarray:
         """See `FaceAnalyzer`."""
+        raw = self.raw_embedding(image, face)
+        with np.errstate(invalid="ignore"):  # of a length 0, which the caller refuses
+            embedding: np.ndarray = raw / np.linalg.norm(raw)
+        return embedding
+
+    def raw_embedding(self, image: np.ndarray, face: Face) -> np.ndarray:
+        """See `FaceAnalyzer`."""
         from insightface.app.common import Face as InsightFace
 
         record = InsightFace(kps=face.key_points)
         with _no_warnings():
             self._recognizer.get(image, record)
-            embedding = np.asarray(record.normed_embedding, dtype=np.float32)
+            embedding = np.asarray(record.embedding, dtype=np.float32)
         if embedding.shape != (EMBEDDING,):
             raise ModelUnavailableError(
                 f"the face recognizer in {self._folder} gives embeddings of {embedding.size} numbers; "

@@ -81,9 +81,13 @@ class Remembered:
 
 
 def key_of(
-    photos: Sequence[Photo], pack: Artifact, face_index: int | None, face_box: Box | None
+    photos: Sequence[Photo],
+    pack: Artifact,
+    face_index: int | None,
+    face_box: Box | None,
+    features: Sequence[str] = (),
 ) -> str | None:
-    """Return the cache key: a hash of the photos' files, the face models and the choice of face.
+    """Return the cache key: a hash of the photos' files, the face models, the face chosen and the features.
 
     None if a photo was not read from a file.
     """
@@ -96,5 +100,5 @@ def key_of(
         "face": content_mark(pack.local) if pack.local else pack.name,
         "index": face_index,
         "box": face_box,
-    }
+    } | ({"features": list(features)} if features else {})
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()

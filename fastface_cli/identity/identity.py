@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from PIL import Image
 from ..errors import NoFaceError, UsageError, nearest
 from ..files import check_target, write_atomically
 from .analyzer import CROP, EMBEDDING, Box, FaceAnalyzer, align
+from .features import SHAPES, check_shape
 from .photos import MAX_PHOTOS, Photo, open_photos
 from .search import (
     bgr,
@@ -56,6 +57,10 @@ class Identity:
     """[n, 224, 224, 3] uint8, aligned, BGR."""
     weight: np.ndarray
     """[n] float32, above 0: weight of each photo in the mean."""
+    features: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """What only some adapters read, see `features.SHAPES`."""
+    recognizer: str | None = None
+    """The model of `id_embedding`; None if it is not known."""
 
     def __repr__(self) -> str:
         count = len(self.weight)
@@ -83,6 +88,10 @@ class Identity:
             raise UsageError(
                 f"id_embedding must have rows of norm 1, not {norms.min():.4g} to {norms.max():.4g}"
             )
+        for name, feature in self.features.items():
+            problem = check_shape(name, feature, n)
+            if problem is not None:
+                raise UsageError(problem)
         if _mean(self.id_embedding, self.weight) is None:
             raise UsageError("the embeddings cancel each other out: they are not of one person")
 
@@ -92,10 +101,38 @@ class Identity:
         assert mean is not None  # checked in __post_init__
         return mean.astype(np.float32)
 
+    def raw_mean(self) -> np.ndarray:
+        """The weighted mean of the embeddings before they were scaled to length 1: [512] float32.
+
+        Raises:
+            KeyError: the identity has no `embedding_norm`.
+        """
+        raw = self.id_embedding * self.features["embedding_norm"][:, None]
+        mean: np.ndarray = (self.weight / self.weight.sum()) @ raw
+        return mean.astype(np.float32)
+
+    def best(self) -> int:
+        """Index of the photo whose embedding is nearest to the mean."""
+        return int(np.argmax(self.id_embedding @ self.mean()))
+
     def crop(self) -> np.ndarray:
-        """The crop whose embedding is nearest to the mean: [224, 224, 3] uint8, BGR."""
-        crop: np.ndarray = self.face_crop_bgr[int(np.argmax(self.id_embedding @ self.mean()))]
+        """The crop of the best photo: [224, 224, 3] uint8, BGR."""
+        crop: np.ndarray = self.face_crop_bgr[self.best()]
         return crop
+
+    def posed(self, key_points: np.ndarray, size: tuple[int, int]) -> Identity:
+        """The same person in the pose of another photo.
+
+        Args:
+            key_points: [5, 2] in pixels of that photo.
+            size: its width and height.
+        """
+        n = len(self.weight)
+        pose = {
+            "key_points": np.repeat(key_points[None].astype(np.float32), n, axis=0),
+            "photo_size": np.repeat(np.array([size], np.float32), n, axis=0),
+        }
+        return replace(self, features={**self.features, **pose})
 
     def digest(self) -> str:
         """SHA-256 (hex) of the arrays, with weights relative to the largest.
@@ -104,7 +141,8 @@ class Identity:
         compute slightly different arrays for the same photo, and then another digest.
         """
         weight = self.weight / self.weight.max()
-        parts = (self.id_embedding.astype("<f4"), self.face_crop_bgr, weight.astype("<f4"))
+        features = [self.features[name].astype("<f4") for name in sorted(self.features)]
+        parts = (self.id_embedding.astype("<f4"), self.face_crop_bgr, weight.astype("<f4"), *features)
         return hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()
 
     def save(self, path: Path | str, *, force: bool = False) -> Path:
@@ -124,32 +162,36 @@ class Identity:
 
         path = Path(path)
         check_target(path, force=force)
-        tensors = {name: np.ascontiguousarray(getattr(self, name)) for name in _TENSORS}
-        return write_atomically(path, save(tensors), force=force, private=True)
+        arrays = {name: getattr(self, name) for name in _TENSORS} | dict(self.features)
+        tensors = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        metadata = None if self.recognizer is None else {"recognizer": self.recognizer}
+        return write_atomically(path, save(tensors, metadata), force=force, private=True)
 
     @classmethod
     def load(cls, path: Path | str) -> Identity:
         """Read an identity file: safetensors with `id_embedding` [n, 512] float32, `face_crop_bgr`
-        [n, 224, 224, 3] uint8 (without n for one photo) and `weight` [n] float32 (optional, default equal).
+        [n, 224, 224, 3] uint8 (without n for one photo), `weight` [n] float32 (optional, default equal), and
+        any of `features.SHAPES`.
 
         Raises:
             UsageError: the file is not a valid identity file.
         """
         try:
-            arrays = _read(Path(path))
+            arrays, recognizer = _read(Path(path))
         except (OSError, ValueError) as error:  # ValueError: the path contains a null byte
             raise UsageError(f"cannot read the identity file {path}: {error}") from error
         embedding, crop = arrays["id_embedding"], arrays["face_crop_bgr"]
         crop = crop[None] if crop.ndim == 3 else crop
         weight = arrays.get("weight", np.ones(len(embedding) if embedding.ndim else 0, np.float32))
         try:
-            identity = cls(embedding, crop, weight)
+            features = {name: array for name, array in arrays.items() if name in SHAPES}
+            identity = cls(embedding, crop, weight, features, recognizer)
         except UsageError as error:
             raise UsageError(f"{path} is not an identity: {error.message}", error.hint) from error
         norms = np.linalg.norm(embedding.astype(np.float64), axis=1, keepdims=True)
         if np.abs(norms - 1).max() <= 1e-6:
             return identity
-        return cls((embedding / norms).astype(np.float32), crop, weight)
+        return replace(identity, id_embedding=(embedding / norms).astype(np.float32))
 
 
 def random_identity() -> Identity:
@@ -166,6 +208,7 @@ def make_identity(
     *,
     face_index: int | None = None,
     face_box: Box | None = None,
+    features: Collection[str] = (),
     log: Callable[[str], None] | None = None,
 ) -> Identity:
     """Make the identity of one person from photos, weighted by the detector's confidence.
@@ -178,6 +221,7 @@ def make_identity(
         face_index: which face of each photo, numbered by size; 0, the default, is the largest.
         face_box: a rough box around the face: left, top, right, bottom in pixels of the upright photo.
             Only for a single photo.
+        features: of `features.SHAPES`, which the adapter reads.
         log: called with each message, one sentence.
 
     Raises:
@@ -194,7 +238,7 @@ def make_identity(
     faces: list[_MeasuredFace] = []
     failures: list[tuple[str, str]] = []
     for photo in open_photos(photos):
-        face = _measure(photo, analyzer, face_index, face_box, report)
+        face = _measure(photo, analyzer, face_index, face_box, report, features)
         if isinstance(face, _MeasuredFace):
             faces.append(face)
         else:
@@ -211,7 +255,24 @@ def make_identity(
     crop = np.stack([face.crop for face in faces])
     weight = np.array([face.score for face in faces], np.float32)
     kept = _without_outliers(embedding, weight, names, report)
-    return Identity(embedding[kept], crop[kept], weight[kept])
+    measured = {name: np.stack([face.features[name] for face in faces])[kept] for name in faces[0].features}
+    recognizer = getattr(analyzer, "recognizer", None)
+    return Identity(embedding[kept], crop[kept], weight[kept], measured, recognizer)
+
+
+def key_points_of(photo: Photo, analyzer: FaceAnalyzer) -> tuple[np.ndarray, tuple[int, int]]:
+    """The key points of the largest face of a photo, [5, 2] in pixels of `photo.image`, and its size.
+
+    Raises:
+        NoFaceError: there is no face.
+    """
+    image = bgr(photo.image)
+    faces = find_faces(image, analyzer)
+    if not faces:
+        raise NoFaceError(
+            f"no face found in {photo.name}: {describe_attempts(image)}", "use another photo for the pose"
+        )
+    return faces[0].key_points, photo.image.size
 
 
 @dataclass(frozen=True)
@@ -222,10 +283,16 @@ class _MeasuredFace:
     embedding: np.ndarray
     crop: np.ndarray
     score: float
+    features: Mapping[str, np.ndarray]
 
 
 def _measure(
-    photo: Photo, analyzer: FaceAnalyzer, index: int | None, box: Box | None, report: Callable[[str], None]
+    photo: Photo,
+    analyzer: FaceAnalyzer,
+    index: int | None,
+    box: Box | None,
+    report: Callable[[str], None],
+    features: Collection[str],
 ) -> _MeasuredFace | str:
     """Return the chosen face of a photo, or the attempts made if it shows none."""
     image = bgr(photo.image)
@@ -248,9 +315,17 @@ def _measure(
     if face.size[0] < SMALL_FACE:
         report(f"the face in {photo.name} is only {face.size[0]:.0f} pixels wide; expect lower similarity")
     embedding = analyzer.embed(image, face)
+    measured: dict[str, np.ndarray] = {}
+    if "embedding_norm" in features:
+        raw = analyzer.raw_embedding(image, face)
+        measured["embedding_norm"] = np.asarray(np.linalg.norm(raw), np.float32)
+    if "key_points" in features:
+        measured["key_points"] = (face.key_points / photo.scale).astype(np.float32)
+        measured["photo_size"] = np.array(photo.image.size, np.float32) / np.float32(photo.scale)
     if not abs(float(np.linalg.norm(embedding.astype(np.float64))) - 1) <= UNIT_TOLERANCE:
         raise NoFaceError(f"the face in {photo.name} cannot be recognized", "use another photo")
-    return _MeasuredFace(photo.name, embedding, align(image, face), min(max(face.score, 1e-3), 1.0))
+    score = min(max(face.score, 1e-3), 1.0)
+    return _MeasuredFace(photo.name, embedding, align(image, face), score, measured)
 
 
 def _without_outliers(
@@ -325,8 +400,8 @@ def _expect(name: str, array: np.ndarray, kind: type, shape: tuple[int, ...]) ->
         )
 
 
-def _read(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of an identity file, with names and types checked before reading any."""
+def _read(path: Path) -> tuple[dict[str, np.ndarray], str | None]:
+    """The tensors of an identity file, checked by name and type before reading, and the recognizer."""
     from safetensors import SafetensorError, safe_open
 
     hint = "create one with --save-identity; pass photos with --face"
@@ -340,21 +415,23 @@ def _read(path: Path) -> dict[str, np.ndarray]:
         with safe_open(path, framework="numpy") as file:
             kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
             _check_tensors(path, kinds, hint)
-            return {name: file.get_tensor(name) for name in kinds}
+            recognizer = (file.metadata() or {}).get("recognizer")
+            return {name: file.get_tensor(name) for name in kinds}, recognizer
     except SafetensorError as error:
         raise UsageError(f"{path} is not an identity file: {error}", hint) from error
 
 
 def _check_tensors(path: Path, kinds: dict[str, Any], hint: str) -> None:
+    known = {**_TENSORS, **dict.fromkeys(SHAPES, "F32")}
     for name, kind in kinds.items():
-        if name not in _TENSORS:
-            near = nearest(name, _TENSORS)
+        if name not in known:
+            near = nearest(name, known)
             raise UsageError(
                 f"{path} is not an identity file: it contains {name[:80]!r}",
                 f"did you mean '{near}'?" if near else hint,
             )
-        if kind != _TENSORS[name]:
-            raise UsageError(f"{path} is not an identity file: {name} is {kind}, not {_TENSORS[name]}")
+        if kind != known[name]:
+            raise UsageError(f"{path} is not an identity file: {name} is {kind}, not {known[name]}")
     for name in ("id_embedding", "face_crop_bgr"):
         if name not in kinds:
             raise UsageError(f"{path} is not an identity file: it lacks {name}", hint)

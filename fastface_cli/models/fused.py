@@ -17,16 +17,13 @@ from typing import BinaryIO
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
-from diffusers.models.embeddings import IPAdapterFaceIDPlusImageProjection
 from safetensors import safe_open
 from torch import Tensor
 
+from ..adapters.registry import ADAPTERS
 from ..recipe.schema import Recipe
 from ..store.fused_cache import FusedCache
 from .tensor_file import TensorLayout, safetensors_length, safetensors_pieces
-
-HEAD_WIDTH = 64
-"""Of the identity projection's attention, in every FaceID-PlusV2 file."""
 
 
 @dataclass
@@ -63,7 +60,7 @@ def keep(
     config = {name: value for name, value in models.unet.config.items() if not name.startswith("_")}
     layout = TensorLayout(
         {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()},
-        {"format": "pt", "unet": json.dumps(config)},
+        {"format": "pt", "unet": json.dumps(config), "adapter": recipe.model.adapter_kind},
     )
 
     def write(file: BinaryIO) -> str:
@@ -84,6 +81,8 @@ class Content:
 
     config: dict[str, object]
     """Of the UNet."""
+    adapter: str
+    """Kind of the adapter."""
     parts: dict[str, dict[str, Tensor]]
     """State of each part, by name."""
 
@@ -95,12 +94,13 @@ def read(path: Path, where: torch.device) -> Content:
         Exception: the file is not one of ours.
     """
     with safe_open(path, framework="pt", device=str(where)) as file:
-        config = json.loads(file.metadata()["unet"])
+        metadata = file.metadata()
+        config = json.loads(metadata["unet"])
         parts: dict[str, dict[str, Tensor]] = {}
         for name, tensor in file.get_tensors().items():
             part, _, rest = name.partition(".")
             parts.setdefault(part, {})[rest] = tensor
-    return Content(config, parts)
+    return Content(config, metadata["adapter"], parts)
 
 
 def build(content: Content) -> FusedModels:
@@ -114,7 +114,8 @@ def build(content: Content) -> FusedModels:
     """
     parts = dict(content.parts)
     unet = _filled(_empty_unet(content.config, parts["unet"]), parts.pop("unet"))
-    projection = _filled(_empty_projection(parts["projection"]), parts.pop("projection"))
+    empty = ADAPTERS[content.adapter].empty_projection(parts["projection"])  # type: ignore[index]
+    projection = _filled(empty, parts.pop("projection"))
     return FusedModels(unet, projection, parts)
 
 
@@ -136,17 +137,3 @@ def _empty_unet(config: Mapping[str, object], state: Mapping[str, Tensor]) -> UN
                 )
         unet.set_attn_processor(processors)
     return unet
-
-
-def _empty_projection(state: Mapping[str, Tensor]) -> IPAdapterFaceIDPlusImageProjection:
-    into = state["proj_in.weight"].shape
-    with torch.device("meta"):
-        projection = IPAdapterFaceIDPlusImageProjection(
-            embed_dims=into[0],
-            output_dims=state["proj_out.weight"].shape[0],
-            hidden_dims=into[1],
-            heads=state["layers.0.attn.to_q.weight"].shape[0] // HEAD_WIDTH,
-            id_embeddings_dim=state["proj.net.0.proj.weight"].shape[1],
-        )
-    projection.shortcut = True
-    return projection

@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from ..adapters.lora import TEXT_ENCODERS, fuse_lora
-from ..adapters.registry import ADAPTERS, DEFAULT_ADAPTER
+from ..adapters.registry import ADAPTERS, Extras
 from ..quiet import is_out_of_memory, loading_errors
 from ..recipe.schema import Recipe
 from ..store.fused_cache import FusedCache, fused_inputs, fused_key
@@ -211,7 +211,7 @@ def load_parts(
     cache: FusedCache | None = None,
     *,
     fuse: bool = True,
-) -> tuple[StableDiffusionXLPipeline, torch.nn.Module]:
+) -> tuple[StableDiffusionXLPipeline, torch.nn.Module, Extras]:
     """Load the complete stack of a recipe, with every LoRA fused and the identity adapter in its UNet.
 
     Args:
@@ -223,7 +223,8 @@ def load_parts(
         fuse: also the LoRA inside the adapter; where False it stays beside the weights, and nothing is kept.
 
     Returns:
-        The diffusers pipeline that holds the models, and the identity projection of the adapter.
+        The diffusers pipeline that holds the models, the identity projection of the adapter, and further
+        models of the adapter.
     """
     inputs = fused_inputs(recipe, paths)
     key = None
@@ -234,11 +235,12 @@ def load_parts(
             pipe = _single_file_models(paths, number, kept)
         else:
             pipe = _folder_models(recipe, paths, number, kept)
-        pipe.register_modules(image_encoder=load_image_encoder(paths["image_encoder"], number))
+        if "image_encoder" in paths:
+            encoder = load_image_encoder(paths["image_encoder"], number)
+            pipe.register_modules(image_encoder=encoder.to(homes.encoders).requires_grad_(False))
         # Everything is moved before it is fused: a GPU adds the LoRA matrices in a moment.
         for name in TEXT_ENCODERS:
             getattr(pipe, name).to(homes.encoders).requires_grad_(False)
-        pipe.image_encoder.to(homes.encoders).requires_grad_(False)
         pipe.vae.to(homes.vae).requires_grad_(False)
         models = kept.models()
     if models is None:
@@ -249,7 +251,10 @@ def load_parts(
         pipe.unet = models.unet
         for name, state in models.text_encoders.items():
             getattr(pipe, name).load_state_dict(state)
-    return pipe, models.projection.to(homes.encoders, number)
+    extras = ADAPTERS[recipe.model.adapter_kind].load_extras(paths, number, pipe.unet)
+    for model in extras.values():
+        model.to(homes.unet)
+    return pipe, models.projection.to(homes.encoders, number), extras
 
 
 class _Kept:
@@ -341,7 +346,7 @@ def _fused(
         touched |= fuse_lora(pipe, paths["distillation"], 1.0)
     for index, lora in enumerate(recipe.model.loras):
         touched |= fuse_lora(pipe, paths[f"lora.{index}"], lora.scale)
-    load = ADAPTERS[DEFAULT_ADAPTER].load
+    load = ADAPTERS[recipe.model.adapter_kind].load
     projection = load(pipe, paths["adapter"], recipe.adapter.lora_scale, fuse=fuse)
     pipe.unet.to(homes.unet, number).requires_grad_(False)  # an unfused LoRA comes in float32, on the CPU
     projection = projection.to(homes.encoders, number).requires_grad_(False)

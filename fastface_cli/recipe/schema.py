@@ -18,6 +18,18 @@ TIMESTEPS = 1000
 """T of the guidance functions: the training timesteps of SDXL."""
 
 
+AdapterName: TypeAlias = Literal["faceid_plusv2", "plus_face", "instantid", "pulid_v1", "pulid_v1.1"]
+
+IDENTITY_TOKENS: dict[AdapterName, int] = {
+    "faceid_plusv2": 4,
+    "plus_face": 16,
+    "instantid": 16,
+    "pulid_v1": 10,
+    "pulid_v1.1": 32,
+}
+"""Identity tokens of each kind of adapter, which attention manipulation selects by number."""
+
+
 CONFIG = "sdxl-base-config"
 """Artifact with the configuration of a base that is a single checkpoint file."""
 
@@ -77,10 +89,15 @@ class Model(Section):
     vae: ModelReference | None = None
     """Replaces the base's VAE; None: the base's own."""
     adapter: ModelReference
-    """An IP-Adapter FaceID-PlusV2 file."""
-    image_encoder: ModelReference
+    """The file of the identity adapter."""
+    adapter_kind: AdapterName = "faceid_plusv2"
+    """What the file is."""
+    controlnet: ModelReference | None = None
+    """A folder with the ControlNet of InstantID."""
+    image_encoder: ModelReference | None = None
+    """The encoder of the face crop: CLIP for FaceID and plus-face, EVA02-CLIP for PuLID."""
     face: ModelReference
-    """An InsightFace pack."""
+    """An InsightFace pack, or a YuNet detector for adapters that use no face recognizer."""
     scheduler: Scheduler
 
     def step_choices(self) -> list[int] | None:
@@ -117,6 +134,13 @@ class Adapter(Section):
     """Weight of the identity part of decoupled cross-attention."""
     lora_scale: Strength = 0.6
     """Weight of the LoRA inside the adapter file, fused once."""
+    controlnet_scale: Annotated[float, Field(ge=0, le=2)] = 0.8
+    """Weight of InstantID's ControlNet."""
+    zero_tokens: Annotated[int, Field(ge=0, le=64)] = 0
+    """PuLID: tokens without content beside those of the identity. They only take attention away."""
+    orthogonal: Literal["off", "ortho", "ortho_v2"] = "off"
+    """PuLID: remove from identity attention what it shares with text attention: completely (`ortho`), or
+    except where the attention to the first five tokens keeps it (`ortho_v2`)."""
     crop_order: Literal["bgr", "rgb"] = "bgr"
     """Channel order of the face crop given to the image encoder; published results used BGR."""
 
@@ -213,7 +237,7 @@ class Attention(Section):
     transforms: list[Transform] = []
     """Applied in this order; empty disables manipulation (unless `blend` or `invert_token_0` is set)."""
     blocks: list[Block] = ["down", "up"]
-    tokens: list[Annotated[int, Field(ge=0, le=3)]] = [0, 1, 2, 3]
+    tokens: Literal["all"] | list[Annotated[int, Field(ge=0, le=31)]] = [0, 1, 2, 3]
     steps: Literal["all"] | list[Annotated[int, Field(ge=0)]] = "all"
     """Step indices to manipulate, from 0."""
     invert_token_0: bool = False
@@ -291,6 +315,38 @@ class Recipe(Section):
     """Used if no seed is given."""
 
     @model_validator(mode="after")
+    def _adapter_has_its_parts(self) -> Recipe:
+        kind, model = self.model.adapter_kind, self.model
+        for name, value, kinds in (
+            ("image_encoder", model.image_encoder, ("faceid_plusv2", "plus_face")),
+            ("controlnet", model.controlnet, ("instantid",)),
+        ):
+            if value is None and kind in kinds:
+                raise _fault(f"model.{name}", f"is missing, and {kind} needs it")
+        if model.controlnet is not None and kind != "instantid":
+            raise _fault("model.controlnet", f"{kind} has no ControlNet")
+        if not kind.startswith("pulid") and (self.adapter.zero_tokens or self.adapter.orthogonal != "off"):
+            raise _fault("adapter.orthogonal", f"zero_tokens and orthogonal are PuLID's, not {kind}'s")
+        return self
+
+    @model_validator(mode="after")
+    def _attention_fits_the_adapter(self) -> Recipe:
+        kind, attention = self.model.adapter_kind, self.attention
+        count = IDENTITY_TOKENS[kind]
+        if not attention.active:
+            return self
+        for token in attention.tokens if isinstance(attention.tokens, list) else []:
+            if token >= count:
+                raise _fault("attention.tokens", f"{kind} has tokens 0 to {count - 1}, not {token}")
+        if attention.invert_token_0 and kind != "faceid_plusv2":
+            raise _fault(
+                "attention.invert_token_0",
+                f"is for the first token of FaceID-PlusV2, which has a meaning of its own; {kind} has no "
+                "such token, so set it to false",
+            )
+        return self
+
+    @model_validator(mode="after")
     def _steps_have_a_checkpoint(self) -> Recipe:
         choices = self.model.step_choices()
         if choices is not None and self.sampling.steps not in choices:
@@ -310,6 +366,7 @@ class Recipe(Section):
             "distillation": model.distillation_for(steps),
             "vae": model.vae,
             "adapter": model.adapter,
+            "controlnet": model.controlnet,
             "image_encoder": model.image_encoder,
             "face": model.face,
             "scheduler": model.scheduler.config,

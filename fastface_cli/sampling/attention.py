@@ -45,8 +45,11 @@ class Chain:
     """weight, eps."""
 
 
-def resolve(attention: Attention, block: Block, step: int, steps: int) -> Chain | None:
-    """Resolve the manipulation in `block` at `step` of `steps`; None where attention is unchanged."""
+def resolve(attention: Attention, block: Block, step: int, steps: int, tokens: int = 4) -> Chain | None:
+    """Resolve the manipulation in `block` at `step` of `steps`; None where attention is unchanged.
+
+    `tokens` is the number of identity tokens of the adapter.
+    """
     acts = attention.steps == "all" or step in attention.steps
     if not (attention.active and acts and block in attention.blocks):
         return None
@@ -61,7 +64,7 @@ def resolve(attention: Attention, block: Block, step: int, steps: int) -> Chain 
     blend = (attention.blend.weight, attention.blend.eps) if attention.blend else None
     return Chain(
         transforms=tuple(transforms),
-        tokens=tuple(attention.tokens),
+        tokens=tuple(range(tokens) if attention.tokens == "all" else attention.tokens),
         invert_token_0=attention.invert_token_0,
         joint=attention.normalisation == "joint",
         blend=blend,

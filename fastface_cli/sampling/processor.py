@@ -154,12 +154,21 @@ class IdentityAttnProcessor(IPAdapterAttnProcessor2_0):  # type: ignore[misc]
             (text_key, text_value), (key, value) = self.project(attn, rows.text, rows.identity)
         out = F.scaled_dot_product_attention(query, text_key, text_value)
         if rows.has_identity:
-            chain = rows.chains.get(self.block)
-            identity_out = attention.identity_attention(query, key, value, chain, rows.images)
-            out = out + rows.scale.to(out.dtype) * identity_out
+            out = out + rows.scale.to(out.dtype) * self.identity_term(query, key, value, out, rows)
         # to_out[1] is dropout, which does nothing at inference.
         projected: Tensor = attn.to_out[0](out.transpose(1, 2).flatten(2))
         return projected
+
+    def identity_term(self, query: Tensor, key: Tensor, value: Tensor, text: Tensor, rows: Rows) -> Tensor:
+        """What the identity adds to text attention, before the adapter scale.
+
+        Args:
+            query: [rows, heads, positions, d].
+            key, value: of the identity tokens, [rows, heads, tokens, d].
+            text: text attention, [rows, heads, positions, d].
+            rows: conditions of the rows.
+        """
+        return attention.identity_attention(query, key, value, rows.chains.get(self.block), rows.images)
 
 
 Layers: TypeAlias = Sequence[tuple[Block, AttentionLayer]]

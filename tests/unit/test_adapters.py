@@ -33,7 +33,7 @@ class ToyAdapter:
         layers = identity_layers(unet)
         return layers, identity_processors(layers)
 
-    def extra_conditioning(self, identities):
+    def extra_conditioning(self, identities, size, on_device):
         def extra(latents, time, rows):
             self.calls.append(len(latents))
             return {}
