@@ -25,7 +25,7 @@ from .session import Session
 if TYPE_CHECKING:
     from PIL import Image
 
-    from ..identity.analyzer import InsightFaceAnalyzer
+    from ..identity.analyzer import FaceAnalyzer
     from ..identity.identity import Identity
     from .best_of import Best, Scorer
     from .pipeline import Pipeline
@@ -88,7 +88,7 @@ class FastFace:
         return self.session.stack.pipeline(self.recipe)
 
     @property
-    def analyzer(self) -> InsightFaceAnalyzer:
+    def analyzer(self) -> FaceAnalyzer:
         """The loaded face models."""
         return self.session.stack.analyzer(self.recipe)
 

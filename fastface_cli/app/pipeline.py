@@ -25,7 +25,7 @@ from ..models.compilation import compiled
 from ..models.device import memory_errors, pick_device, pick_dtype
 from ..models.loading import Homes, configured, load_parts, load_scheduler
 from ..models.offload import OFF, Level, check_level, in_blocks, visiting
-from ..models.schedulers import is_stochastic, with_steps
+from ..models.schedulers import is_stochastic, model_times, with_steps
 from ..quiet import quiet_libraries
 from ..recipe.schema import AdapterScale, Recipe, per_step
 from ..sampling import attention, guidance, processor
@@ -326,7 +326,7 @@ class Pipeline:
             self.recipe.guidance,
             self.recipe.attention,
             # For the UNet, in one transfer; the scheduler reads its own on the CPU.
-            times=scheduler.timesteps.to(self.device, torch.float32),
+            times=model_times(scheduler).to(self.device),
             chains=attention.as_tensors(chains, self.device) if self.acceleration.compile else chains,
             call=self._denoise,
             one_branch=self.level.one_branch,

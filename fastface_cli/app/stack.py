@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ..identity.analyzer import Box, InsightFaceAnalyzer
     from ..identity.identity import Identity
     from ..identity.photos import Photo
+    from ..identity.yunet import YuNetAnalyzer
     from ..scorers.clip import Clip
     from .best_of import Scorer
     from .pipeline import Pipeline
@@ -62,7 +63,7 @@ class ModelStack:
         self.remember = remember
         self._pipeline: Pipeline | None = None
         self._scorer: Scorer | None = None
-        self._analyzer: tuple[str, InsightFaceAnalyzer] | None = None
+        self._analyzer: tuple[str, InsightFaceAnalyzer | YuNetAnalyzer] | None = None
         self._paths: dict[str, Path] = {}
         self._identities: OrderedDict[str, Identity] = OrderedDict()
 
@@ -143,7 +144,7 @@ class ModelStack:
             level=runtime.level(recipe),
         )
 
-    def analyzer(self, recipe: Recipe) -> InsightFaceAnalyzer:
+    def analyzer(self, recipe: Recipe) -> InsightFaceAnalyzer | YuNetAnalyzer:
         """The face models of a recipe.
 
         Raises:
@@ -155,7 +156,14 @@ class ModelStack:
         name = str(recipe.model.face)
         if self._analyzer is None or self._analyzer[0] != name:
             device = str(pick_device(self.runtime.device or self.settings.device))
-            analyzer = load_face_models(self.face_models(recipe), device=device)
+            models = self.face_models(recipe)
+            analyzer: InsightFaceAnalyzer | YuNetAnalyzer
+            if models.is_file():
+                from ..identity.yunet import YuNetAnalyzer
+
+                analyzer = YuNetAnalyzer(models)
+            else:
+                analyzer = load_face_models(models, device=device)
             if analyzer.note:
                 log.debug("%s", analyzer.note)  # `fastface doctor` reports it
             self._analyzer = name, analyzer

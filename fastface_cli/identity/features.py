@@ -34,11 +34,11 @@ NEEDED: Mapping[AdapterName, tuple[str, ...]] = {
 """The features that each adapter reads."""
 
 _FOREIGN: Mapping[AdapterName, tuple[str, ...]] = {
-    "faceid_plusv2": ("glintr100",),
+    "faceid_plusv2": ("glintr100", "none"),
     "plus_face": (),
-    "instantid": ("w600k_r50",),
-    "pulid_v1": ("w600k_r50",),
-    "pulid_v1.1": ("w600k_r50",),
+    "instantid": ("w600k_r50", "none"),
+    "pulid_v1": ("w600k_r50", "none"),
+    "pulid_v1.1": ("w600k_r50", "none"),
 }
 """Recognizers whose embeddings mean nothing to an adapter."""
 

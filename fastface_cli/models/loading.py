@@ -36,7 +36,7 @@ from ..store.fused_cache import FusedCache, fused_inputs, fused_key
 from . import fused
 from .fused import FusedModels
 from .offload import Level
-from .schedulers import SCHEDULERS
+from .schedulers import build_scheduler
 
 logger = logging.getLogger(__name__)
 
@@ -161,9 +161,7 @@ def load_scheduler(recipe: Recipe, base: Path, config: Path | None) -> Any:
         if "beta_schedule" not in settings:
             # The class's own defaults would step in, and with them other noise levels.
             raise ValueError("it does not say its beta_schedule")
-        spacing = recipe.model.scheduler.spacing
-        changes = {} if spacing is None else {"timestep_spacing": spacing}
-        return SCHEDULERS[recipe.model.scheduler.kind].scheduler.from_config(settings, **changes)
+        return build_scheduler(recipe.model.scheduler, settings)
 
 
 def load_single_file(

@@ -3,16 +3,40 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler, LCMScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverSinglestepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    LCMScheduler,
+    TCDScheduler,
+)
+from torch import Tensor
+
+from ..recipe.schema import TIMESTEPS, Scheduler
+
+SETTINGS = "fastface_settings"
+"""The attribute of a scheduler with the recipe's settings that are not part of its configuration."""
 
 
 def _lcm_steps(scheduler: Any, steps: int) -> dict[str, Any]:
+    settings = settings_of(scheduler)
+    if settings is not None and settings.timesteps is not None:
+        return {"timesteps": list(settings.timesteps)}
+    own = None if settings is None else settings.original_steps
     # It selects its steps from those that it was distilled on, and rejects a larger number.
-    return {"original_inference_steps": max(steps, scheduler.config.original_inference_steps)}
+    return {
+        "num_inference_steps": steps,
+        "original_inference_steps": own or max(steps, scheduler.config.original_inference_steps),
+    }
+
+
+def _count(_scheduler: Any, steps: int) -> dict[str, Any]:
+    return {"num_inference_steps": steps}
 
 
 class SchedulerKind(NamedTuple):
@@ -21,8 +45,8 @@ class SchedulerKind(NamedTuple):
     scheduler: Any
     stochastic: bool = False
     """Its step draws noise from a generator."""
-    step_arguments: Callable[[Any, int], dict[str, Any]] = lambda *_: {}
-    """Further arguments of `set_timesteps`, from a scheduler and the number of steps."""
+    step_arguments: Callable[[Any, int], dict[str, Any]] = _count
+    """Arguments of `set_timesteps`, from a scheduler and the number of steps."""
 
 
 SCHEDULERS = {
@@ -30,8 +54,23 @@ SCHEDULERS = {
     "euler": SchedulerKind(EulerDiscreteScheduler),
     "euler_ancestral": SchedulerKind(EulerAncestralDiscreteScheduler, stochastic=True),
     "lcm": SchedulerKind(LCMScheduler, stochastic=True, step_arguments=_lcm_steps),
+    "tcd": SchedulerKind(TCDScheduler, stochastic=True),
+    "dpm_singlestep": SchedulerKind(DPMSolverSinglestepScheduler),
 }
 """By the name that recipes use."""
+
+
+def build_scheduler(settings: Scheduler, config: Mapping[str, Any]) -> Any:
+    """A scheduler from a published configuration and a recipe's settings."""
+    changes = {} if settings.spacing is None else {"timestep_spacing": settings.spacing}
+    scheduler = SCHEDULERS[settings.kind].scheduler.from_config(dict(config), **changes)
+    setattr(scheduler, SETTINGS, settings)
+    return scheduler
+
+
+def settings_of(scheduler: Any) -> Scheduler | None:
+    """The recipe's settings of a scheduler; None if it was not made by `build_scheduler`."""
+    return getattr(scheduler, SETTINGS, None)
 
 
 def kind_of(scheduler: Any) -> SchedulerKind:
@@ -47,5 +86,14 @@ def is_stochastic(scheduler: Any) -> bool:
 def with_steps(scheduler: Any, steps: int, device: torch.device | None = None) -> Any:
     """Copy a scheduler and set its timesteps, by default on the CPU: reading them does not wait then."""
     scheduler = copy.deepcopy(scheduler)
-    scheduler.set_timesteps(steps, device=device, **kind_of(scheduler).step_arguments(scheduler, steps))
+    scheduler.set_timesteps(device=device, **kind_of(scheduler).step_arguments(scheduler, steps))
     return scheduler
+
+
+def model_times(scheduler: Any) -> Tensor:
+    """What the UNet gets as time in each step, [steps] float32: the timesteps, or shifted ones."""
+    settings, times = settings_of(scheduler), scheduler.timesteps
+    if settings is not None and settings.shift is not None:
+        times = (times * settings.shift / TIMESTEPS).long()  # cut to whole numbers, as published
+    shown: Tensor = times.to(torch.float32)
+    return shown

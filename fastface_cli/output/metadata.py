@@ -45,7 +45,14 @@ _PACKAGES = {
 }
 
 _SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
-_SAMPLERS = {"ddim": "DDIM", "euler": "Euler", "euler_ancestral": "Euler a", "lcm": "LCM"}
+_SAMPLERS = {
+    "ddim": "DDIM",
+    "euler": "Euler",
+    "euler_ancestral": "Euler a",
+    "lcm": "LCM",
+    "tcd": "TCD",
+    "dpm_singlestep": "DPM++ singlestep",
+}
 
 
 @dataclass(frozen=True)

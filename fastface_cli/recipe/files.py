@@ -29,7 +29,21 @@ Flag: TypeAlias = tuple[Any, str]
 DEFAULT = "default"
 """Origin of a default value."""
 
-MODELS = ("hyper", "lightning", "lcm", "turbo", "base", "pocket")
+MODELS = (
+    "hyper",
+    "lightning",
+    "lcm",
+    "turbo",
+    "dmd2",
+    "tcd",
+    "pcm",
+    "hypercfg",
+    "nitro",
+    "nitrovibrant",
+    "flash",
+    "base",
+    "pocket",
+)
 """The files in `recipes/models`."""
 
 SHORT_NAMES = {

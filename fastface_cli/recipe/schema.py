@@ -69,9 +69,15 @@ class StyleLora(Section):
 class Scheduler(Section):
     """The diffusion scheduler. Always built from a published configuration, never from class defaults."""
 
-    kind: Literal["ddim", "euler", "euler_ancestral", "lcm"]
+    kind: Literal["ddim", "euler", "euler_ancestral", "lcm", "tcd", "dpm_singlestep"]
     spacing: Literal["trailing", "leading", "linspace"] | None = None
     """Timestep spacing; None keeps the value of the configuration."""
+    timesteps: list[Annotated[int, Field(ge=0, lt=TIMESTEPS)]] | None = None
+    """The timesteps that a checkpoint was distilled for, for `lcm`; None: the scheduler's."""
+    original_steps: Annotated[int, Field(ge=1, le=TIMESTEPS)] | None = None
+    """Steps of the schedule from which `lcm` selects; None keeps the value of the configuration."""
+    shift: Annotated[int, Field(ge=1, le=TIMESTEPS)] | None = None
+    """The UNet gets the timestep times shift / 1000, for `lcm` (NitroFusion); None: the timestep."""
     config: ModelReference | None = None
     """Folder that contains `scheduler/scheduler_config.json`; None is the base's."""
 
@@ -313,6 +319,19 @@ class Recipe(Section):
     """None: zero embeddings, which differ from the encoding of an empty text."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     """Used if no seed is given."""
+
+    @model_validator(mode="after")
+    def _scheduler_is_consistent(self) -> Recipe:
+        scheduler, steps = self.model.scheduler, self.sampling.steps
+        for name in ("timesteps", "original_steps", "shift"):
+            if getattr(scheduler, name) is not None and scheduler.kind != "lcm":
+                raise _fault(f"model.scheduler.{name}", f"is for lcm, not for {scheduler.kind}")
+        if scheduler.timesteps is not None and len(scheduler.timesteps) != steps:
+            raise _fault(
+                "sampling.steps",
+                f"the model was distilled for {len(scheduler.timesteps)} timesteps, not for {steps} steps",
+            )
+        return self
 
     @model_validator(mode="after")
     def _adapter_has_its_parts(self) -> Recipe:

@@ -1,0 +1,152 @@
+"""plus-face with YuNet: no face recognizer, and no part that forbids commercial use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from support.methods import recipe_of
+
+from fastface_cli.app.licensing import artifacts_of, check_commercial
+from fastface_cli.app.pipeline import Pipeline, Request
+from fastface_cli.errors import ModelUnavailableError, NoFaceError
+from fastface_cli.identity.features import check_features
+from fastface_cli.identity.identity import Identity, make_identity
+from fastface_cli.identity.photos import open_photo
+from fastface_cli.identity.yunet import YuNetAnalyzer
+from fastface_cli.recipe.files import load_recipe, load_recipe_data
+
+PORTRAIT = Path(__file__).parents[2] / "examples" / "portrait.png"
+STRIDE, COLUMN, ROW = 32, 7, 5
+"""The cell of the only face that the stand-in detector sees."""
+
+
+@pytest.fixture(scope="module")
+def detector(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file with YuNet's input and outputs that sees one face, at a known place, in every image."""
+    outputs, nodes, tensors = [], [], []
+    for stride in (8, 16, 32):
+        side = 640 // stride
+        values = {
+            "cls": np.zeros((1, side * side, 1), np.float32),
+            "obj": np.zeros((1, side * side, 1), np.float32),
+            "bbox": np.zeros((1, side * side, 4), np.float32),
+            "kps": np.zeros((1, side * side, 10), np.float32),
+        }
+        if stride == STRIDE:
+            cell = ROW * side + COLUMN
+            values["cls"][0, cell] = values["obj"][0, cell] = 0.95
+            values["bbox"][0, cell] = [0.0, 0.0, np.log(6.0), np.log(6.0)]  # centered, 6 cells wide
+            values["kps"][0, cell] = [-1, -1, 1, -1, 0, 0, -1, 1, 1, 1]
+        for name, value in values.items():
+            tensors.append(numpy_helper.from_array(value, f"v_{name}_{stride}"))
+            nodes.append(helper.make_node("Add", [f"v_{name}_{stride}", "none"], [f"{name}_{stride}"]))
+            outputs.append(helper.make_tensor_value_info(f"{name}_{stride}", TensorProto.FLOAT, value.shape))
+    tensors.append(numpy_helper.from_array(np.zeros(1, np.float32), "zero"))
+    nodes = [
+        helper.make_node("GlobalAveragePool", ["input"], ["mean"]),
+        helper.make_node("Slice", ["mean", "starts", "ends", "axes"], ["one"]),
+        helper.make_node("Reshape", ["one", "shape"], ["flat"]),
+        helper.make_node("Mul", ["flat", "zero"], ["none"]),
+        *nodes,
+    ]
+    for name, numbers in (("starts", [0]), ("ends", [1]), ("axes", [1]), ("shape", [1])):
+        tensors.append(numpy_helper.from_array(np.array(numbers, np.int64), name))
+    entry = helper.make_tensor_value_info("input", TensorProto.FLOAT, [1, 3, 640, 640])
+    graph = helper.make_graph(nodes, "yunet", [entry], outputs, tensors)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+    path = tmp_path_factory.mktemp("yunet") / "face_detection_yunet_2023mar.onnx"
+    onnx.save(model, path)
+    return path
+
+
+def test_faces_are_found_in_pixels_of_the_image(detector: Path) -> None:
+    (face,) = YuNetAnalyzer(detector).detect(np.zeros((1280, 640, 3), np.uint8), 640)
+    center = (COLUMN * STRIDE * 2, ROW * STRIDE * 2)  # scaled to half
+    left, top, right, bottom = face.box
+    assert ((left + right) / 2, (top + bottom) / 2) == pytest.approx(center, abs=2)
+    assert face.size == pytest.approx((384, 384), rel=0.02)
+    assert face.key_points[2] == pytest.approx(center, abs=2)
+    assert face.key_points[0][0] < face.key_points[1][0]  # the left one of the image comes first
+    assert face.score == pytest.approx(0.95, abs=0.01)
+
+
+def test_a_file_that_is_no_detector_is_one_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "face_detection_yunet_2023mar.onnx"
+    path.write_bytes(b"nothing")
+    with pytest.raises(ModelUnavailableError, match="does not load"):
+        YuNetAnalyzer(path)
+
+
+def test_an_identity_without_a_recognizer(detector: Path, tmp_path: Path) -> None:
+    identity = make_identity([open_photo(PORTRAIT)], YuNetAnalyzer(detector))
+    assert identity.recognizer == "none"
+    again = Identity.load(identity.save(tmp_path / "me.safetensors"))
+    assert again.recognizer == "none"
+    check_features(again, "plus_face")
+    with pytest.raises(NoFaceError, match="not trained with"):
+        check_features(again, "faceid_plusv2")
+
+
+def test_no_part_of_the_stack_forbids_commercial_use() -> None:
+    for method in ("", "-dcg", "-am1", "-fastface"):
+        recipe = load_recipe(f"lightning-plusface{method}").recipe
+        parts = artifacts_of(recipe)
+        check_commercial(parts.values(), recipe.name)
+        assert {part.commercial for part in parts.values()} == {"yes"}
+
+
+@pytest.fixture(scope="module")
+def pipeline(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
+    """A small plus-face stack: InstantID's random file, with a projection for the golden image encoder."""
+    state = torch.load(golden / "instantid" / "ip-adapter.bin", weights_only=True)
+    config = load_config(golden / "clip")
+    generator = torch.Generator().manual_seed(4)
+    state["image_proj"]["proj_in.weight"] = torch.randn(128, config["hidden_size"], generator=generator) / 8
+    file = tmp_path_factory.mktemp("plus") / "plus.bin"
+    torch.save(state, file)
+    data = recipe_of().canonical()
+    data["model"] |= {
+        "base": str(golden / "pipe"),
+        "adapter": str(file),
+        "adapter_kind": "plus_face",
+        "image_encoder": str(golden / "clip"),
+    }
+    recipe = load_recipe_data(
+        data, "plus", overrides=["guidance.identity=[1,2,2,1]", "guidance.text=[1,3,3,1]"]
+    ).recipe
+    paths = {role: Path(str(part)) for role, part in recipe.references().items() if role != "face"}
+    return Pipeline.load(recipe, paths, device="cpu", dtype="float32")
+
+
+def load_config(folder: Path) -> dict[str, int]:
+    import json
+
+    config: dict[str, int] = json.loads((folder / "config.json").read_text())
+    return config
+
+
+def test_sixteen_tokens_of_the_crop(pipeline: Pipeline, person: Identity) -> None:
+    from contextlib import nullcontext
+    from dataclasses import replace
+
+    with torch.no_grad():
+        absent, tokens = pipeline.adapter.tokens(person, lambda *_: nullcontext())
+        other = replace(person, id_embedding=-person.id_embedding)
+        _, same = pipeline.adapter.tokens(other, lambda *_: nullcontext())
+    assert tokens.shape == absent.shape == (16, 64)
+    assert not torch.allclose(tokens, absent)
+    assert torch.equal(tokens, same)  # the embedding has no influence
+
+
+def test_batches_and_pruning_change_nothing(pipeline: Pipeline, person: Identity) -> None:
+    requests = [Request("a cat", seed, person, "blurry") for seed in (1, 2)]
+    alone = [image for each in requests for image in pipeline.generate([each])]
+    together = list(pipeline.generate(requests, batch_size=2))
+    complete = list(pipeline.generate(requests[:1], prune=False))
+    for one, other in [*zip(alone, together, strict=True), (alone[0], complete[0])]:
+        assert float((one.latents - other.latents).norm() / other.latents.norm()) < 1e-5
