@@ -57,4 +57,4 @@ ADAPTERS: Mapping[AdapterName, AdapterKind] = {
     "pulid_v1": _PULID,
     "pulid_v1.1": _PULID,
 }
-"""By the `model.adapter_kind` of a recipe."""
+"""By the `adapter.kind` of a recipe."""

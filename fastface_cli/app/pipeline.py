@@ -122,7 +122,7 @@ class Pipeline:
         self.compiler = compiler
         self._denoise = compiler(denoise) if compiler else denoise
         self.backbone: Backbone = SDXL(parts, level, device, compiler(vae_decode) if compiler else vae_decode)
-        self.use(ADAPTERS[recipe.model.adapter_kind].build(parts, projection, self.extras))
+        self.use(ADAPTERS[recipe.adapter.kind].build(parts, projection, self.extras))
         self.watch: StageTimer = lambda _: nullcontext()
 
     @property
@@ -424,7 +424,7 @@ def _loaded_parts(recipe: Recipe) -> tuple[Any, ...]:
         model.distillation_for(steps),
         model.vae,
         model.adapter,
-        model.adapter_kind,
+        recipe.adapter.kind,
         model.controlnet,
         model.image_encoder,
         tuple((lora.file, lora.scale) for lora in model.loras),

@@ -120,9 +120,9 @@ def plan_run(request: GenerateRequest, default: str | Recipe, lossy: Mapping[str
         defaults = _changed(request, provenance.as_run())
     if request.commercial:
         check_commercial(artifacts_of(recipe).values(), f"recipe '{recipe.name}'")
-    if request.pose is not None and "key_points" not in NEEDED[recipe.model.adapter_kind]:
+    if request.pose is not None and "key_points" not in NEEDED[recipe.adapter.kind]:
         raise UsageError(
-            f"--pose is for InstantID, and recipe '{recipe.name}' uses {recipe.model.adapter_kind}",
+            f"--pose is for InstantID, and recipe '{recipe.name}' uses {recipe.adapter.kind}",
             "use a recipe such as hyper-instantid-fastface, or leave --pose out",
         )
     if request.aspect is not None:

@@ -137,7 +137,7 @@ class Session:
             if plan.cells:
                 from ..identity.features import check_features
 
-                check_features(identity, plan.recipe.model.adapter_kind)
+                check_features(identity, plan.recipe.adapter.kind)
             saved = None
             if request.output is not None and request.output.save_identity is not None:
                 saved = identity.save(request.output.save_identity, force=request.output.force)

@@ -222,7 +222,7 @@ class ModelStack:
         from ..identity.photos import open_photos
 
         photos = open_photos(sources)
-        features = NEEDED[recipe.model.adapter_kind]
+        features = NEEDED[recipe.adapter.kind]
         key = key_of(photos, artifacts_of(recipe)["face"], face_index, face_box, features)
         if key is not None and key in self._identities:
             self._identities.move_to_end(key)

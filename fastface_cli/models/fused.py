@@ -60,7 +60,7 @@ def keep(
     config = {name: value for name, value in models.unet.config.items() if not name.startswith("_")}
     layout = TensorLayout(
         {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()},
-        {"format": "pt", "unet": json.dumps(config), "adapter": recipe.model.adapter_kind},
+        {"format": "pt", "unet": json.dumps(config), "adapter": recipe.adapter.kind},
     )
 
     def write(file: BinaryIO) -> str:

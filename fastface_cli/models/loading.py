@@ -249,7 +249,7 @@ def load_parts(
         pipe.unet = models.unet
         for name, state in models.text_encoders.items():
             getattr(pipe, name).load_state_dict(state)
-    extras = ADAPTERS[recipe.model.adapter_kind].load_extras(paths, number, pipe.unet)
+    extras = ADAPTERS[recipe.adapter.kind].load_extras(paths, number, pipe.unet)
     for model in extras.values():
         model.to(homes.unet)
     return pipe, models.projection.to(homes.encoders, number), extras
@@ -344,7 +344,7 @@ def _fused(
         touched |= fuse_lora(pipe, paths["distillation"], 1.0)
     for index, lora in enumerate(recipe.model.loras):
         touched |= fuse_lora(pipe, paths[f"lora.{index}"], lora.scale)
-    load = ADAPTERS[recipe.model.adapter_kind].load
+    load = ADAPTERS[recipe.adapter.kind].load
     projection = load(pipe, paths["adapter"], recipe.adapter.lora_scale, fuse=fuse)
     pipe.unet.to(homes.unet, number).requires_grad_(False)  # an unfused LoRA comes in float32, on the CPU
     projection = projection.to(homes.encoders, number).requires_grad_(False)

@@ -136,7 +136,9 @@ def _fits(branch: str, node: Node) -> bool:
         return not branch.startswith("list[") and (branch in _SECTIONS or branch not in _LABELS)
     if isinstance(value, list):
         return branch.startswith("list[") or branch not in _LABELS
-    return branch not in _LABELS and not branch.startswith(("list[", "dict["))
+    return branch == "constrained-float" or (
+        branch not in _LABELS and not branch.startswith(("list[", "dict["))
+    )
 
 
 _LABELS = {"str", "float", "constrained-float", "int", "literal['all']", *_SECTIONS}

@@ -96,8 +96,6 @@ class Model(Section):
     """Replaces the base's VAE; None: the base's own."""
     adapter: ModelReference
     """The file of the identity adapter."""
-    adapter_kind: AdapterName = "faceid_plusv2"
-    """What the file is."""
     controlnet: ModelReference | None = None
     """A folder with the ControlNet of InstantID."""
     image_encoder: ModelReference | None = None
@@ -134,8 +132,10 @@ AdapterScale: TypeAlias = Strength | Annotated[list[Strength], Field(min_length=
 
 
 class Adapter(Section):
-    """Strength of the identity adapter."""
+    """Kind and strength of the identity adapter."""
 
+    kind: AdapterName = "faceid_plusv2"
+    """What `model.adapter` is."""
     scale: AdapterScale = 0.8
     """Weight of the identity part of decoupled cross-attention."""
     lora_scale: Strength = 0.6
@@ -335,7 +335,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _adapter_has_its_parts(self) -> Recipe:
-        kind, model = self.model.adapter_kind, self.model
+        kind, model = self.adapter.kind, self.model
         for name, value, kinds in (
             ("image_encoder", model.image_encoder, ("faceid_plusv2", "plus_face")),
             ("controlnet", model.controlnet, ("instantid",)),
@@ -350,7 +350,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _attention_fits_the_adapter(self) -> Recipe:
-        kind, attention = self.model.adapter_kind, self.attention
+        kind, attention = self.adapter.kind, self.attention
         count = IDENTITY_TOKENS[kind]
         if not attention.active:
             return self
@@ -409,8 +409,14 @@ def _fault(field: str, problem: str) -> PydanticCustomError:
     return PydanticCustomError("field", "{problem}", {"field": field, "problem": problem})
 
 
+SINGLE_FILES = frozenset({"sdxl-flash"})
+"""Bases of the manifest that are a single checkpoint file."""
+
+
 def is_single_file(base: ModelReference) -> bool:
     """Whether a base is a single checkpoint file, which has no configuration and no tokenizer."""
+    if base in SINGLE_FILES:
+        return True
     name = base.file or "" if isinstance(base, HubReference) else base
     return name.lower().endswith(".safetensors")
 

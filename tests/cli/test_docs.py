@@ -289,7 +289,7 @@ def test_readme_lists_the_samples_and_sizes_of_recipes() -> None:
     text = PAGES["README.md"].read_text()
     methods = dict(re.findall(r"^\| `([\w-]+)` \| (?:off|decoupled) \|.*\| ([^|]+) \|$", text, re.M))
     names = set(recipe_names())
-    assert {name.partition("-")[2] for name in names if name.startswith("hyper-")} == set(methods)
+    assert {name.partition("-")[2] for name in names if name.startswith("turbo-")} == set(methods)
     for method, printed in methods.items():
         for model in ("hyper", "lightning", "turbo", "pocket"):
             assert printed.split(" ")[0] == str(samples(f"{model}-{method}")), method

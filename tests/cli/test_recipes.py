@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from fastface_cli.recipe.files import list_recipes, load_recipe, recipes_folder
+from fastface_cli.recipe.files import SHORT_NAMES, list_recipes, load_recipe, recipes_folder
 
 
 @pytest.fixture
@@ -35,7 +35,8 @@ def test_list_shows_the_default_model_first(run):
     assert code == 0
     assert "hyper (default)" in rows[0]
     assert "12.10 GB" in rows[0]
-    assert {line.split()[1] for line in rows} == {"hyper", "lcm", "lightning", "pocket", "turbo"}
+    listed = {line.split()[1] for line in rows}
+    assert listed == set(SHORT_NAMES)
 
 
 def test_list_as_json(run):

@@ -64,8 +64,9 @@ def recipe_of(name: str, config: dict[str, Any], stack: Path, adapter: Path) -> 
     }
     if "version" in config:
         version = config["version"]
-        model |= {"adapter": str(adapter / PULID_FILES[version]), "adapter_kind": f"pulid_{version}"}
+        model["adapter"] = str(adapter / PULID_FILES[version])
         strength: dict[str, Any] = {
+            "kind": f"pulid_{version}",
             "scale": config["id_scale"],
             "zero_tokens": config["num_zero"],
             "orthogonal": ORTHOGONAL[config["ortho"]],
@@ -73,10 +74,13 @@ def recipe_of(name: str, config: dict[str, Any], stack: Path, adapter: Path) -> 
     else:
         model |= {
             "adapter": str(adapter / "ip-adapter.bin"),
-            "adapter_kind": "instantid",
             "controlnet": str(adapter / "controlnet"),
         }
-        strength = {"scale": config["ip_adapter_scale"], "controlnet_scale": config["controlnet_scale"]}
+        strength = {
+            "kind": "instantid",
+            "scale": config["ip_adapter_scale"],
+            "controlnet_scale": config["controlnet_scale"],
+        }
     weights = (
         {"identity": config["guidance_scale"], "text": config["guidance_scale"]}
         if config["mode"] == "cfg"

@@ -320,7 +320,8 @@ def test_single_file_base_is_fused_once(
 ) -> None:
     paths, cache = {**miniature, **single_file}, FusedCache(tmp_path, 1 << 30, least=0)
     first = Pipeline.load(recipe(0.8, 0.6), paths, device="cpu", dtype="float32", fused=cache)
-    monkeypatch.delattr(loading, "ADAPTERS")
+    monkeypatch.delattr(loading, "fuse_lora")
+    monkeypatch.delattr(loading, "_fused")
     second = Pipeline.load(recipe(0.8, 0.6), paths, device="cpu", dtype="float32", fused=cache)
     assert same(snapshot(first.unet), snapshot(second.unet))
     assert same(snapshot(first.vae), snapshot(second.vae))

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastface_cli.adapters.registry import ADAPTERS, DEFAULT_ADAPTER
+from fastface_cli.adapters.registry import ADAPTERS
 from fastface_cli.app.pipeline import Pipeline, Request
 from fastface_cli.models import fused, loading
 from fastface_cli.recipe.schema import Recipe
@@ -71,13 +71,13 @@ def cache(tmp_path) -> FusedCache:
 def builds(monkeypatch):
     """How often LoRAs were fused."""
     counted = []
-    kind = ADAPTERS[DEFAULT_ADAPTER]
+    kind = ADAPTERS["faceid_plusv2"]
 
     def counting(*args, **options):
         counted.append(args)
         return kind.load(*args, **options)
 
-    monkeypatch.setitem(ADAPTERS, DEFAULT_ADAPTER, replace(kind, load=counting))
+    monkeypatch.setitem(ADAPTERS, "faceid_plusv2", replace(kind, load=counting))
     return counted
 
 

@@ -70,4 +70,4 @@ def test_no_other_reader_can_execute_a_file() -> None:
                 }
                 assert options == {name: value}, f"{path}:{node.lineno}"
                 readers.append(path.name)
-    assert sorted(readers) == ["aesthetic.py", "scoring.py"]
+    assert sorted(readers) == ["aesthetic.py", "pulid.py", "scoring.py"]

@@ -113,9 +113,9 @@ def pipeline(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Pipeline
     data["model"] |= {
         "base": str(golden / "pipe"),
         "adapter": str(file),
-        "adapter_kind": "plus_face",
         "image_encoder": str(golden / "clip"),
     }
+    data["adapter"]["kind"] = "plus_face"
     recipe = load_recipe_data(
         data, "plus", overrides=["guidance.identity=[1,2,2,1]", "guidance.text=[1,3,3,1]"]
     ).recipe

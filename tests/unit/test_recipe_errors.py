@@ -78,7 +78,7 @@ VALUES = [
      "attention.transforms.0.p", "power.p must be in [0, 100], not -1", None),
     ("attention: {blocks: [dwon]}", 2, "attention.blocks.0", "must be one of down, mid, up", "down"),
     ("attention: {blocks: [up, up]}", 2, "attention.blocks", "a value is given twice", None),
-    ("attention: {tokens: [4]}", 2, "attention.tokens.0", "must be at most 3, not 4", None),
+    ("attention: {tokens: [32]}", 2, "attention.tokens.0", "must be at most 31, not 32", None),
     ("attention: {steps: some}", 2, "attention.steps", "must be 'all' or a list of step indices", None),
     ("attention: {steps: [-1]}", 2, "attention.steps.0", "must be at least 0, not -1", None),
     ("attention: {blend: 0.7}", 2, "attention.blend", "must be a mapping", None),
@@ -207,7 +207,7 @@ def test_a_bad_value_in_a_parent_names_the_parent(tmp_path):
 def test_missing_parts_are_named(tmp_path):
     error = failure(tmp_path / "a.yaml", "summary: x\nmodel:\n  base: b\n")
     fields_named = [line.split("field ")[1].split(":")[0] for line in error.message.split("\n")]
-    assert fields_named == ["model.adapter", "model.image_encoder", "model.face", "model.scheduler"]
+    assert fields_named == ["model.adapter", "model.face", "model.scheduler"]
     assert failure(tmp_path / "b.yaml", "summary: x\n").message.endswith(":1: field model: is missing")
 
 

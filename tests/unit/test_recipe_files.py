@@ -19,9 +19,17 @@ from fastface_cli.recipe.files import (
 )
 from fastface_cli.recipe.yaml_text import to_yaml
 
-DISTILLED = ("hyper", "lightning", "lcm", "turbo", "pocket")
+FURTHER = ("dmd2", "tcd", "pcm", "hypercfg", "nitro", "nitrovibrant", "flash")
+DISTILLED = ("hyper", "lightning", "lcm", "turbo", *FURTHER, "pocket")
+ADAPTED = [
+    f"{model}-{adapter}{method}"
+    for model in ("hyper", "lightning", "lcm")
+    for adapter in ("plusface", "instantid")
+    for method in ("", "-dcg", "-am1", "-fastface")
+]
 METHODS = ("baseline", "dcg", "am1", "am2", "fastface", "fastface-am2")
 RUNNABLE = [f"{model}-{method}" for model in DISTILLED for method in METHODS]
+PUBLISHED = [name for name in RUNNABLE if not name.startswith(FURTHER)]
 FACEID = {
     "base": "sdxl-base",
     "vae": "sdxl-vae-fp16-fix",
@@ -46,7 +54,7 @@ def write(folder: Path, name: str, text: str) -> Path:
 
 
 def test_every_model_has_every_method_and_a_reference():
-    assert {info.name for info in list_recipes()} == {*RUNNABLE, "base", "pocket-base"}
+    assert {info.name for info in list_recipes()} == {*RUNNABLE, *ADAPTED, "base", "pocket-base"}
     assert all(info.summary for info in list_recipes())
 
 
@@ -126,7 +134,7 @@ def test_pocket():
     assert (slow.model.scheduler.kind, slow.model.scheduler.spacing) == ("euler", None)
 
 
-@pytest.mark.parametrize("name", RUNNABLE)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_published_values(name):
     model, _, method = name.partition("-")
     found = recipe(name)

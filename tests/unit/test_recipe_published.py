@@ -274,7 +274,11 @@ BAD = [
         "a list of pow",
     ),
     ({"am_patch_kwargs__target_parts": ["upp"]}, "field attention.blocks.0: must be one of down", "'up'"),
-    ({"am_patch_kwargs__target_tokens": [4]}, "field attention.tokens.0: must be at most 3", None),
+    (
+        {"am_patch_kwargs__target_tokens": [4]},
+        "field attention.tokens: faceid_plusv2 has tokens 0 to 3, not 4",
+        None,
+    ),
     ({"am_patch_kwargs__target_tsteps": 3}, "field am_patch_kwargs.target_tsteps: must be a list", None),
     ({"am_patch_kwargs__apply_adain": 0.7}, "apply_adain: must be true or false", None),
     ({"am_patch_kwargs__target_step": []}, "field am_patch_kwargs.target_step: unknown key", "target_tsteps"),
