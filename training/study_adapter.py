@@ -7,6 +7,7 @@ added noise. The recipes use it at the published scales, 0.8 and 0.6.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,9 +25,18 @@ from training.adapter import (
     empty_states,
     views,
 )
-from training.common import Ema, Run, autocast, descend, device, options
+from training.common import Ema, Run, autocast, descend, device, load_part, options
 
 CHECKPOINT = "study_adapter.pt"
+FILE = "ip-adapter-faceid-plusv2_pocket-study.bin"
+
+
+def write(work: Path, size: int) -> Path:
+    """Write the averaged weights as a FaceID-PlusV2 file; its scales are applied by the recipes."""
+    adapter = Adapter(unet.build(size), scale=1.0, lora_scale=1.0)
+    adapter.load_state_dict(load_part(work / CHECKPOINT, "ema"), strict=True)
+    torch.save(adapter.file_layout(), work / FILE)
+    return work / FILE
 
 
 def main() -> None:
@@ -69,6 +79,7 @@ def main() -> None:
         ema.update(adapter)
         smooth += 0.02 * (loss.item() - smooth)
         run.log(50, loss=smooth)
+    write(settings.work, settings.size)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from .stack import ModelStack
 if TYPE_CHECKING:
     from ..identity.identity import Identity
     from ..identity.photos import Photo
+    from .pipeline import Pipeline
 
 
 log = logging.getLogger(__name__)
@@ -150,6 +151,7 @@ class Session:
             pipeline = stack.pipeline(plan.recipe, runtime)
             took = time.perf_counter() - began
             yield ModelsReady(took, str(runtime.device), str(pipeline.dtype), tuple(pipeline.plan()))
+            self._warn_if_far(plan, pipeline, identity)
             scorer = stack.scorer(plan.recipe) if request.best_of > 1 else None
             from .generation import Generation
 
@@ -172,6 +174,25 @@ class Session:
                 ", ".join(ignored[:8]),
                 more,
                 ", ".join(pocket.STYLES),
+            )
+
+    def _warn_if_far(self, plan: RunPlan, pipeline: Pipeline, identity: Identity) -> None:
+        """Log once if the pocket stack was not trained with photos like that of this person."""
+        if plan.recipe.model.base != pocket.BASE or plan.recipe.adapter.kind != "faceid_plusv2":
+            return
+        digest = identity.digest()
+        if digest in self._reported:
+            return
+        self._reported.add(digest)
+        from .pocket_world import FAR, distance
+
+        far = distance(pipeline.parts.image_encoder, identity)
+        if far > FAR:
+            log.warning(
+                "the pocket stack was not trained with photos like this one (distance %.0f, known up to %.0f): "
+                "the face may be wrong; a frontal, evenly lit face fits best",
+                far,
+                FAR,
             )
 
     @contextmanager

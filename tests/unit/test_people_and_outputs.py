@@ -161,3 +161,15 @@ def test_identities_have_a_short_text_and_a_picture() -> None:
     identity = random_identity()
     assert repr(identity) == f"Identity(1 photo, {identity.digest()[:12]})"
     assert identity._repr_png_().startswith(b"\x89PNG")
+
+
+def test_the_pocket_says_which_photos_it_does_not_know(caplog: pytest.LogCaptureFixture) -> None:
+    import skimage.data
+
+    face = FastFace("pocket", device="cpu")
+    face.generate(face.identity(PORTRAIT), "a smiling woman", seed=1)
+    assert "not trained with photos like this one" not in caplog.text
+    stranger = face.identity(Image.fromarray(skimage.data.astronaut()))
+    for _ in range(2):
+        face.generate(stranger, "a smiling woman", seed=1)
+    assert caplog.text.count("not trained with photos like this one") == 1

@@ -19,15 +19,16 @@ from fastface_cli.recipe.files import (
 )
 from fastface_cli.recipe.yaml_text import to_yaml
 
+METHODS = ("baseline", "dcg", "am1", "am2", "fastface", "fastface-am2")
 FURTHER = ("dmd2", "tcd", "pcm", "hypercfg", "nitro", "nitrovibrant", "flash")
 DISTILLED = ("hyper", "lightning", "lcm", "turbo", *FURTHER, "pocket")
+STUDY = [f"pocket-study-{method}" for method in METHODS]
 ADAPTED = [
     f"{model}-{adapter}{method}"
     for model in ("hyper", "lightning", "lcm")
     for adapter in ("plusface", "instantid")
     for method in ("", "-dcg", "-am1", "-fastface")
 ]
-METHODS = ("baseline", "dcg", "am1", "am2", "fastface", "fastface-am2")
 RUNNABLE = [f"{model}-{method}" for model in DISTILLED for method in METHODS]
 PUBLISHED = [name for name in RUNNABLE if not name.startswith(FURTHER)]
 FACEID = {
@@ -54,7 +55,7 @@ def write(folder: Path, name: str, text: str) -> Path:
 
 
 def test_every_model_has_every_method_and_a_reference():
-    assert {info.name for info in list_recipes()} == {*RUNNABLE, *ADAPTED, "base", "pocket-base"}
+    assert {info.name for info in list_recipes()} == {*RUNNABLE, *ADAPTED, *STUDY, "base", "pocket-base"}
     assert all(info.summary for info in list_recipes())
 
 
