@@ -51,7 +51,7 @@ def main() -> None:
     group = Image.fromarray(insightface.data.get_image("t1")[:, :, ::-1])
     faces = [person(group, index) for index in range(6)]
     print("t1:", [round(distance(encoder, found), 1) for found in faces if found is not None])
-    astronaut = person(Image.fromarray(skimage.data.astronaut()))
+    astronaut = person(Image.fromarray(skimage.data.astronaut()))  # type: ignore[no-untyped-call]
     assert astronaut is not None
     print("astronaut:", round(distance(encoder, astronaut), 1))
 

@@ -189,8 +189,8 @@ class Session:
         far = distance(pipeline.parts.image_encoder, identity)
         if far > FAR:
             log.warning(
-                "the pocket stack was not trained with photos like this one (distance %.0f, known up to %.0f): "
-                "the face may be wrong; a frontal, evenly lit face fits best",
+                "the pocket stack was not trained with photos like this one (distance %.0f, known up to "
+                "%.0f): the face may be wrong; a frontal, evenly lit face fits best",
                 far,
                 FAR,
             )
