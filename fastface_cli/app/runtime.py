@@ -75,6 +75,8 @@ class ResolvedRuntime:
         if self.device.type != "cuda" or not is_full_size(recipe):
             return OFF
         free, _ = torch.cuda.mem_get_info(self.device)
+        # A ControlNet is not part of the levels' sizes.
+        free -= sum(artifact.bytes for role, artifact in artifacts_of(recipe).items() if role == "controlnet")
         sampling = recipe.sampling
         level = choose(free, sampling.width * sampling.height, half=self.dtype.itemsize == 2)
         if level.moves_unet and self.acceleration.compile:
