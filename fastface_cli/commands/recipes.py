@@ -45,8 +45,8 @@ def list_(
     else:
         _list_models([info for info in infos if info.short is not None])
         console.line(
-            f"`fastface recipes list --all` lists all {len(infos)}: each model with each method, "
-            "such as hyper-dcg"
+            f"`fastface recipes list --all` lists all {len(infos)}: each model with each method, such as "
+            "hyper-dcg, and with other adapters, such as lightning-plusface"
         )
 
 
