@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from ..sampling.processor import Extra, IdentityAttnProcessor, Layers
+from ..sampling.processor import (
+    Extra,
+    IdentityAttnProcessor,
+    Layers,
+    identity_layers,
+    identity_processors,
+)
 
 if TYPE_CHECKING:
     from ..identity.identity import Identity
@@ -53,3 +59,18 @@ class IdentityAdapter(Protocol):
             size: width and height of the images, in pixels.
             on_device: entered with a module around its use in a step.
         """
+
+
+class DecoupledAdapter:
+    """What most adapters share: decoupled cross-attention in every such layer, and nothing else."""
+
+    def attention(self, unet: torch.nn.Module) -> tuple[Layers, list[IdentityAttnProcessor]]:
+        """See `IdentityAdapter`."""
+        layers = identity_layers(unet)
+        return layers, identity_processors(layers)
+
+    def extra_conditioning(
+        self, identities: Sequence[Identity], size: tuple[int, int], on_device: OnDevice
+    ) -> Extra | None:
+        """None: identity enters by attention alone."""
+        return None

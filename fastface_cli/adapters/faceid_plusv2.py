@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,14 +17,7 @@ from transformers import CLIPImageProcessorPil
 
 from ..quiet import loading_errors
 from ..recipe.schema import Adapter
-from ..sampling.processor import (
-    Extra,
-    IdentityAttnProcessor,
-    Layers,
-    identity_layers,
-    identity_processors,
-)
-from .base import Input, OnDevice
+from .base import DecoupledAdapter, Input, OnDevice
 from .lora import fuse_loaded
 
 if TYPE_CHECKING:
@@ -37,7 +30,7 @@ LORA = "faceid_0"
 
 
 @dataclass
-class FaceIDPlusV2:
+class FaceIDPlusV2(DecoupledAdapter):
     """The adapter's encoders; its keys and values are in the UNet."""
 
     image_encoder: torch.nn.Module
@@ -68,17 +61,6 @@ class FaceIDPlusV2:
         finally:
             projection.clip_embeds = None
         return tokens[0], tokens[1]
-
-    def attention(self, unet: torch.nn.Module) -> tuple[Layers, list[IdentityAttnProcessor]]:
-        """Decoupled cross-attention in every cross-attention layer."""
-        layers = identity_layers(unet)
-        return layers, identity_processors(layers)
-
-    def extra_conditioning(
-        self, identities: Sequence[Identity], size: tuple[int, int], on_device: OnDevice
-    ) -> Extra | None:
-        """None: identity enters by attention alone."""
-        return None
 
 
 def crop_processor(image_encoder: Any) -> CLIPImageProcessorPil:

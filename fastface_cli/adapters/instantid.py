@@ -20,13 +20,9 @@ from ..quiet import loading_errors
 from ..recipe.schema import Adapter
 from ..sampling.processor import (
     Extra,
-    IdentityAttnProcessor,
-    Layers,
     Rows,
-    identity_layers,
-    identity_processors,
 )
-from .base import Input, OnDevice
+from .base import DecoupledAdapter, Input, OnDevice
 from .key_points import drawn, placed
 
 if TYPE_CHECKING:
@@ -34,7 +30,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class InstantID:
+class InstantID(DecoupledAdapter):
     """The adapter's projection and ControlNet; its keys and values are in the UNet."""
 
     projection: torch.nn.Module
@@ -57,11 +53,6 @@ class InstantID:
             tokens = projection(torch.stack([torch.zeros_like(embedding), embedding])[:, None])
         return tokens[0], tokens[1]
 
-    def attention(self, unet: torch.nn.Module) -> tuple[Layers, list[IdentityAttnProcessor]]:
-        """Decoupled cross-attention in every cross-attention layer."""
-        layers = identity_layers(unet)
-        return layers, identity_processors(layers)
-
     def extra_conditioning(
         self, identities: Sequence[Identity], size: tuple[int, int], on_device: OnDevice
     ) -> Extra | None:
@@ -73,13 +64,15 @@ class InstantID:
         condition = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
 
         def extra(latents: Tensor, time: Tensor, rows: Rows) -> Mapping[str, Any]:
+            nonlocal condition
+            condition = condition.to(latents.device, latents.dtype)  # copied in the first step alone
             branches = len(latents) // len(identities)
             with on_device(controlnet):
                 down, mid = controlnet(
                     latents,
                     time,
                     encoder_hidden_states=rows.identity,
-                    controlnet_cond=condition.to(latents.device, latents.dtype).repeat(branches, 1, 1, 1),
+                    controlnet_cond=condition.repeat(branches, 1, 1, 1),
                     conditioning_scale=self.controlnet_scale,
                     added_cond_kwargs={"text_embeds": rows.pooled, "time_ids": rows.time_ids},
                     return_dict=False,

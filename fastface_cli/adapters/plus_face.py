@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +10,7 @@ from torch import Tensor
 from transformers import CLIPImageProcessorPil
 
 from ..recipe.schema import Adapter
-from ..sampling.processor import Extra, IdentityAttnProcessor, Layers, identity_layers, identity_processors
-from .base import Input, OnDevice
+from .base import DecoupledAdapter, Input, OnDevice
 from .faceid_plusv2 import crop_features, crop_processor
 
 if TYPE_CHECKING:
@@ -20,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class PlusFace:
+class PlusFace(DecoupledAdapter):
     """The adapter's encoders; its keys and values are in the UNet."""
 
     image_encoder: torch.nn.Module
@@ -45,14 +43,3 @@ class PlusFace:
         with on_device(projection):
             tokens = projection(features)
         return tokens[0], tokens[1]
-
-    def attention(self, unet: torch.nn.Module) -> tuple[Layers, list[IdentityAttnProcessor]]:
-        """Decoupled cross-attention in every cross-attention layer."""
-        layers = identity_layers(unet)
-        return layers, identity_processors(layers)
-
-    def extra_conditioning(
-        self, identities: Sequence[Identity], size: tuple[int, int], on_device: OnDevice
-    ) -> Extra | None:
-        """None: identity enters by attention alone."""
-        return None

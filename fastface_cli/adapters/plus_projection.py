@@ -12,6 +12,7 @@ from diffusers.models.embeddings import IPAdapterPlusImageProjection
 from torch import Tensor
 
 from ..quiet import loading_errors
+from .faceid_plusv2 import read_adapter
 
 HEAD_WIDTH = 64
 """Of the projection's attention, in every published file."""
@@ -28,13 +29,7 @@ def load_plus(
         ModelUnavailableError: the file has another layout.
     """
     with loading_errors("identity adapter", file):
-        pipe.load_ip_adapter(
-            str(file.parent),
-            subfolder="",
-            weight_name=file.name,
-            image_encoder_folder=None,
-            local_files_only=True,
-        )
+        read_adapter(pipe, file)
         unet: Any = pipe.unet
         projection = unet.encoder_hid_proj.image_projection_layers[0]
         if not isinstance(projection, IPAdapterPlusImageProjection):

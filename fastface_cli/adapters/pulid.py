@@ -5,7 +5,7 @@ Source: ToTheBeginning/PuLID, for SDXL. Zero tokens beside those of the identity
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,14 +21,11 @@ from ..quiet import loading_errors
 from ..recipe.schema import Adapter
 from ..sampling import attention
 from ..sampling.processor import (
-    Extra,
     IdentityAttnProcessor,
     Layers,
     Rows,
-    identity_layers,
-    identity_processors,
 )
-from .base import Input, OnDevice
+from .base import DecoupledAdapter, Input, OnDevice
 from .pulid_encoder import ID_TOKENS, EncoderV1, EncoderV11
 
 if TYPE_CHECKING:
@@ -39,7 +36,7 @@ ENCODER, LAYERS = "id_adapter.", "id_adapter_attn_layers."
 
 
 @dataclass
-class Pulid:
+class Pulid(DecoupledAdapter):
     """The adapter's encoder; its keys and values are in the UNet."""
 
     encoder: EncoderV1 | EncoderV11
@@ -85,15 +82,8 @@ class Pulid:
 
     def attention(self, unet: torch.nn.Module) -> tuple[Layers, list[IdentityAttnProcessor]]:
         """Decoupled cross-attention in every cross-attention layer, made orthogonal."""
-        layers = identity_layers(unet)
-        plain = identity_processors(layers)
+        layers, plain = super().attention(unet)
         return layers, [PulidAttnProcessor(each, self.zero_tokens, self.orthogonal) for each in plain]
-
-    def extra_conditioning(
-        self, identities: Sequence[Identity], size: tuple[int, int], on_device: OnDevice
-    ) -> Extra | None:
-        """None: identity enters by attention alone."""
-        return None
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:

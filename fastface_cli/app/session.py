@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from .. import pocket
 from ..errors import FastFaceError, UsageError
+from ..identity.features import check_features
 from ..recipe.schema import Recipe
 from ..settings import Settings, load_settings
 from .events import Event, IdentityReady, ImageFinished, ModelsReady, RunFinished, RunStarted
@@ -136,8 +137,6 @@ class Session:
                 yield from self._stream(lambda emit: stack.face_models(plan.recipe, emit))
                 identity = stack.posed(plan.recipe, identity, request.pose)
             if plan.cells:
-                from ..identity.features import check_features
-
                 check_features(identity, plan.recipe.adapter.kind)
             saved = None
             if request.output is not None and request.output.save_identity is not None:

@@ -147,10 +147,7 @@ def _show(store: Store, artifacts: list[Artifact], *, json: bool) -> None:
                         "repo": artifact.repo,
                         "commit": artifact.commit,
                         "url": artifact.url,
-                        "files": [
-                            {**_as_json(file), "sha256": _hashes(artifact).get(file.path)}
-                            for file in states[artifact.name]
-                        ],
+                        "files": _with_hashes(artifact, states[artifact.name]),
                     }
                     for artifact in artifacts
                 ],
@@ -204,8 +201,9 @@ def _verify(store: Store, artifacts: list[Artifact], *, json: bool) -> None:
         console.print_json({"ok": True, "files": report})
 
 
-def _hashes(artifact: Artifact) -> dict[str, str | None]:
-    return {file.path: file.sha256 for file in artifact.files}
+def _with_hashes(artifact: Artifact, states: list[FileStatus]) -> list[dict[str, Any]]:
+    hashes = {file.path: file.sha256 for file in artifact.files}
+    return [{**_as_json(file), "sha256": hashes.get(file.path)} for file in states]
 
 
 def _size(artifact: Artifact, files: list[FileStatus]) -> int:

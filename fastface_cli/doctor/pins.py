@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from ..errors import ModelUnavailableError
 from ..store.failures import SourceError
+from ..store.fetching import offered_difference
 from ..store.manifest import Artifact, RemoteFile
 from ..store.transfer import TransferClient, transfer_client
 
@@ -69,10 +69,6 @@ def _check(client: TransferClient, artifact: Artifact, file: RemoteFile) -> Pin:
         offered = client.announce(artifact, file)
     except ModelUnavailableError as error:
         return Pin(artifact.name, file.path, error.message)
-    hash_seen = re.fullmatch(r"[0-9a-f]{64}", offered.etag) is not None
-    problem = ""
-    if hash_seen and file.sha256 is not None and offered.etag != file.sha256:
-        problem = f"SHA-256 {offered.etag}, pinned {file.sha256}"
-    elif file.bytes is not None and offered.size not in (None, file.bytes):
-        problem = f"{offered.size} bytes, pinned {file.bytes}"
-    return Pin(artifact.name, file.path, problem, hash_seen)
+    difference = offered_difference(file, offered, file.sha256)
+    problem = "" if difference is None else f"not as pinned: {difference}"
+    return Pin(artifact.name, file.path, problem, offered.names_sha256)

@@ -6,7 +6,6 @@ import contextlib
 import functools
 import logging
 import os
-import re
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -332,16 +331,21 @@ def fetch_all(fetcher: Fetcher, tasks: Sequence[FetchTask]) -> None:
             remove_entry(archive, fetcher.layout.settings.home)
 
 
+def offered_difference(
+    file: RemoteFile, announcement: transfer.Announcement, expected: str | None
+) -> str | None:
+    """How a server's file differs from the expected hash, or without one from the size; None: it does not."""
+    if expected and announcement.names_sha256:
+        return None if announcement.etag == expected else f"SHA-256 {announcement.etag}, expected {expected}"
+    if file.bytes is not None and announcement.size not in (None, file.bytes):
+        return f"{announcement.size} bytes, expected {file.bytes}"
+    return None
+
+
 def _check_announcement(task: FetchTask, announcement: transfer.Announcement, record: Record) -> None:
     """Refuse before the transfer if the announced hash or size is wrong."""
-    expected, size = task.file.sha256 or record.sha256, task.file.bytes
-    if expected and re.fullmatch(r"[0-9a-f]{64}", announcement.etag):
-        if announcement.etag == expected:
-            return
-        difference = f"SHA-256 {announcement.etag}, expected {expected}"
-    elif size is not None and announcement.size not in (None, size):
-        difference = f"{announcement.size} bytes, expected {size}"
-    else:
+    difference = offered_difference(task.file, announcement, task.file.sha256 or record.sha256)
+    if difference is None:
         return
     raise ModelUnavailableError(
         f"{task.artifact.name}: the server offers a different file as {task.file.path} ({difference}); "

@@ -12,6 +12,7 @@ import contextlib
 import functools
 import logging
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -67,6 +68,11 @@ class Announcement:
     etag: str
     size: int | None
     commit: str | None = None
+
+    @property
+    def names_sha256(self) -> bool:
+        """Whether the etag is a SHA-256."""
+        return re.fullmatch(r"[0-9a-f]{64}", self.etag) is not None
 
 
 @dataclass(frozen=True)
