@@ -29,7 +29,7 @@ from ..models.schedulers import is_stochastic, model_times, with_steps
 from ..quiet import quiet_libraries
 from ..recipe.schema import AdapterScale, Recipe, per_step
 from ..sampling import attention, guidance, processor
-from ..sampling.denoiser import GuidedDenoiser, denoise
+from ..sampling.denoiser import GuidedDenoiser, denoise, denoise_with_cudnn
 from ..sampling.loop import Denoiser, OnStep, Trace, ignore_step, sample
 
 if TYPE_CHECKING:
@@ -118,9 +118,11 @@ class Pipeline:
         self.scheduler = scheduler
         if compiler is None and acceleration.compile:
             on_cuda = (device or parts.unet.device).type == "cuda"
-            compiler = partial(compiled, cuda_graphs=acceleration.cuda_graphs and on_cuda)
+            graphs, autotune = acceleration.cuda_graphs and on_cuda, acceleration.autotune
+            compiler = partial(compiled, cuda_graphs=graphs, autotune=autotune)
         self.compiler = compiler
-        self._denoise = compiler(denoise) if compiler else denoise
+        step = denoise_with_cudnn if acceleration.attention == "cudnn" else denoise
+        self._denoise = compiler(step) if compiler else step
         self.backbone: Backbone = SDXL(parts, level, device, compiler(vae_decode) if compiler else vae_decode)
         self.use(ADAPTERS[recipe.adapter.kind].build(parts, projection, self.extras))
         self.watch: StageTimer = lambda _: nullcontext()

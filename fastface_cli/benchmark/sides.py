@@ -61,7 +61,7 @@ class Side:
     def weights_key(self) -> tuple[Any, ...]:
         """Return what determines the weights in memory; sides with the same key can share them."""
         faster = self.acceleration
-        layout = (faster.fuse_lora, faster.channels_last, faster.vae, faster.fp8)
+        layout = (faster.fuse_lora, faster.fuse_qkv, faster.channels_last, faster.vae, faster.fp8)
         return (self.engine, self.recipe.digest(), self.low_memory, *layout)
 
     def to_json(self) -> dict[str, Any]:

@@ -39,6 +39,14 @@ def bench(
     ablation: Annotated[
         bool, typer.Option("--ablation", help="Also measure with each optimization disabled.")
     ] = False,
+    vary: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--vary",
+            metavar="ITEM=VALUE",
+            help="Also measure with this optimization changed; repeatable, see --accelerate.",
+        ),
+    ] = None,
     weights: Annotated[
         str, typer.Option(help="real, random (full size, no download) or random-small (miniature).")
     ] = "real",
@@ -107,7 +115,7 @@ def bench(
 
         keep_graphs(settings.home / "graphs")
     plan = run.BenchmarkPlan(
-        sides=_sides(recipes, acceleration, saving.name, against, ablation=ablation),
+        sides=_sides(recipes, acceleration, vary or [], saving.name, against, ablation=ablation),
         source=sides.Source(source, device_name, dtype, True if offline else None),
         batch=batch,
         repeats=repeats,
@@ -155,6 +163,7 @@ def _device(recipes: list[Recipe], weights: str, requested: str) -> str:
 def _sides(
     recipes: list[Recipe],
     acceleration: Acceleration,
+    vary: list[str],
     saving: LevelName,
     against: str | None,
     *,
@@ -164,11 +173,13 @@ def _sides(
 
     from ..benchmark.sides import Side
     from ..benchmark.sides import ablation as ablated
+    from ..models.acceleration import parse
 
     sides: list[Side] = []
     for recipe in recipes:
         prefix = f"{recipe.name}, " if len(recipes) > 1 else ""
         ours = ablated(recipe, acceleration) if ablation else [Side("ours", recipe, "ours", acceleration)]
+        ours += [Side(change, recipe, "ours", parse([change], acceleration)) for change in vary]
         ours = [replace(side, low_memory=saving) for side in ours]
         if against:
             ours.append(Side("reference", recipe, "reference"))

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 VaePrecision: TypeAlias = Literal["auto", "half", "float32"]
+AttentionKernel: TypeAlias = Literal["auto", "cudnn"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,12 @@ class Acceleration:
     """Compile a step, and decoding, to one static graph per shape (torch.compile)."""
     cuda_graphs: bool = True
     """Replay compiled code as CUDA graphs; CUDA only."""
+    autotune: bool = False
+    """Compile slowly: measure several kernels for every product and keep the fastest."""
+    attention: AttentionKernel = "auto"
+    """`auto`: the attention kernel that PyTorch prefers. `cudnn`: that of cuDNN first; CUDA only."""
+    fuse_qkv: bool = False
+    """Project query, key and value of self-attention in one product."""
     channels_last: bool = False
     """Store convolution inputs channels-last, the layout of tensor cores."""
     vae: VaePrecision = "auto"
@@ -60,8 +67,12 @@ LOSSY = ("fp8", "vae")
 """Names of the optimizations that can cost precision."""
 
 
-def parse(changes: Iterable[str]) -> Acceleration:
-    """The default with some items changed, each as "channels_last=on" or "vae=half".
+CHOICES: Mapping[str, Any] = {"vae": VaePrecision, "attention": AttentionKernel}
+"""The values of the items that are not on or off."""
+
+
+def parse(changes: Iterable[str], base: Acceleration = DEFAULT) -> Acceleration:
+    """`base` with some items changed, each as "channels_last=on" or "vae=half".
 
     Raises:
         UsageError: no such item or value.
@@ -71,14 +82,14 @@ def parse(changes: Iterable[str]) -> Acceleration:
         name, _, text = change.partition("=")
         if name not in known:
             raise UsageError(f"--accelerate {name}: there is no such item", f"items are {', '.join(known)}")
-        choices = ("on", "off") if isinstance(known[name], bool) else get_args(VaePrecision)
+        choices = ("on", "off") if isinstance(known[name], bool) else get_args(CHOICES[name])
         if text not in choices:
             raise UsageError(
                 f"--accelerate {change}: {name} is one of {', '.join(choices)}",
                 f"as in --accelerate {name}={choices[-1]}",
             )
         changed[name] = text == "on" if isinstance(known[name], bool) else text
-    return replace(DEFAULT, **changed)
+    return replace(base, **changed)
 
 
 SMALL = 512
@@ -92,12 +103,15 @@ def check(faster: Acceleration, device: torch.device, number: torch.dtype) -> No
 
     Raises:
         DeviceError: fp8 is asked for and the card has none.
-        UsageError: fp8 is asked for in another type than bfloat16, or without torchao.
+        UsageError: fp8 is asked for in another type than bfloat16, or without torchao; self-attention is to
+            be fused around an unfused LoRA.
     """
     import importlib.util
 
     import torch
 
+    if faster.fuse_qkv and not faster.fuse_lora:
+        raise UsageError("fuse_qkv=on needs fuse_lora=on", "leave out one of them")
     if not faster.fp8:
         return
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
@@ -118,6 +132,8 @@ def arrange(unet: torch.nn.Module, vae: torch.nn.Module, faster: Acceleration) -
         vae.to(torch.float32)
     elif faster.vae == "half" and vae.dtype == torch.float32:
         vae.to(torch.bfloat16)
+    if faster.fuse_qkv:
+        _fuse_self_attention(unet)
     if faster.channels_last:
         for model in (unet, vae):
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -125,6 +141,17 @@ def arrange(unet: torch.nn.Module, vae: torch.nn.Module, faster: Acceleration) -
         from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
 
         quantize_(unet, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()), _is_large)
+
+
+def _fuse_self_attention(unet: torch.nn.Module) -> None:
+    """Stack the projections of every self-attention layer, and free the single ones."""
+    from diffusers.models.attention_processor import Attention, FusedAttnProcessor2_0
+
+    for name, layer in unet.named_modules():
+        if name.endswith(".attn1") and isinstance(layer, Attention):
+            layer.fuse_projections()
+            layer.to_q = layer.to_k = layer.to_v = None
+            layer.set_processor(FusedAttnProcessor2_0())
 
 
 def _is_large(layer: torch.nn.Module, name: str) -> bool:

@@ -41,18 +41,28 @@ class Compiled:
     Args:
         function: of tensors, to one tensor; whatever else it takes is part of the graph.
         cuda_graphs: replay the kernels as a CUDA graph; nothing happens on other devices.
+        autotune: measure several kernels for every product, which takes minutes.
         backend: of torch.compile.
     """
 
     def __init__(
-        self, function: Callable[..., Tensor], *, cuda_graphs: bool = False, backend: str = "inductor"
+        self,
+        function: Callable[..., Tensor],
+        *,
+        cuda_graphs: bool = False,
+        autotune: bool = False,
+        backend: str = "inductor",
     ) -> None:
         self.cuda_graphs = cuda_graphs
         # With fullgraph=True, exceeding the limit is an error and not only slow.
         torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
-        mode = "reduce-overhead" if cuda_graphs else None
+        options: dict[str, Any] = {"triton.cudagraphs": True} if cuda_graphs else {}
+        if autotune:
+            options |= {"max_autotune": True, "coordinate_descent_tuning": True, "conv_1x1_as_mm": True}
         # Sizes are exact: one graph that fits several would be slower in each.
-        self._function = torch.compile(function, fullgraph=True, dynamic=False, backend=backend, mode=mode)
+        self._function = torch.compile(
+            function, fullgraph=True, dynamic=False, backend=backend, options=options or None
+        )
 
     def __call__(self, *args: Any, **named: Any) -> Tensor:
         """The function's result, in memory of its own.
@@ -77,7 +87,11 @@ class Compiled:
 
 @functools.cache
 def compiled(
-    function: Callable[..., Tensor], *, cuda_graphs: bool = False, backend: str = "inductor"
+    function: Callable[..., Tensor],
+    *,
+    cuda_graphs: bool = False,
+    autotune: bool = False,
+    backend: str = "inductor",
 ) -> Compiled:
     """The one `Compiled` of a function: graphs are shared by all pipelines of a process."""
-    return Compiled(function, cuda_graphs=cuda_graphs, backend=backend)
+    return Compiled(function, cuda_graphs=cuda_graphs, autotune=autotune, backend=backend)

@@ -34,6 +34,7 @@ SCHEDULERS: dict[str, dict[str, str]] = {
     "lcm": {"kind": "lcm"},
 }
 PULID_FILES = {"v1": "pulid_v1.bin", "v1.1": "pulid_v1.1.safetensors"}
+RUNTIME = Runtime(device="cpu", dtype="float32")
 ORTHOGONAL = {"off": "off", "v1": "ortho", "v2": "ortho_v2"}
 
 
@@ -120,7 +121,7 @@ def identity_of(adapter: Path) -> Identity:
     return Identity(unit, np.zeros((n, 224, 224, 3), np.uint8), np.ones(n, np.float32), features)
 
 
-def run(case: Case, identity: Identity) -> Tensor:
+def run(case: Case, identity: Identity, runtime: Runtime = RUNTIME) -> Tensor:
     """The latents after each step, [steps, 1, 4, h, w]."""
     request = GenerateRequest(
         prompts=(case.config["prompt"],),
@@ -129,10 +130,10 @@ def run(case: Case, identity: Identity) -> Tensor:
         output=None,
     )
     latents: list[Tensor] = []
-    with Session(case.recipe, Runtime(device="cpu", dtype="float32"), fused_cache=False) as session:
+    with Session(case.recipe, runtime, fused_cache=False) as session:
         for event in session.run(request, identity=identity):
             if isinstance(event, StepFinished):
-                latents.append(event.latents.detach().clone())
+                latents.append(event.latents.detach().cpu().clone())
     return torch.stack(latents)
 
 

@@ -5,12 +5,17 @@ Run with `pytest -m gpu tests/gpu`.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
+from golden import adapters
 
 from fastface_cli.app.pipeline import Pipeline, Request
+from fastface_cli.app.runtime import Runtime
 from fastface_cli.errors import DeviceError
-from fastface_cli.models.acceleration import Acceleration
+from fastface_cli.models.acceleration import Acceleration, parse
 from fastface_cli.models.offload import LEVELS
 from fastface_cli.recipe.schema import Recipe
 
@@ -99,6 +104,44 @@ def test_compiled_pipeline_gives_the_same_latents(parts, person, exact):
     quick.warm_up()
     output = next(quick.generate([request]))
     assert float((output.latents - plain.latents).norm() / plain.latents.norm()) <= 2e-3
+
+
+GOLDEN = Path(__file__).parents[1] / "data" / "golden"
+CASES = [
+    (case, GOLDEN / folder)
+    for folder in ("instantid", "pulid")
+    for case in adapters.cases(GOLDEN, GOLDEN / folder)
+]
+
+
+@pytest.mark.parametrize(("case", "folder"), CASES, ids=[case.name for case, _ in CASES])
+def test_other_adapters_equal_their_goldens(case, folder, exact):
+    runtime = Runtime(device="cuda", dtype="float32")
+    actual = adapters.run(case, adapters.identity_of(folder), runtime)
+    assert adapters.error(actual, case.wanted["latents"]) <= 2e-3
+
+
+@pytest.mark.parametrize("name", ["dcg-lightning", "v1-fidelity-dcg-hyper"])
+def test_other_adapters_can_be_compiled_and_offloaded(name, exact):
+    case, folder = next((case, folder) for case, folder in CASES if case.name == name)
+    fast = Runtime(device="cuda", dtype="float32", acceleration=Acceleration(compile=True))
+    small = replace(fast, acceleration=Acceleration(), offload="8")
+    for runtime in (small, fast):
+        actual = adapters.run(case, adapters.identity_of(folder), runtime)
+        assert adapters.error(actual, case.wanted["latents"]) <= 2e-3
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [["attention=cudnn"], ["fuse_qkv=on"], ["attention=cudnn", "fuse_qkv=on", "compile=on"]],
+    ids=" ".join,
+)
+def test_further_optimizations_are_exact(changes, parts, person):
+    recipe, request = recipe_of("ddim", "trailing"), Request("a person", 5, person)
+    plain = next(Pipeline.load(recipe, parts, device="cuda", dtype="float16").generate([request]))
+    quick = Pipeline.load(recipe, parts, device="cuda", dtype="float16", acceleration=parse(changes))
+    output = next(quick.generate([request]))
+    assert float((output.latents - plain.latents).norm() / plain.latents.norm()) <= 0.05
 
 
 def test_out_of_memory_is_a_device_error(parts, person):
