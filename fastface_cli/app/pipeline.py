@@ -29,7 +29,7 @@ from ..models.schedulers import is_stochastic, model_times, with_steps
 from ..quiet import quiet_libraries
 from ..recipe.schema import AdapterScale, Recipe, per_step
 from ..sampling import attention, guidance, processor
-from ..sampling.denoiser import GuidedDenoiser, denoise, denoise_with_cudnn
+from ..sampling.denoiser import GuidedDenoiser, denoise
 from ..sampling.loop import Denoiser, OnStep, Trace, ignore_step, sample
 
 if TYPE_CHECKING:
@@ -121,8 +121,7 @@ class Pipeline:
             graphs, autotune = acceleration.cuda_graphs and on_cuda, acceleration.autotune
             compiler = partial(compiled, cuda_graphs=graphs, autotune=autotune)
         self.compiler = compiler
-        step = denoise_with_cudnn if acceleration.attention == "cudnn" else denoise
-        self._denoise = compiler(step) if compiler else step
+        self._denoise = compiler(denoise) if compiler else denoise
         self.backbone: Backbone = SDXL(parts, level, device, compiler(vae_decode) if compiler else vae_decode)
         self.use(ADAPTERS[recipe.adapter.kind].build(parts, projection, self.extras))
         self.watch: StageTimer = lambda _: nullcontext()

@@ -49,7 +49,7 @@ def random_pipeline(
     """
     check(acceleration, device, dtype)
     check_level(level, acceleration)
-    with quiet_libraries(), memory_errors(device), torch.no_grad():
+    with quiet_libraries(), memory_errors(device, level), torch.no_grad():
         parts = random_parts(recipe, device, dtype, stack)
         projection = settle_adapter(parts, recipe.adapter.lora_scale, fuse=acceleration.fuse_lora)
         projection.to(device, dtype).requires_grad_(False)

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     import torch
 
 VaePrecision: TypeAlias = Literal["auto", "half", "float32"]
-AttentionKernel: TypeAlias = Literal["auto", "cudnn"]
 
 
 @dataclass(frozen=True)
@@ -35,8 +34,6 @@ class Acceleration:
     """Replay compiled code as CUDA graphs; CUDA only."""
     autotune: bool = False
     """Compile slowly: measure several kernels for every product and keep the fastest."""
-    attention: AttentionKernel = "auto"
-    """`auto`: the attention kernel that PyTorch prefers. `cudnn`: that of cuDNN first; CUDA only."""
     fuse_qkv: bool = False
     """Project query, key and value of self-attention in one product."""
     channels_last: bool = False
@@ -67,10 +64,6 @@ LOSSY = ("fp8", "vae")
 """Names of the optimizations that can cost precision."""
 
 
-CHOICES: Mapping[str, Any] = {"vae": VaePrecision, "attention": AttentionKernel}
-"""The values of the items that are not on or off."""
-
-
 def parse(changes: Iterable[str], base: Acceleration = DEFAULT) -> Acceleration:
     """`base` with some items changed, each as "channels_last=on" or "vae=half".
 
@@ -82,7 +75,7 @@ def parse(changes: Iterable[str], base: Acceleration = DEFAULT) -> Acceleration:
         name, _, text = change.partition("=")
         if name not in known:
             raise UsageError(f"--accelerate {name}: there is no such item", f"items are {', '.join(known)}")
-        choices = ("on", "off") if isinstance(known[name], bool) else get_args(CHOICES[name])
+        choices = ("on", "off") if isinstance(known[name], bool) else get_args(VaePrecision)
         if text not in choices:
             raise UsageError(
                 f"--accelerate {change}: {name} is one of {', '.join(choices)}",

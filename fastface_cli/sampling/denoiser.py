@@ -4,25 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..recipe.schema import Attention, Guidance, Order
 from . import guidance
 from .attention import Chains
 from .guidance import Branch, Step
 from .processor import Conditions, Rows
-
-CUDNN_FIRST = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
-"""Kernels of scaled dot-product attention, in the order of preference."""
 
 
 def denoise(
@@ -49,12 +39,6 @@ def denoise(
         [images, C, h, w], float32.
     """
     return guidance.mix(predict(unet, latents, time, rows), numbers, order, rescale, renorm=renorm)
-
-
-def denoise_with_cudnn(*args: Any, **named: Any) -> Tensor:
-    """`denoise` with the attention kernels of cuDNN first; a compiled graph records this choice."""
-    with sdpa_kernel(CUDNN_FIRST, set_priority=True):
-        return denoise(*args, **named)
 
 
 def predict(unet: torch.nn.Module, latents: Tensor, time: Tensor, rows: Rows) -> Tensor:

@@ -133,7 +133,7 @@ def test_other_adapters_can_be_compiled_and_offloaded(name, exact):
 
 @pytest.mark.parametrize(
     "changes",
-    [["attention=cudnn"], ["fuse_qkv=on"], ["attention=cudnn", "fuse_qkv=on", "compile=on"]],
+    [["fuse_qkv=on"], ["fuse_qkv=on", "autotune=on", "compile=on"]],
     ids=" ".join,
 )
 def test_further_optimizations_are_exact(changes, parts, person):

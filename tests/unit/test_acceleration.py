@@ -7,7 +7,7 @@ import torch
 from support.methods import FASTFACE, assert_same, latents, requests
 
 from fastface_cli.app.pipeline import Pipeline
-from fastface_cli.errors import DeviceError
+from fastface_cli.errors import DeviceError, UsageError
 from fastface_cli.models.acceleration import Acceleration, _is_large, arrange
 
 
@@ -57,6 +57,21 @@ def test_memory_layout_changes_nothing_beyond_rounding(parts, plain, person):
     pipeline = Pipeline.load(FASTFACE, parts, device="cpu", dtype="float32", acceleration=faster)
     assert pipeline.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
     assert_same(latents(pipeline, requests(person)), latents(plain, requests(person)), 1e-5)
+
+
+def test_fused_self_attention_changes_nothing_beyond_rounding(parts, plain, person):
+    faster = Acceleration(fuse_qkv=True)
+    pipeline = Pipeline.load(FASTFACE, parts, device="cpu", dtype="float32", acceleration=faster)
+    layer = pipeline.unet.mid_block.attentions[0].transformer_blocks[0].attn1
+    assert layer.to_qkv.out_features == 3 * layer.to_out[0].in_features
+    assert layer.to_q is None, "the single projections are freed"
+    assert_same(latents(pipeline, requests(person)), latents(plain, requests(person)), 1e-5)
+
+
+def test_self_attention_is_not_fused_around_an_unfused_lora(parts):
+    both = Acceleration(fuse_qkv=True, fuse_lora=False)
+    with pytest.raises(UsageError, match="fuse_qkv=on needs fuse_lora=on"):
+        Pipeline.load(FASTFACE, parts, device="cpu", acceleration=both)
 
 
 def test_the_vae_has_its_own_precision(parts, person):
