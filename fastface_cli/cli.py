@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from . import __version__, console
-from .commands import bench, cache, doctor, download, evaluate, generate, licenses, recipes
+from .commands import bench, cache, doctor, download, evaluate, generate, licenses, recipes, serve
 from .commands.panels import PanelledCommand
 from .errors import FastFaceError, UsageError, unexpected
 
@@ -26,6 +26,7 @@ app = typer.Typer(
 )
 app.command(name="generate", cls=PanelledCommand, short_help="Put a person into an image.")(generate.generate)
 app.command(name="download", short_help="Download and verify models.")(download.download)
+app.command(name="serve", short_help="Serve a page and APIs over HTTP.")(serve.serve)
 app.command(name="bench", short_help="Measure the time per image.")(bench.bench)
 app.command(name="doctor", short_help="Check this machine and print the command that fixes each problem.")(
     doctor.doctor

@@ -195,6 +195,16 @@ class Pipeline:
             device=chosen,
         )
 
+    def fits(self, recipe: Recipe) -> bool:
+        """Whether `with_recipe` accepts a recipe: it needs the models that are loaded."""
+        return self._changed_models(recipe) is None
+
+    def _changed_models(self, recipe: Recipe) -> str | None:
+        if _loaded_parts(self.recipe) != _loaded_parts(recipe):
+            return "model"
+        same = self.recipe.adapter.lora_scale == recipe.adapter.lora_scale
+        return None if same else "adapter.lora_scale"
+
     def with_recipe(self, recipe: Recipe, paths: Mapping[str, Path]) -> Pipeline:
         """The same loaded models under another recipe.
 
@@ -205,14 +215,11 @@ class Pipeline:
         Raises:
             RecipeError: the recipe requires other models, or another weight of a fused LoRA.
         """
-        for name, loaded, required in (
-            ("model", _loaded_parts(self.recipe), _loaded_parts(recipe)),
-            ("adapter.lora_scale", self.recipe.adapter.lora_scale, recipe.adapter.lora_scale),
-        ):
-            if loaded != required:
-                raise RecipeError(
-                    f"{name} differs from that of the loaded models", "run it in a separate session"
-                )
+        changed = self._changed_models(recipe)
+        if changed is not None:
+            raise RecipeError(
+                f"{changed} differs from that of the loaded models", "run it in a separate session"
+            )
         with quiet_libraries():
             scheduler = load_scheduler(recipe, configured(paths), paths.get("scheduler"))
         pipeline = self.sharing(recipe, scheduler, self.acceleration)

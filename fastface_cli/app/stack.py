@@ -78,6 +78,10 @@ class ModelStack:
         """Whether the diffusion models are loaded."""
         return self._pipeline is not None
 
+    def fits(self, recipe: Recipe) -> bool:
+        """Whether `pipeline` accepts a recipe without unloading the models first."""
+        return self._pipeline is None or self._pipeline.fits(recipe)
+
     def face_models(self, recipe: Recipe, progress: ProgressObserver = ignore) -> Path:
         """The folder of a recipe's face models, downloaded if missing.
 
@@ -246,7 +250,7 @@ class ModelStack:
                 self._identities.popitem(last=False)
         return identity
 
-    def posed(self, recipe: Recipe, identity: Identity, pose: Path) -> Identity:
+    def posed(self, recipe: Recipe, identity: Identity, pose: Path | Photo) -> Identity:
         """The identity in the pose of the largest face of another photo.
 
         Raises:

@@ -12,7 +12,6 @@ import typer
 from .. import console
 from ..errors import UsageError
 from . import options
-from .completion import complete_saving
 from .options import IMAGE, MACHINE, OUTPUT, PERSON, RECIPE
 from .run_display import RunDisplay
 
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
     from ..app.events import ModelsReady
     from ..app.request import GenerateRequest
     from ..app.session import Session
-    from ..settings import Saving
 
 
 def generate(
@@ -206,15 +204,7 @@ def generate(
     batch_size: Annotated[
         int, typer.Option(min=1, help="Number of images per UNet call.", rich_help_panel=MACHINE)
     ] = 1,
-    low_memory: Annotated[
-        str | None,
-        typer.Option(
-            help="GPU memory in GB to fit into by offloading: 12, 8, 6, auto or off.",
-            show_default="auto",
-            autocompletion=complete_saving,
-            rich_help_panel=MACHINE,
-        ),
-    ] = None,
+    low_memory: options.LowMemoryOption = None,
     compile_: options.CompileOption = False,
     accelerate: options.AccelerateOption = None,
     offline: options.OfflineOption = False,
@@ -286,7 +276,7 @@ def generate(
     def open_session() -> Session:
         from ..app.session import Session
 
-        runtime = Runtime(device, dtype, _saving(low_memory), parse(accelerations))
+        runtime = Runtime(device, dtype, options.saving(low_memory), parse(accelerations))
         return Session(runtime=runtime, offline=offline or None, remember=remember)
 
     console.be_quiet(quiet)
@@ -412,14 +402,6 @@ def _refuse_with_jobs(request: GenerateRequest, prompts_file: Path | None) -> No
     for name, is_given in refused.items():
         if is_given:
             raise UsageError(f"{name} does not go with --jobs", "each line of the jobs file makes one image")
-
-
-def _saving(text: str | None) -> Saving | None:
-    from ..models.offload import level_of
-
-    if text is None:
-        return None
-    return "auto" if text == "auto" else level_of(text).name
 
 
 def _size(text: str) -> tuple[int, int]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .completion import complete_device, complete_dtype, complete_field, complete_recipe
+from .completion import complete_device, complete_dtype, complete_field, complete_recipe, complete_saving
+
+if TYPE_CHECKING:
+    from ..settings import Saving
 
 PERSON, IMAGE, OUTPUT, RECIPE, MACHINE = "Person", "Image", "Output", "Recipe", "Machine"
 """Headings of options, where a command has many."""
@@ -80,6 +83,15 @@ AccelerateOption = Annotated[
         rich_help_panel=MACHINE,
     ),
 ]
+LowMemoryOption = Annotated[
+    str | None,
+    typer.Option(
+        help="GPU memory in GB to fit into by offloading: 12, 8, 6, auto or off.",
+        show_default="auto",
+        autocompletion=complete_saving,
+        rich_help_panel=MACHINE,
+    ),
+]
 CommercialOption = Annotated[
     bool,
     typer.Option(
@@ -90,3 +102,16 @@ OfflineOption = Annotated[
     bool, typer.Option("--offline", help="Do not use the network.", rich_help_panel=MACHINE)
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.", rich_help_panel=OUTPUT)]
+
+
+def saving(text: str | None) -> Saving | None:
+    """The value of `--low-memory`.
+
+    Raises:
+        UsageError: there is no such level.
+    """
+    from ..models.offload import level_of
+
+    if text is None:
+        return None
+    return "auto" if text == "auto" else level_of(text).name

@@ -158,14 +158,19 @@ class Identity:
         Raises:
             UsageError: the file exists and `force` is not given, or cannot be written there.
         """
-        from safetensors.numpy import save
-
         path = Path(path)
         check_target(path, force=force)
+        return write_atomically(path, self.encoded(), force=force, private=True)
+
+    def encoded(self) -> bytes:
+        """The bytes of an identity file."""
+        from safetensors.numpy import save
+
         arrays = {name: getattr(self, name) for name in _TENSORS} | dict(self.features)
         tensors = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
         metadata = None if self.recognizer is None else {"recognizer": self.recognizer}
-        return write_atomically(path, save(tensors, metadata), force=force, private=True)
+        encoded: bytes = save(tensors, metadata)
+        return encoded
 
     @classmethod
     def load(cls, path: Path | str) -> Identity:

@@ -198,9 +198,13 @@ def write_image(
     Raises:
         FastFaceError: the file cannot be written; no partial file remains.
     """
-    kind = FORMATS[path.suffix[1:].lower()]
-    data = encode_png(image, text) if kind == "PNG" else _encode_lossy(image, kind, text)
-    return write_atomically(path, data, force=force)
+    return write_atomically(path, encode_image(image, path.suffix[1:], text), force=force)
+
+
+def encode_image(image: Image.Image, suffix: str, text: Mapping[str, str] | None = None) -> bytes:
+    """Return the bytes of the file that `write_image` writes; `suffix` is one of `FORMATS`."""
+    kind = FORMATS[suffix.lower()]
+    return encode_png(image, text) if kind == "PNG" else _encode_lossy(image, kind, text)
 
 
 def _encode_lossy(image: Image.Image, kind: str, text: Mapping[str, str] | None) -> bytes:

@@ -16,7 +16,7 @@ LAYERS = (
     ("cli",),
     ("commands",),
     ("console",),
-    ("evaluation", "benchmark"),
+    ("evaluation", "benchmark", "server"),
     ("doctor",),
     ("app",),
     ("scorers",),
