@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import signal
 import socket
+import sys
 import webbrowser
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -142,20 +143,35 @@ def _check_field(field: str) -> None:
         )
 
 
+def _bound(host: str, port: int) -> socket.socket:
+    """A listening socket.
+
+    Raises:
+        FastFaceError: the address cannot be used.
+    """
+    # Without the protocol, asyncio would not disable Nagle's algorithm, which delays answers by 40 ms.
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    try:
+        if sys.platform != "win32":  # there, it would let two servers share a port
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(128)
+    except OSError as error:
+        listener.close()
+        raise FastFaceError(
+            f"cannot listen on {host} port {port}: {error.strerror or error}", "choose another --port"
+        ) from error
+    return listener
+
+
 def _listen(studio: Studio, host: str, port: int, token: str | None, *, local: bool, open_page: bool) -> None:
     import uvicorn
 
     from ..server.application import make_application
     from ..server.security import timed_protocol
 
-    try:
-        listener = socket.create_server(
-            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=128
-        )
-    except OSError as error:
-        raise FastFaceError(
-            f"cannot listen on {host} port {port}: {error.strerror or error}", "choose another --port"
-        ) from error
+    listener = _bound(host, port)
     address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}/"
     if token is not None:
         address += f"#token={token}"

@@ -1,4 +1,4 @@
-"""Messages of the library about a run become events of that run; the server's log has nothing about people."""
+"""Messages of the library about a run become events of that run; none about people is in the log."""
 
 from __future__ import annotations
 

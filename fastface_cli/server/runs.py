@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 MEDIA_TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 """Formats in which images are served."""
 
+MAX_PREVIEWS = 64
+"""Newest events of a run that keep their previews."""
+
 ENDED = ("finished", "failed", "cancelled")
 
 
@@ -92,6 +95,7 @@ class Run:
 
     body: RunBody
     request: GenerateRequest
+    """Without recipe, changes and aspect: they are resolved in `recipe`."""
     recipe: Recipe
     client: str
     """Runs of different clients take turns."""
@@ -112,9 +116,8 @@ class Run:
     def publish(self, name: str, data: Mapping[str, Any]) -> None:
         """Append an event to the log and wake all listeners."""
         with self._lock:
-            if name == "step":
-                # Only the newest preview is kept: a client that comes later does not need the others.
-                self._events = [_without_previews(event) for event in self._events]
+            if name == "step" and len(self._events) >= MAX_PREVIEWS:
+                self._events[-MAX_PREVIEWS] = _without_previews(self._events[-MAX_PREVIEWS])
             elif name == "queued":
                 self._events = [event for event in self._events if event.name != "queued"]
             number = self._events[-1].number + 1 if self._events else 1

@@ -113,7 +113,9 @@ class Studio:
                 f"{sampling.width}x{sampling.height} is too large",
                 f"the limit is {self.limits.pixels} pixels",
             )
-        run = Run(body, request, plan.recipe, client, self._person(body, person))
+        # Resolved once: the worker runs `plan.recipe`.
+        resolved = request.model_copy(update={"recipe": None, "changes": {}, "aspect": None})
+        run = Run(body, resolved, plan.recipe, client, self._person(body, person))
         self.queue.put(run)
         self.registry.add(run, key, digest)
         return run, True

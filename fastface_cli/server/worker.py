@@ -107,6 +107,7 @@ class Worker:
         stack = self.session.stack
         if not stack.fits(run.recipe):
             self._unload()
+        self.session.recipe = run.recipe
         events = self.session.run(run.request, identity=self._identity(run))
         try:
             for event in events:
