@@ -28,7 +28,7 @@ from starlette.responses import Response
 from ..errors import FastFaceError, UsageError
 from .identities import read_photos
 from .native import client_of, first_problem
-from .runs import ENDED, Person, Run, ServedImage
+from .runs import Person, Run, ServedImage
 from .schema import RunBody
 from .studio import Studio
 
@@ -175,18 +175,32 @@ async def _answer(studio: Studio, call: ImageCall, photos: list[bytes], http: Re
     run = await run_in_threadpool(submit)
     if call.stream:
         return EventSourceResponse(_events(studio, run, call, kind))
-    try:
-        async for event in run.events():
-            if event.name in ENDED:
-                break
-    except asyncio.CancelledError:  # the client is gone, and nobody else knows the run
-        studio.cancel(run)
-        raise
+    await _until_ended(studio, run, http)
     _check(run)
     base = str(http.base_url).rstrip("/")
     images = [_image(image, call, base) for image in run.images]
     content = {"created": int(time.time()), "data": images, "output_format": call.output_format}
     return JSONResponse(content, headers={"x-fastface-run": run.id})
+
+
+async def _until_ended(studio: Studio, run: Run, http: Request) -> None:
+    """Wait for a run; cancel it if the client goes away and could not ask for it again."""
+
+    async def ended() -> None:
+        async for _ in run.events():
+            pass
+
+    async def gone() -> None:
+        while (await http.receive())["type"] != "http.disconnect":
+            pass
+
+    waiting, leaving = asyncio.create_task(ended()), asyncio.create_task(gone())
+    await asyncio.wait((waiting, leaving), return_when=asyncio.FIRST_COMPLETED)
+    leaving.cancel()
+    if not waiting.done():
+        if "idempotency-key" not in http.headers:
+            studio.cancel(run)
+        await waiting
 
 
 def _check(run: Run) -> None:

@@ -87,17 +87,20 @@ class Guard:
             await _refuse(scope, send, *refused)
             return
         body = _LimitedBody(receive, self.limits)
-        started = False
+        answered = False
 
         async def sending(message: MutableMapping[str, Any]) -> None:
-            nonlocal started
-            started = started or message["type"] == "http.response.start"
-            await send(_with_headers(message))
+            nonlocal answered
+            if body.refused is None:
+                await send(_with_headers(message))
+            elif not answered:  # frameworks turn errors of `receive` into answers of their own
+                await _refuse(scope, send, *body.refused)
+            answered = True
 
         try:
             await self.app(scope, body.receive, sending)
         except _RefusedError as error:
-            if not started:
+            if not answered:
                 await _refuse(scope, send, *error.args)
 
     def _refused(self, scope: Scope, headers: dict[str, str]) -> tuple[int, str, str] | None:
@@ -137,6 +140,8 @@ class _LimitedBody:
         self._until = asyncio.get_running_loop().time() + limits.body_seconds
         self._bytes = 0
         self._complete = False
+        self.refused: tuple[int, str, str] | None = None
+        """Status, kind and message, once a limit was exceeded."""
 
     async def receive(self) -> MutableMapping[str, Any]:
         """The next message."""
@@ -146,14 +151,17 @@ class _LimitedBody:
             async with asyncio.timeout_at(self._until):
                 message = await self._receive()
         except TimeoutError:
-            raise _RefusedError(408, "timeout", "the request did not arrive in time") from None
+            raise self._refusal(408, "timeout", "the request did not arrive in time") from None
         self._bytes += len(message.get("body", b""))
         if self._bytes > self._limits.body_bytes:
-            raise _RefusedError(
-                413, "too_large", f"the request is larger than {self._limits.body_bytes} bytes"
-            )
+            limit = self._limits.body_bytes
+            raise self._refusal(413, "too_large", f"the request is larger than {limit} bytes")
         self._complete = not message.get("more_body", False)
         return message
+
+    def _refusal(self, status: int, kind: str, message: str) -> _RefusedError:
+        self.refused = status, kind, message
+        return _RefusedError(*self.refused)
 
 
 def _without_port(host: str) -> str:

@@ -30,6 +30,8 @@ INSTALLERS = ("pip", "pipx", "uv", "apt-get")
 """Programs that change the machine and are not run."""
 SLOW = ("docs/evaluating.md",)
 """Pages whose evaluations run only with `-m slow`."""
+WITH_SERVER = ("docs/serving.md",)
+"""Pages whose Python needs a server; tests/server runs it."""
 OPTIONS_OF_OTHERS = {"--excludes"}
 """Options of uv in sentences."""
 PEOPLE = ("anna", "joel")
@@ -95,7 +97,7 @@ def follow(page: str, folder: Path, out: Out, *, evaluate: bool) -> None:
         if block.language == "yaml":
             assert block.file, f"{block.where}: name the recipe's file after 'yaml'"
             load_recipe(folder / block.file)
-        if block.language == "python":
+        if block.language == "python" and page not in WITH_SERVER:
             exec(compile(block.text, block.where, "exec"), names)
         if block.language == "toml":
             tomllib.loads(block.text)
@@ -169,7 +171,7 @@ def plan(
             return None if values["fix"] else (0, 3, 4), ["--offline"]
         case "download":
             return None if values["names"] == ["diversefaces"] else (0,), ["--dry-run"]
-        case "cache remove":
+        case "cache remove" | "serve":
             return None, []
         case _:
             return (0,), []
