@@ -3,7 +3,7 @@ PYTHON ?= $(firstword $(foreach version,3.11 3.12 3.13 3.14,$(shell python$(vers
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(BIN)/fastface
-DEV_MODULES := pytest xdist hypothesis mypy playwright dlib ray
+DEV_MODULES := pytest xdist hypothesis mypy playwright dlib ray fastapi openai axe_playwright_python
 # Without an NVIDIA GPU, a CPU build of PyTorch saves a download of several gigabytes on Linux.
 TORCH_INDEX ?= $(if $(filter Linux,$(shell uname -s)),$(if $(shell command -v nvidia-smi),,https://download.pytorch.org/whl/cpu))
 PIP_INSTALL := $(BIN)/python -m pip install --constraint constraints.txt
@@ -19,7 +19,7 @@ $(INSTALLED):
 
 ready: | $(INSTALLED)
 	@$(BIN)/python -c 'import importlib.util, sys; sys.exit(not all(map(importlib.util.find_spec, sys.argv[1:])))' \
-		$(DEV_MODULES) || $(PIP_INSTALL) --editable '.[dev,dlib,ray]'
+		$(DEV_MODULES) || $(PIP_INSTALL) --editable '.[dev,dlib,ray,serve]'
 
 demo: | $(INSTALLED)  ## generate a contact sheet with the pocket stack: one photo, five styles
 	$(BIN)/fastface generate --recipe pocket --face examples/portrait.png --seed 5 \
