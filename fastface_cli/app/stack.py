@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..errors import NoFaceError
 from ..recipe.schema import Recipe
 from ..settings import Settings
 from ..store import ProgressObserver, Store
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from ..identity.analyzer import Box, InsightFaceAnalyzer
     from ..identity.identity import Identity
+    from ..identity.parsing import GrayFaceEncoder
     from ..identity.photos import Photo
     from ..identity.yunet import YuNetAnalyzer
     from ..scorers.clip import Clip
@@ -31,9 +33,6 @@ log = logging.getLogger(__name__)
 
 MAX_IDENTITIES = 32
 """Identities kept in memory, about 150 kB per photo."""
-
-FACE = frozenset({"face"})
-"""The role of the face models, which a saved identity makes unnecessary."""
 
 
 class ModelStack:
@@ -64,12 +63,13 @@ class ModelStack:
         self._pipeline: Pipeline | None = None
         self._scorer: Scorer | None = None
         self._analyzer: tuple[str, InsightFaceAnalyzer | YuNetAnalyzer] | None = None
+        self._face_encoder: tuple[Path, GrayFaceEncoder] | None = None
         self._paths: dict[str, Path] = {}
         self._identities: OrderedDict[str, Identity] = OrderedDict()
 
     def clear(self) -> None:
         """Free the memory of all models and identities."""
-        self._pipeline = self._scorer = self._analyzer = None
+        self._pipeline = self._scorer = self._analyzer = self._face_encoder = None
         self._identities.clear()
         _free_device_memory()
 
@@ -83,12 +83,12 @@ class ModelStack:
         return self._pipeline is None or self._pipeline.fits(recipe)
 
     def face_models(self, recipe: Recipe, progress: ProgressObserver = ignore) -> Path:
-        """The folder of a recipe's face models, downloaded if missing.
+        """The folder of a recipe's face models; all models that read photos are downloaded if missing.
 
         Raises:
             ModelUnavailableError: a file is missing and cannot be downloaded.
         """
-        return self._ensure(recipe, FACE, progress)["face"]
+        return self._ensure(recipe, recipe.photo_roles(), progress)["face"]
 
     def model_files(self, recipe: Recipe, progress: ProgressObserver = ignore) -> dict[str, Path]:
         """The files of all other models of a recipe by role, downloaded if missing.
@@ -96,7 +96,7 @@ class ModelStack:
         Raises:
             ModelUnavailableError: a file is missing and cannot be downloaded.
         """
-        return self._ensure(recipe, recipe.references().keys() - FACE, progress)
+        return self._ensure(recipe, recipe.references().keys() - recipe.photo_roles(), progress)
 
     def _ensure(self, recipe: Recipe, roles: Iterable[str], progress: ProgressObserver) -> dict[str, Path]:
         references = {role: str(reference) for role, reference in recipe.references().items()}
@@ -173,6 +173,32 @@ class ModelStack:
             self._analyzer = name, analyzer
         return self._analyzer[1]
 
+    def face_encoder(self, recipe: Recipe) -> GrayFaceEncoder:
+        """The face parser and image tower of PuLID.
+
+        Raises:
+            NoFaceError: the recipe names none, so that it reads only identities that hold their features.
+            ModelUnavailableError: they cannot be loaded.
+        """
+        from ..identity.parsing import GrayFaceEncoder
+
+        if recipe.model.face_parsing is None:
+            raise NoFaceError(
+                f"recipe '{recipe.name}' cannot read photos: it names no image encoder and no face parser",
+                "set model.image_encoder and model.face_parsing, or use --identity",
+            )
+        paths = self._ensure(recipe, recipe.photo_roles(), ignore)
+        tower = paths["image_encoder"]
+        if self._face_encoder is None or self._face_encoder[0] != tower:
+            from ..identity.eva import FaceEncoder
+            from ..identity.parsing import FaceParser
+            from ..models.device import pick_device
+
+            device = str(pick_device(self.runtime.device or self.settings.device))
+            encoder = GrayFaceEncoder(FaceParser(paths["face_parsing"]), FaceEncoder(tower, device))
+            self._face_encoder = tower, encoder
+        return self._face_encoder[1]
+
     def scorer(self, recipe: Recipe) -> Scorer:
         """The scorer of candidates; logs a warning for each score that is unavailable."""
         from .best_of import Scorer, pick_judge
@@ -240,6 +266,7 @@ class ModelStack:
                 face_index=face_index,
                 face_box=face_box,
                 features=features,
+                encoder=self.face_encoder(recipe) if "eva_hidden" in features else None,
                 log=log.warning,
             )
             if on_disk and key is not None:

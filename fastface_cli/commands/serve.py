@@ -192,6 +192,9 @@ def _listen(studio: Studio, host: str, port: int, token: str | None, *, local: b
     if open_page:
         webbrowser.open(address)
     # The server stops in order at the first signal and raises it again afterwards: then it means nothing.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: None)
-    uvicorn.Server(config).run(sockets=[listener])
+    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        uvicorn.Server(config).run(sockets=[listener])
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

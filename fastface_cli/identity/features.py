@@ -53,13 +53,7 @@ def check_features(identity: Identity, kind: AdapterName) -> None:
     """
     missing = [name for name in NEEDED[kind] if name not in identity.features]
     if missing:
-        # No photo step computes the features of EVA02-CLIP yet: they must come from elsewhere.
-        hint = (
-            "add them to the identity file; fastface cannot compute them"
-            if "eva_hidden" in missing
-            else _STEP
-        )
-        raise NoFaceError(f"the identity lacks {', '.join(missing)}, which {kind} needs", hint)
+        raise NoFaceError(f"the identity lacks {', '.join(missing)}, which {kind} needs", _STEP)
     if identity.recognizer in _FOREIGN[kind]:
         raise NoFaceError(
             f"the embedding of the identity is from the recognizer {identity.recognizer}, "

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -26,6 +26,9 @@ from .search import (
     scaled,
     turns_upright,
 )
+
+if TYPE_CHECKING:
+    from .parsing import GrayFaceEncoder
 
 MAX_BYTES = 64 * 2**20
 """Maximum size of an identity file."""
@@ -214,6 +217,7 @@ def make_identity(
     face_index: int | None = None,
     face_box: Box | None = None,
     features: Collection[str] = (),
+    encoder: GrayFaceEncoder | None = None,
     log: Callable[[str], None] | None = None,
 ) -> Identity:
     """Make the identity of one person from photos, weighted by the detector's confidence.
@@ -227,6 +231,7 @@ def make_identity(
         face_box: a rough box around the face: left, top, right, bottom in pixels of the upright photo.
             Only for a single photo.
         features: of `features.SHAPES`, which the adapter reads.
+        encoder: for `eva_embedding` and `eva_hidden`.
         log: called with each message, one sentence.
 
     Raises:
@@ -243,7 +248,7 @@ def make_identity(
     faces: list[_MeasuredFace] = []
     failures: list[tuple[str, str]] = []
     for photo in open_photos(photos):
-        face = _measure(photo, analyzer, face_index, face_box, report, features)
+        face = _measure(photo, analyzer, face_index, face_box, report, features, encoder)
         if isinstance(face, _MeasuredFace):
             faces.append(face)
         else:
@@ -298,6 +303,7 @@ def _measure(
     box: Box | None,
     report: Callable[[str], None],
     features: Collection[str],
+    encoder: GrayFaceEncoder | None,
 ) -> _MeasuredFace | str:
     """Return the chosen face of a photo, or the attempts made if it shows none."""
     image = bgr(photo.image)
@@ -327,6 +333,8 @@ def _measure(
     if "key_points" in features:
         measured["key_points"] = (face.key_points / photo.scale).astype(np.float32)
         measured["photo_size"] = np.array(photo.image.size, np.float32) / np.float32(photo.scale)
+    if encoder is not None:
+        measured |= encoder.features(image, face.key_points)
     if not abs(float(np.linalg.norm(embedding.astype(np.float64))) - 1) <= UNIT_TOLERANCE:
         raise NoFaceError(f"the face in {photo.name} cannot be recognized", "use another photo")
     score = min(max(face.score, 1e-3), 1.0)

@@ -102,6 +102,9 @@ class Model(Section):
     """The encoder of the face crop: CLIP for FaceID and plus-face, EVA02-CLIP for PuLID."""
     face: ModelReference
     """An InsightFace pack, or a YuNet detector for adapters that use no face recognizer."""
+    face_parsing: ModelReference | None = None
+    """The face parser of PuLID, an ONNX file. Without it and `image_encoder`, PuLID reads only saved
+    identities that hold the features of a face."""
     scheduler: Scheduler
 
     def step_choices(self) -> list[int] | None:
@@ -342,6 +345,11 @@ class Recipe(Section):
         ):
             if value is None and kind in kinds:
                 raise _fault(f"model.{name}", f"is missing, and {kind} needs it")
+        if kind.startswith("pulid"):
+            if (model.face_parsing is None) != (model.image_encoder is None):
+                raise _fault("model.face_parsing", "and model.image_encoder belong together for PuLID")
+        elif model.face_parsing is not None:
+            raise _fault("model.face_parsing", f"{kind} has no face parser")
         if model.controlnet is not None and kind != "instantid":
             raise _fault("model.controlnet", f"{kind} has no ControlNet")
         if not kind.startswith("pulid") and (self.adapter.zero_tokens or self.adapter.orthogonal != "off"):
@@ -388,11 +396,18 @@ class Recipe(Section):
             "controlnet": model.controlnet,
             "image_encoder": model.image_encoder,
             "face": model.face,
+            "face_parsing": model.face_parsing,
             "scheduler": model.scheduler.config,
             "config": CONFIG if is_single_file(model.base) else None,
             **{f"lora.{i}": lora.file for i, lora in enumerate(model.loras)},
         }
         return {role: reference for role, reference in parts.items() if reference is not None}
+
+    def photo_roles(self) -> frozenset[str]:
+        """The roles of `references` that only read photos; a saved identity makes them unnecessary."""
+        pulid = self.adapter.kind.startswith("pulid")
+        roles = {"face", *(("face_parsing", "image_encoder") if pulid else ())}
+        return frozenset(roles & self.references().keys())
 
     def canonical(self) -> dict[str, Any]:
         """Plain data including every default; `model_validate_json` of its JSON restores the recipe."""

@@ -6,7 +6,7 @@ import threading
 import time
 from collections import OrderedDict, deque
 
-from .runs import BusyError, Run
+from .runs import BusyError, ServedRun
 
 TYPICAL_SECONDS = 5.0
 """Assumed duration of a run before the first one has ended."""
@@ -23,14 +23,14 @@ class FairQueue:
         self.limit = limit
         self.seconds = TYPICAL_SECONDS
         """Mean duration of recent runs."""
-        self._lines: OrderedDict[str, deque[Run]] = OrderedDict()
+        self._lines: OrderedDict[str, deque[ServedRun]] = OrderedDict()
         self._changed = threading.Condition()
         self._closed = False
 
     def __len__(self) -> int:
         return sum(map(len, self._lines.values()))
 
-    def put(self, run: Run) -> None:
+    def put(self, run: ServedRun) -> None:
         """Append a run to its client's line.
 
         Raises:
@@ -44,7 +44,7 @@ class FairQueue:
             self._announce()
             self._changed.notify()
 
-    def take(self, seconds: float | None) -> Run | None:
+    def take(self, seconds: float | None) -> ServedRun | None:
         """The next run; None when `seconds` have passed without one, or the queue is closed."""
         until = None if seconds is None else time.monotonic() + seconds
         with self._changed:
@@ -60,7 +60,7 @@ class FairQueue:
             self._announce()
             return run
 
-    def remove(self, run: Run) -> bool:
+    def remove(self, run: ServedRun) -> bool:
         """Remove a waiting run; False if it is not waiting."""
         with self._changed:
             line = self._lines.get(run.client)
@@ -72,7 +72,7 @@ class FairQueue:
             self._announce()
             return True
 
-    def position(self, run: Run) -> int | None:
+    def position(self, run: ServedRun) -> int | None:
         """Number of waiting runs ahead of a waiting run."""
         with self._changed:
             order = self._order()
@@ -87,7 +87,7 @@ class FairQueue:
         """Whether `close` was called."""
         return self._closed
 
-    def close(self) -> list[Run]:
+    def close(self) -> list[ServedRun]:
         """Wake the worker for the last time; return the runs that were waiting."""
         with self._changed:
             self._closed = True
@@ -96,7 +96,7 @@ class FairQueue:
             self._changed.notify_all()
         return waiting
 
-    def _order(self) -> list[Run]:
+    def _order(self) -> list[ServedRun]:
         """Waiting runs in the order in which they will be taken."""
         lines = [list(line) for line in self._lines.values()]
         depth = max(map(len, lines), default=0)

@@ -14,7 +14,7 @@ from sse_starlette import EventSourceResponse
 from ..errors import UsageError
 from ..identity.analyzer import Box
 from .identities import crop_png, read_identity, read_photos, record
-from .runs import MEDIA_TYPES, MissingError, Person, Run
+from .runs import MEDIA_TYPES, MissingError, Person, ServedRun
 from .schema import (
     ErrorBody,
     FaceList,
@@ -173,7 +173,7 @@ def _add_runs(api: APIRouter, studio: Studio) -> None:
         return Response(content, media_type=MEDIA_TYPES[format], headers=disposition)
 
 
-async def _stream(run: Run, after: int) -> AsyncIterator[dict[str, str]]:
+async def _stream(run: ServedRun, after: int) -> AsyncIterator[dict[str, str]]:
     async for event in run.events(after):
         yield {"id": str(event.number), "event": event.name, "data": json.dumps(event.data)}
 

@@ -28,7 +28,7 @@ from starlette.responses import Response
 from ..errors import FastFaceError, UsageError
 from .identities import read_photos
 from .native import client_of, first_problem
-from .runs import Person, Run, ServedImage
+from .runs import Person, ServedImage, ServedRun
 from .schema import RunBody
 from .studio import Studio
 
@@ -167,7 +167,7 @@ def _data(url: str) -> bytes:
 
 
 async def _answer(studio: Studio, call: ImageCall, photos: list[bytes], http: Request, kind: str) -> Response:
-    def submit() -> Run:
+    def submit() -> ServedRun:
         person = Person(photos=read_photos(photos, studio.limits))
         key = http.headers.get("idempotency-key")
         return studio.submit(call.body(), person, client_of(http), key)[0]
@@ -183,7 +183,7 @@ async def _answer(studio: Studio, call: ImageCall, photos: list[bytes], http: Re
     return JSONResponse(content, headers={"x-fastface-run": run.id})
 
 
-async def _until_ended(studio: Studio, run: Run, http: Request) -> None:
+async def _until_ended(studio: Studio, run: ServedRun, http: Request) -> None:
     """Wait for a run; cancel it if the client goes away and could not ask for it again."""
 
     async def ended() -> None:
@@ -203,7 +203,7 @@ async def _until_ended(studio: Studio, run: Run, http: Request) -> None:
         await waiting
 
 
-def _check(run: Run) -> None:
+def _check(run: ServedRun) -> None:
     """Raise the error of a run that did not finish."""
     if run.error is not None:
         raise run.error
@@ -221,7 +221,9 @@ def _encoded(image: ServedImage, output_format: str) -> str:
     return base64.b64encode(image.encoded(output_format)).decode()
 
 
-async def _events(studio: Studio, run: Run, call: ImageCall, kind: str) -> AsyncIterator[dict[str, str]]:
+async def _events(
+    studio: Studio, run: ServedRun, call: ImageCall, kind: str
+) -> AsyncIterator[dict[str, str]]:
     """Partial images and finished images in the format of the API."""
     sent = 0
     size = f"{run.recipe.sampling.width}x{run.recipe.sampling.height}"

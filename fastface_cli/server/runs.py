@@ -90,7 +90,7 @@ class Person:
 
 
 @dataclass
-class Run:
+class ServedRun:
     """One run, from its submission until it is forgotten. Methods may be called from any thread."""
 
     body: RunBody
@@ -194,11 +194,11 @@ class Registry:
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        self._runs: dict[str, Run] = {}
+        self._runs: dict[str, ServedRun] = {}
         self._keys: dict[str, tuple[str, str]] = {}
         self._lock = threading.Lock()
 
-    def add(self, run: Run, key: str | None = None, digest: str = "") -> None:
+    def add(self, run: ServedRun, key: str | None = None, digest: str = "") -> None:
         """Keep a run, under an idempotency key with the digest of its content."""
         with self._lock:
             self._runs[run.id] = run
@@ -206,7 +206,7 @@ class Registry:
                 self._keys[key] = (digest, run.id)
         self.prune()
 
-    def repeated(self, key: str, digest: str) -> Run | None:
+    def repeated(self, key: str, digest: str) -> ServedRun | None:
         """The run submitted earlier under an idempotency key; None if there is none.
 
         Raises:
@@ -222,7 +222,7 @@ class Registry:
                 )
             return self._runs[known[1]]
 
-    def find(self, run_id: str) -> Run:
+    def find(self, run_id: str) -> ServedRun:
         """A run by its id.
 
         Raises:
@@ -235,13 +235,13 @@ class Registry:
             raise MissingError("there is no such run", "results are kept for a limited time, see --keep")
         return run
 
-    def forget(self, run: Run) -> None:
+    def forget(self, run: ServedRun) -> None:
         """Remove a run and its results from memory; files under -o stay."""
         with self._lock:
             self._runs.pop(run.id, None)
             self._keys = {key: value for key, value in self._keys.items() if value[1] != run.id}
 
-    def all(self) -> list[Run]:
+    def all(self) -> list[ServedRun]:
         """All runs, the newest first."""
         self.prune()
         with self._lock:

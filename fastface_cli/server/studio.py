@@ -22,7 +22,7 @@ from ..store import Store
 from .fair_queue import FairQueue
 from .identities import FaceService, IdentityBook
 from .limits import Limits
-from .runs import ENDED, Person, Registry, Run
+from .runs import ENDED, Person, Registry, ServedRun
 from .schema import RunBody, registered
 from .worker import Worker
 
@@ -83,7 +83,9 @@ class Studio:
         """Cancel all runs and free the models."""
         self.worker.stop()
 
-    def submit(self, body: RunBody, person: Person, client: str, key: str | None = None) -> tuple[Run, bool]:
+    def submit(
+        self, body: RunBody, person: Person, client: str, key: str | None = None
+    ) -> tuple[ServedRun, bool]:
         """Check a run and append it to the queue.
 
         Args:
@@ -115,7 +117,7 @@ class Studio:
             )
         # Resolved once: the worker runs `plan.recipe`.
         resolved = request.model_copy(update={"recipe": None, "changes": {}, "aspect": None})
-        run = Run(body, resolved, plan.recipe, client, self._person(body, person))
+        run = ServedRun(body, resolved, plan.recipe, client, self._person(body, person))
         self.queue.put(run)
         self.registry.add(run, key, digest)
         return run, True
@@ -129,14 +131,14 @@ class Studio:
             raise UsageError("there is no person", "send a photo, or the name of a saved identity")
         return person
 
-    def cancel(self, run: Run) -> None:
+    def cancel(self, run: ServedRun) -> None:
         """Cancel a run, or forget it if it has ended."""
         if run.state in ENDED:
             self.registry.forget(run)
         else:
             self.worker.cancel(run)
 
-    def record(self, run: Run) -> dict[str, Any]:
+    def record(self, run: ServedRun) -> dict[str, Any]:
         """A run as the API describes it."""
         return run.record(self.queue.position(run) if run.state == "queued" else None)
 

@@ -14,7 +14,7 @@ from ..output.images import encode_png
 from ..output.metadata import describe
 from ..store.progress import DownloadProgress
 from .fair_queue import FairQueue
-from .runs import Run, ServedImage
+from .runs import ServedImage, ServedRun
 
 if TYPE_CHECKING:
     from ..identity.identity import Identity
@@ -36,7 +36,7 @@ class Worker:
         self.session = session
         self.queue = queue
         self.idle_seconds = idle_seconds
-        self.current: Run | None = None
+        self.current: ServedRun | None = None
         self.loaded: str | None = None
         """Recipe of the last run whose models are loaded."""
         self._preview_map: PreviewMap | None = None
@@ -57,7 +57,7 @@ class Worker:
         if self._thread.is_alive():
             self._thread.join()
 
-    def cancel(self, run: Run) -> None:
+    def cancel(self, run: ServedRun) -> None:
         """Cancel a run: at once while it waits, between two steps while it runs."""
         run.cancelled = True
         if self.queue.remove(run):
@@ -89,7 +89,7 @@ class Worker:
         self._preview_map = self.loaded = None
         self.session.close()
 
-    def _execute(self, run: Run) -> None:
+    def _execute(self, run: ServedRun) -> None:
         """Run to one of the final states; nothing that fails here reaches the next run."""
         run.begin()
         try:
@@ -103,7 +103,7 @@ class Worker:
             log.exception("a run failed unexpectedly")
             run.fail(unexpected(error))
 
-    def _run(self, run: Run) -> None:
+    def _run(self, run: ServedRun) -> None:
         stack = self.session.stack
         if not stack.fits(run.recipe):
             self._unload()
@@ -117,7 +117,7 @@ class Worker:
         finally:
             events.close()
 
-    def _identity(self, run: Run) -> Identity:
+    def _identity(self, run: ServedRun) -> Identity:
         stack, person = self.session.stack, run.person
         identity = person.identity
         if identity is None:
@@ -129,7 +129,7 @@ class Worker:
             identity = stack.posed(run.recipe, identity, person.pose)
         return identity
 
-    def _publish(self, run: Run, event: Event) -> None:
+    def _publish(self, run: ServedRun, event: Event) -> None:
         match event:
             case RunStarted():
                 data: dict[str, Any] = {"recipe": event.recipe.name, "seeds": event.seeds}
@@ -149,14 +149,14 @@ class Worker:
                 run.images.append(image)
                 run.publish("image", image.record)
 
-    def _publish_step(self, run: Run, event: StepFinished) -> None:
+    def _publish_step(self, run: ServedRun, event: StepFinished) -> None:
         previews: list[str] = []
         if run.body.previews:
             previews = self._previews(run).previews(event.latents)
         data = {"step": event.step, "steps": run.recipe.sampling.steps, "previews": previews}
         run.publish("step", {**data, "done": event.done, "total": event.total})
 
-    def _previews(self, run: Run) -> PreviewMap:
+    def _previews(self, run: ServedRun) -> PreviewMap:
         if self._preview_map is None:
             from .previews import PreviewMap
 
@@ -164,11 +164,11 @@ class Worker:
         return self._preview_map
 
 
-def _seconds_since(run: Run) -> float:
+def _seconds_since(run: ServedRun) -> float:
     return round(time.time() - (run.started or run.created), 3)
 
 
-def _served(run: Run, event: ImageFinished) -> ServedImage:
+def _served(run: ServedRun, event: ImageFinished) -> ServedImage:
     """Encode an image that was not written; a written one stays in its file."""
     made = event.provenance
     png = None if event.path else encode_png(event.image, describe(made, ".png"))

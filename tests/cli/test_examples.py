@@ -39,6 +39,7 @@ MORE = {
     "bench": ["--repeats", "2", "--no-cold"],
     "cache remove": ["--yes"],  # there is no terminal for a prompt
     "doctor": ["--offline"],
+    "serve": ["--port", "0"],
     "eval --": ["--metrics", "id"],
     "eval score theirs/": ["--face", "pocket", "--metrics", "id"],
 }
@@ -114,6 +115,14 @@ def at(folder: Path, patch: pytest.MonkeyPatch) -> None:
     patch.setenv("HF_HUB_OFFLINE", "1")
 
 
+def end_servers_at_once(patch: pytest.MonkeyPatch) -> None:
+    async def main_loop(_: object) -> None:
+        """Serve nothing."""
+
+    patch.setattr("uvicorn.Server.main_loop", main_loop)
+    patch.setattr("webbrowser.open", lambda _: True)
+
+
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_example_runs(
     example: str,
@@ -140,7 +149,13 @@ def test_example_runs(
         file = Store(load_settings()).layout.place(model, model.files[0].path)
         file.parent.mkdir(parents=True)
         file.write_bytes(bytes(8))
+    if words[0] == "serve":
+        end_servers_at_once(monkeypatch)
     assert cli.run([*words, *more]) == 0, capsys.readouterr().err
-    assert capsys.readouterr().out
+    output = capsys.readouterr()
+    if words[0] == "serve":
+        assert "serving " in output.err
+        return
+    assert output.out
     if target is not None:
         assert list(folder.glob(MADE[target]))

@@ -10,12 +10,12 @@ import pytest
 from fastface_cli.errors import UsageError
 from fastface_cli.server.fair_queue import FairQueue
 from fastface_cli.server.limits import Limits, parse_keep
-from fastface_cli.server.runs import BusyError, MissingError, Person, Registry, Run
+from fastface_cli.server.runs import BusyError, MissingError, Person, Registry, ServedRun
 from fastface_cli.server.schema import RunBody
 
 
-def run(client: str = "a") -> Run:
-    return Run(RunBody(prompts=("x",)), SimpleNamespace(), SimpleNamespace(name="r"), client, Person())
+def run(client: str = "a") -> ServedRun:
+    return ServedRun(RunBody(prompts=("x",)), SimpleNamespace(), SimpleNamespace(name="r"), client, Person())
 
 
 def test_clients_take_turns():

@@ -26,7 +26,7 @@ STUDY = [f"pocket-study-{method}" for method in METHODS]
 ADAPTED = [
     f"{model}-{adapter}{method}"
     for model in ("hyper", "lightning", "lcm")
-    for adapter in ("plusface", "instantid")
+    for adapter in ("plusface", "instantid", "pulid")
     for method in ("", "-dcg", "-am1", "-fastface")
 ]
 RUNNABLE = [f"{model}-{method}" for model in DISTILLED for method in METHODS]
