@@ -8,7 +8,7 @@ import pytest
 from safetensors.torch import load_file
 
 from fastface_cli.app.pipeline import Request
-from fastface_cli.app.stack import FACE, fetch
+from fastface_cli.app.stack import fetch
 from fastface_cli.benchmark.reference import PublishedPipeline
 from fastface_cli.identity.identity import Identity
 from fastface_cli.recipe.files import load_recipe
@@ -21,7 +21,7 @@ CASES = sorted(p.stem for p in (Path(__file__).parents[1] / "data" / "golden" / 
 def test_golden_case(case: str, golden: Path) -> None:
     source = golden / "cases" / f"{case}.json"
     recipe = load_recipe(str(source), stack=golden).recipe
-    paths = fetch(recipe, load_settings(), set(recipe.references()) - FACE)
+    paths = fetch(recipe, load_settings(), recipe.references().keys() - recipe.photo_roles())
     reference = PublishedPipeline.load(recipe, paths, device="cpu", dtype="float32")
     identity = Identity.load(golden / "identity.safetensors")
     assert recipe.prompt is not None

@@ -33,6 +33,11 @@ EXPECTED = {
         "vae": VAE,
     },
     "complete": {"own": 140, "branches": [1, 1, 1, 1]},
+    "plus_face": {"projection": 82_961_664, "own": 140},
+    "controlnet": {"parameters": 1_251_014_160},
+    "pulid_v1": {"projection": 54_886_400, "own": 140},
+    "pulid_v1.1": {"projection": 151_398_400, "own": 140},
+    "eva": {"parameters": 304_432_832, "embedding": [768], "hidden": [5, 577, 1024]},
 }
 
 

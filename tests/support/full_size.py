@@ -16,10 +16,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file
 
+from benchmarks import adapter_files
 from benchmarks.published_files import (
     PT,
     TensorLayout,
@@ -32,8 +34,12 @@ from benchmarks.published_files import (
     write_tokenizer,
 )
 from fastface_cli.adapters.faceid_plusv2 import load_adapter
+from fastface_cli.adapters.instantid import load_controlnet
+from fastface_cli.adapters.plus_projection import load_plus
+from fastface_cli.adapters.pulid import load_pulid
 from fastface_cli.app import pipeline
 from fastface_cli.benchmark.sdxl import PADS, PUBLISHED, config_text
+from fastface_cli.identity.eva import FaceEncoder
 from fastface_cli.models import loading
 from fastface_cli.recipe.schema import Recipe
 from support.original_names import original
@@ -211,6 +217,60 @@ def complete(folder: Path) -> dict[str, Any]:
     return {"own": own, "branches": [len(step.branches) for step in loaded.plan()]}
 
 
+def plus_face(folder: Path) -> dict[str, Any]:
+    """plus-face through diffusers' reader: projection and keys and values come from the file."""
+    path = write(folder / "plus-face.safetensors", adapter_files.plus_face_layout())
+    pipe = shell(loading.load_unet(base(folder), None, HALF))
+    projection = load_plus(pipe, path, 0.0)
+    return {"projection": zeros(projection), "own": zeros_of_processors(pipe.unet)}
+
+
+def pulid(version: str, layout: TensorLayout) -> Callable[[Path], dict[str, Any]]:
+    def run(folder: Path) -> dict[str, Any]:
+        path = write(folder / f"pulid_{version}.safetensors", layout)
+        pipe = shell(loading.load_unet(base(folder), None, HALF))
+        encoder = load_pulid(pipe, path, 0.0)
+        return {"projection": zeros(encoder), "own": zeros_of_processors(pipe.unet)}
+
+    return run
+
+
+def controlnet(folder: Path) -> dict[str, Any]:
+    unet = loading.load_unet(base(folder), None, HALF)
+    layout = adapter_files.controlnet_layout()
+    write(folder / "controlnet" / "diffusion_pytorch_model.safetensors", layout)
+    config = {"_class_name": "ControlNetModel", **adapter_files.CONTROLNET}
+    (folder / "controlnet" / "config.json").write_text(json.dumps(config))
+    loaded = load_controlnet({"controlnet": folder / "controlnet"}, HALF, unet)["controlnet"]
+    return {"parameters": check(loaded, layout, HALF)}
+
+
+def eva(folder: Path) -> dict[str, Any]:
+    """The image tower in float32, and one forward pass: of zeros, but of the right shapes."""
+    path = write(folder / "open_clip_model.safetensors", adapter_files.eva_layout())
+    encoder = FaceEncoder(path)
+    embedding, hidden = encoder.encode(np.zeros((512, 512, 3), np.float32))
+    return {
+        "parameters": zeros(encoder.tower),
+        "embedding": list(embedding.shape),
+        "hidden": list(hidden.shape),
+    }
+
+
+def zeros(module: torch.nn.Module) -> int:
+    """Check that every parameter of a module is from the sparse file; return their number."""
+    for name, tensor in module.state_dict().items():
+        assert not tensor.any(), f"{name} is not from the file"
+    return sum(tensor.numel() for tensor in module.state_dict().values())
+
+
+def zeros_of_processors(unet: Any) -> int:
+    """The number of projections of the identity in the UNet, all from the file."""
+    own = [tensor for name, tensor in unet.named_parameters() if ".processor.to_" in name]
+    assert not any(tensor.any() for tensor in own)
+    return len(own)
+
+
 CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "base_unet": base_unet,
     "turbo": turbo,
@@ -223,6 +283,11 @@ CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "adapter": adapter,
     "single_file": single_file,
     "complete": complete,
+    "plus_face": plus_face,
+    "controlnet": controlnet,
+    "pulid_v1": pulid("v1", adapter_files.pulid_v1_layout()),
+    "pulid_v1.1": pulid("v1.1", adapter_files.pulid_v11_layout()),
+    "eva": eva,
 }
 
 

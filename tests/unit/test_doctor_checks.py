@@ -88,10 +88,10 @@ def test_gpu_too_old_for_the_pytorch_build(device, hyper: Recipe) -> None:
 @pytest.mark.parametrize(
     ("total", "free", "level", "words", "command"),
     [
-        (80, 79, "ok", "about 12.13 GB with all models on the GPU", ""),
-        (12, 11.5, "ok", "about 8.91 GB with --low-memory 12", ""),
-        (8, 7.5, "ok", "about 6.01 GB with --low-memory 8", ""),
-        (6, 5.5, "ok", "about 3.87 GB with --low-memory 6", ""),
+        (80, 79, "ok", "about 12.56 GB with all models on the GPU", ""),
+        (12, 11.5, "ok", "about 9.34 GB with --low-memory 12", ""),
+        (8, 7.5, "ok", "about 6.44 GB with --low-memory 8", ""),
+        (6, 5.5, "ok", "about 4.29 GB with --low-memory 6", ""),
         (80, 3, "warning", "the rest is used by other programs", "nvidia-smi"),
         (3, 3, "warning", "recipes that fit: pocket-am1, pocket-am2", "--recipe pocket"),
     ],
