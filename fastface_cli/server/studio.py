@@ -53,7 +53,8 @@ class Studio:
         offline: download nothing; None follows HF_HUB_OFFLINE.
 
     Raises:
-        RecipeError: the default recipe does not exist.
+        UsageError: the default recipe does not exist, or two choices exclude each other.
+        DeviceError: the default recipe cannot run on this machine.
     """
 
     def __init__(
@@ -64,7 +65,9 @@ class Studio:
         self.settings = settings
         self.runtime = runtime
         self.offline = offline
-        registered(options.recipe)
+        recipe = load_recipe(registered(options.recipe)).recipe
+        self.device = str(runtime.resolve(recipe, settings).device)
+        """Where the default recipe runs."""
         session = Session(options.recipe, runtime, settings=settings, offline=offline)
         idle = None if options.idle_minutes is None else 60 * options.idle_minutes
         self.queue = FairQueue(self.limits.queue)
@@ -153,7 +156,7 @@ class Studio:
             "version": __version__,
             "recipe": self.options.recipe,
             "loaded": self.worker.loaded,
-            "device": self._device(),
+            "device": self.device,
             "queue": {
                 "waiting": len(self.queue),
                 "running": int(self.worker.current is not None),
@@ -169,13 +172,6 @@ class Studio:
             },
             "adjustable": list(limits.fields),
         }
-
-    def _device(self) -> str:
-        from ..app.runtime import check_device
-        from ..models.device import pick_device
-
-        recipe = self.recipe()
-        return str(pick_device(check_device(recipe, self.runtime.device or self.settings.device)))
 
     def findings(self) -> list[dict[str, Any]]:
         """What `fastface doctor` reports for the default recipe, examined once, without paths."""

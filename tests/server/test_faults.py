@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 import httpx2
 import pytest
+import torch
 from PIL import Image
 from server.conftest import PHOTO, events, serving, submit
 
@@ -86,6 +87,9 @@ def test_a_port_in_use_and_a_missing_recipe_are_reported(tmp_path, capsys):
         port = str(taken.getsockname()[1])
         assert cli.run(["serve", "--recipe", "pocket", "--port", port]) == 1
     assert f"cannot listen on 127.0.0.1 port {port}" in capsys.readouterr().err
+    if not torch.cuda.is_available():
+        assert cli.run(["serve", "--recipe", "hyper-fastface"]) == 4
+        assert "needs a GPU" in capsys.readouterr().err
     assert cli.run(["serve", "--recipe", "nothing"]) == 2
     assert "there is no recipe 'nothing'" in capsys.readouterr().err
     assert cli.run(["serve", "--recipe", "pocket", "--allow-set", "model.base"]) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import random
@@ -14,7 +15,8 @@ import pytest
 from PIL import Image
 from server.conftest import PHOTO, events, serving, submit
 
-from fastface_cli.server.security import HEADERS, is_loopback
+from fastface_cli.server.limits import Limits
+from fastface_cli.server.security import HEADERS, Guard, is_loopback
 
 
 def raw(address: str, data: bytes, *, wait: float = 10) -> bytes:
@@ -182,6 +184,26 @@ def test_a_silent_connection_is_closed(server):
     began = time.monotonic()
     assert raw(server.address, b"GET / HT", wait=30) in (b"",) or time.monotonic() - began < 20
     assert 5 < time.monotonic() - began < 20
+
+
+def test_a_slow_body_is_refused():
+    """Without waiting a minute: the guard alone, with a limit of a tenth of a second."""
+    sent: list[dict] = []
+
+    async def application(scope, receive, send):
+        await receive()
+
+    async def never():
+        await asyncio.sleep(60)
+
+    async def send(message):
+        sent.append(message)
+
+    guard = Guard(application, Limits(body_seconds=0.1), None, check_host=True)
+    scope = {"type": "http", "path": "/api/runs", "headers": [(b"host", b"localhost")]}
+    asyncio.run(guard(scope, never, send))
+    assert sent[0]["status"] == 408
+    assert b"did not arrive in time" in sent[1]["body"]
 
 
 def test_a_full_queue_answers_with_a_time(tmp_path):
