@@ -52,7 +52,7 @@ def made(stack, me, tmp_path_factory):
     return folder
 
 
-def test_json_tells_of_every_picture(made):
+def test_json_lists_every_image(made):
     told = json.loads((made / "told.json").read_text())
     assert (told["schema"], told["ok"], told["error"]) == (1, True, None)
     keys = ("path", "prompt", "seed", "adapter_scale", "unet_samples")
@@ -89,7 +89,7 @@ def test_verbose_prints_the_plan_and_nothing_else_chatters(made):
     ]
 
 
-def test_latents_hold_every_step_of_every_picture(made):
+def test_latents_contain_every_step_of_every_image(made):
     found = load_file(made / "latents.safetensors")
     assert {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in found.items()} == {
         "initial_latents": ((4, 4, 12, 8), torch.float32),
@@ -107,7 +107,7 @@ def test_a_kept_identity_is_the_same_person(made, me):
     assert Identity.load(made / "copy.safetensors").digest() == Identity.load(me).digest()
 
 
-def test_a_batch_makes_the_pictures_of_single_calls(made, generate, stack, me, tmp_path):
+def test_batch_gives_the_images_of_single_calls(made, generate, stack, me, tmp_path):
     latents = tmp_path / "latents.safetensors"
     ended = generate(
         *stack, "--identity", me, "--size", "64x96", "--prompt", "a café", "--seed", 5, "--count", 2,
@@ -120,7 +120,7 @@ def test_a_batch_makes_the_pictures_of_single_calls(made, generate, stack, me, t
     assert (found - wanted).norm() / wanted.norm() < 1e-4
 
 
-def test_the_library_makes_the_picture_of_the_command(made, layout, me):
+def test_python_gives_the_image_of_the_command(made, layout, me):
     from fastface_cli import FastFace
     from fastface_cli.identity.identity import Identity
 
@@ -242,7 +242,7 @@ def test_wrong_arguments_end_with_2_and_one_object(case, generate, layout, me, t
         (["--face", "photo.png", "--face-box", "nan,0,1,1"], "is not a face box"),
     ],
 )
-def test_nobody_to_show(face, message, generate, stack, tmp_path, monkeypatch):
+def test_missing_person_is_reported(face, message, generate, stack, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (8, 8)).save("photo.png")
     ended = generate(*stack, "--prompt", "a", *face)

@@ -22,7 +22,7 @@ def drawn(tmp_path_factory) -> Path:
     return FastFace("pocket", device="cpu").identity(EXAMPLE).save(kept)
 
 
-def test_each_picture_is_the_best_of_its_own_candidates(generate, drawn, tmp_path):
+def test_each_image_is_the_best_of_its_own_candidates(generate, drawn, tmp_path):
     flags = ["--identity", drawn, "-p", "a woman", "--seed", 5, "--count", 2, "--best-of", 3]
     ended = generate(*POCKET, *flags, "-o", f"{tmp_path}/out/", "--grid", "--json")
     assert ended.code == 0, ended.err
@@ -91,7 +91,7 @@ def test_candidates_beyond_the_last_seed(generate, drawn):
     assert "out of range" in ended.json["error"]["message"]
 
 
-def test_a_stack_without_a_matched_pair_says_so(generate, miniature, drawn, layout, tmp_path, monkeypatch):
+def test_stack_without_a_matching_scorer_is_reported(generate, miniature, drawn, layout, tmp_path, monkeypatch):
     """The random miniature with the pocket's faces: likeness is judged, the prompt is not."""
     import fastface_cli
 

@@ -74,7 +74,7 @@ def test_each_line_has_its_record_in_order(done):
 
 
 @pytest.mark.parametrize("line", MADE)
-def test_a_line_makes_its_picture(done, line):
+def test_each_line_generates_its_image(done, line):
     folder, _, records, _ = done
     keys = ("path", "prompt", "seed", "adapter_scale", "unet_samples")
     assert (records[line]["ok"], records[line]["error"]) == (True, None)
@@ -91,14 +91,14 @@ def test_a_wrong_line_spoils_itself_alone(done, line):
     assert message in records[line]["error"]["message"]
 
 
-def test_only_the_pictures_are_left(done):
+def test_no_other_files_remain(done):
     folder, _, records, _ = done
     assert records[15]["path"] == "sub/hyper-fastface-10.png"
     found = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     assert found == ["1.png", "2.png", "3.png", "jobs.jsonl", "sub/hyper-fastface-10.png"]
 
 
-def test_a_line_makes_the_picture_of_a_call_alone(done, generate, stack, somebody, tmp_path):
+def test_line_gives_the_same_image_as_a_single_call(done, generate, stack, somebody, tmp_path):
     """Also after lines with other steps, guidance, scale and person."""
     folder, *_ = done
     alone = tmp_path / "3.png"
@@ -124,7 +124,7 @@ def test_jobs_from_stdin_take_the_flags_as_defaults(generate, stack, me, tmp_pat
     assert len({row["path"] for row in records}) == 2
 
 
-def test_no_models_end_the_whole_run(generate, me, tmp_path, monkeypatch):
+def test_missing_models_end_the_run(generate, me, tmp_path, monkeypatch):
     monkeypatch.setenv("FASTFACE_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("HF_HUB_CACHE", raising=False)
     jobs = tmp_path / "jobs.jsonl"

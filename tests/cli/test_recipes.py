@@ -94,7 +94,7 @@ def test_show_as_json(run):
         (("validate", "hyper", "gone.yaml"), "there is no recipe file gone.yaml", None),
     ],
 )
-def test_errors_are_one_sentence_and_exit_two(run, arguments, says, hint):
+def test_errors_are_reported_with_exit_code_two(run, arguments, says, hint):
     code, _, err = run(*arguments)
     assert code == 2
     assert says in err

@@ -151,7 +151,7 @@ def deep_override() -> str:
 @pytest.mark.parametrize(
     "value", [deep_override(), "guidance.text=" + "[" * 5000, "guidance.text=" + "[" * 300 + "]" * 300]
 )
-def test_deep_overrides_are_one_sentence(value, capsys):
+def test_deeply_nested_overrides_are_reported(value, capsys):
     assert cli.run(["recipes", "show", "pocket", "--resolved", "--set", value]) == 2
     assert "nested too deeply" in capsys.readouterr().err
 

@@ -49,7 +49,7 @@ def assert_picture(path: Path, wanted) -> None:
     assert np.abs(found - wanted.permute(1, 2, 0).numpy()).max() <= 1.5 / 255
 
 
-def test_replay_of_a_golden_picture(golden: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_replay_of_a_golden_image(golden: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     identity = ["--identity", str(golden / "identity.safetensors"), "--device", "cpu", "--dtype", "float32"]
     first, again = tmp_path / "a.png", tmp_path / "b.png"
     stack = ["--stack", str(golden)]

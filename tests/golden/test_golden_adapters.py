@@ -169,7 +169,7 @@ def test_an_identity_of_another_kind_is_refused(instantid, person: Identity) -> 
         ({"model": {"controlnet": str(SHIPPED / "clip")}}, "cannot load the ControlNet"),
     ],
 )
-def test_wrong_files_are_one_sentence(changes: dict, message: str) -> None:
+def test_wrong_files_are_reported(changes: dict, message: str) -> None:
     case, _ = CASES["dcg-lightning"]
     data = case.recipe.canonical()
     data["model"] |= changes["model"]

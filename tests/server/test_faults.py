@@ -98,7 +98,7 @@ def test_a_port_in_use_and_a_missing_recipe_are_reported(tmp_path, capsys):
     assert "--keep" in capsys.readouterr().err
 
 
-def test_a_missing_extra_is_one_sentence(monkeypatch, capsys):
+def test_missing_extra_is_reported(monkeypatch, capsys):
     import importlib.util
 
     from fastface_cli import cli

@@ -39,7 +39,7 @@ def test_an_unpruned_plan_computes_every_branch(plain):
     assert [len(step.branches) for step in plain.plan(prune=True)] == [2, 3, 3, 2]
 
 
-def test_keys_and_values_are_projected_once_a_picture(parts, person, plain):
+def test_keys_and_values_are_projected_once_per_image(parts, person, plain):
     cached = Pipeline.load(FASTFACE, parts, device="cpu", dtype="float32")
     for pipeline, times in ((cached, 1), (plain, 4)):
         _, layer = pipeline.layers[0]

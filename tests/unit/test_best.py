@@ -56,10 +56,10 @@ class TestChoice:
         assert standing(found) == [0, 1, 2]
         assert choose(found) == 1
 
-    def test_a_picture_without_a_face_is_out_however_well_it_follows(self) -> None:
+    def test_image_without_a_face_is_never_kept(self) -> None:
         assert choose(scores((None, 1.0), (0.1, 0.0))) == 1
 
-    def test_faceless_pictures_do_not_count_among_the_third(self) -> None:
+    def test_images_without_a_face_do_not_count_among_the_best_third(self) -> None:
         assert standing(scores((None, 0.0), (0.1, 0.1), (0.1, 0.2))) == [1, 2]
 
     def test_without_any_face_the_one_that_follows_best(self) -> None:
@@ -78,7 +78,7 @@ class TestChoice:
             max_size=30,
         )
     )
-    def test_always_one_that_stands(self, pairs: list[tuple[float | None, float | None]]) -> None:
+    def test_exactly_one_candidate_is_kept(self, pairs: list[tuple[float | None, float | None]]) -> None:
         found = scores(*pairs)
         kept, stands = choose(found), standing(found)
         assert kept in stands
@@ -108,7 +108,7 @@ class TestJudges:
         assert judge.likeness(mean, mean) == pytest.approx(1)
         assert judge.likeness(-mean, mean) == pytest.approx(-1)
 
-    def test_without_dlib_the_dependence_is_said(
+    def test_without_dlib_a_dependent_score_is_reported(
         self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         real = builtins.__import__
@@ -139,7 +139,7 @@ class TestJudges:
         assert same.likeness > 0.8
         assert mirrored.likeness is None or mirrored.likeness < same.likeness
 
-    def test_a_picture_without_a_face_has_no_likeness(self, person) -> None:
+    def test_image_without_a_face_has_no_likeness(self, person) -> None:
         scorer = Scorer(SquareAnalyzer(), ConditioningJudge(SquareAnalyzer()), constant_clip(0.6))
         blank = Image.new("RGB", (64, 64), "grey")
         assert scorer.score(blank, identity=person, prompt="x", seed=4) == Score(4, None, pytest.approx(0.6))
@@ -167,7 +167,7 @@ class TestPrompts:
 
 
 class TestLibrary:
-    def test_the_kept_picture_is_the_one_its_seed_makes(self, pocket) -> None:
+    def test_kept_image_is_that_of_its_seed(self, pocket) -> None:
         me = pocket.identity(EXAMPLE)
         best = pocket.best_of(me, "a woman", n=3, seed=11, batch_size=2)
         assert [score.seed for score in best.scores] == [11, 12, 13]

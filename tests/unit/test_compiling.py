@@ -128,7 +128,7 @@ print(seconds, counters["inductor"]["fxgraph_cache_hit"], counters["aot_autograd
     assert any((tmp_path / "graphs").iterdir())
 
 
-def test_what_cannot_be_compiled_is_one_sentence():
+def test_compilation_failure_is_reported():
     def breaks(x: torch.Tensor) -> torch.Tensor:
         return x + 1 if x.sum() > 0 else x
 

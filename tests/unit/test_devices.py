@@ -188,7 +188,7 @@ def test_the_verified_halves_are_loaded_where_another_program_left_a_plain_file(
         "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory",
     ],
 )
-def test_memory_that_lacks_is_said_in_any_words(
+def test_every_out_of_memory_message_is_recognized(
     parts: Paths, monkeypatch: pytest.MonkeyPatch, said: str
 ) -> None:
     def full(*_: object, **__: object) -> None:
@@ -219,7 +219,7 @@ def test_libraries_are_quiet_about_a_long_prompt(parts: Paths, loaded: Loaded) -
     assert logged == []
 
 
-def test_the_time_of_a_picture_ends_when_the_picture_is_there(
+def test_image_time_includes_the_copy_to_the_cpu(
     parts: Paths, loaded: Loaded, person: Identity, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A device works on after the call that started it; only the picture on the CPU is the end."""

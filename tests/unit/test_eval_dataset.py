@@ -205,7 +205,7 @@ def test_a_person_is_measured_once_in_the_life_of_a_run(published, tmp_path, peo
     assert len(analyzer.asked) == looked
 
 
-def test_a_degraded_person_is_somebody_else_and_kept_beside(published, tmp_path, people):
+def test_degraded_person_is_a_separate_person(published, tmp_path, people):
     made, _, _ = people
     subject = load_dataset(published).subjects[1]
     clean, degraded = (made.identity(subject, stress, "pack") for stress in (None, "occlusion"))
@@ -216,7 +216,7 @@ def test_a_degraded_person_is_somebody_else_and_kept_beside(published, tmp_path,
         made.identity(subject, "lowlight", "pack")
 
 
-def test_photos_are_kept_as_they_are_and_broken_ones_are_said(published, tmp_path, people):
+def test_photos_are_unchanged_and_broken_photos_are_reported(published, tmp_path, people):
     made, _, said = people
     dataset = load_dataset(published)
     bitmap = tmp_path / "held.bmp"
@@ -277,7 +277,7 @@ def take(theirs, published, folder):
     )
 
 
-def test_pictures_of_another_program_find_their_person_and_prompt(theirs, published, tmp_path):
+def test_images_of_other_programs_are_matched_to_person_and_prompt(theirs, published, tmp_path):
     metric = stand_in.Brightness()
     for _ in range(2):  # the second time nothing changes
         take(theirs, published, tmp_path / "run")

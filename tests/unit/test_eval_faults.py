@@ -252,7 +252,7 @@ def test_images_deleted_during_the_run_are_noticed(tmp_path):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows folders have no write permission bit")
-def test_a_finished_run_in_a_read_only_folder_is_one_sentence(tmp_path, monkeypatch):
+def test_finished_run_in_a_read_only_folder_is_reported(tmp_path, monkeypatch):
     plan, folder = stand_in.plan(), tmp_path / "run"
     run_all(folder, plan)
 

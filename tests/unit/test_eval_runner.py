@@ -78,7 +78,7 @@ def test_plan_combines_people_prompts_seeds_recipes_and_stresses():
     assert all(len(seeds) == 1 for seeds in by_place.values())  # the same noise for every recipe and stress
 
 
-def test_shards_are_whole_chunks_and_together_the_run():
+def test_shards_are_complete_chunks_that_add_up_to_the_run():
     whole = stand_in.plan(7, 9)
     shards = [replace(whole, shard=(part, 3)) for part in (1, 2, 3)]
     keys = [[row.key for row in shard.rows()] for shard in shards]

@@ -85,7 +85,7 @@ def load(recipe, paths, cache):
     return Pipeline.load(recipe, paths, device="cpu", dtype="float32", fused=cache)
 
 
-def test_the_second_start_makes_the_same_picture_and_fuses_nothing(paths, cache, builds, person):
+def test_second_start_gives_the_same_image_without_fusing(paths, cache, builds, person):
     request = Request("a cat", 3, person)
     first = load(recipe_of(), paths, cache)
     second = load(recipe_of(), paths, cache)
@@ -187,7 +187,7 @@ def test_file_of_another_form_is_fused_again(paths, cache, builds, caplog):
     assert fused.build(fused.read(cache.find(key), CPU)).unet is not None
 
 
-def test_a_full_disk_is_said_and_nothing_fails(cache, monkeypatch, caplog):
+def test_full_disk_is_reported_and_the_run_continues(cache, monkeypatch, caplog):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -197,7 +197,7 @@ def test_a_full_disk_is_said_and_nothing_fails(cache, monkeypatch, caplog):
     assert list(cache.folder.iterdir()) == []
 
 
-def test_no_room_is_said_before_a_byte_is_written(cache, monkeypatch, caplog):
+def test_missing_disk_space_is_reported_before_writing(cache, monkeypatch, caplog):
     usage = shutil.disk_usage(cache.folder.parent)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     assert put(cache, "a") is None
@@ -245,7 +245,7 @@ def test_what_dead_processes_left_is_swept(cache):
     assert list(cache.folder.iterdir()) == []
 
 
-def test_a_lora_that_speaks_to_the_text_encoders_is_kept_too(paths, cache, builds, tmp_path):
+def test_lora_for_the_text_encoders_is_cached_too(paths, cache, builds, tmp_path):
     from safetensors.torch import save_file
 
     paths["lora.0"] = tmp_path / "style.safetensors"

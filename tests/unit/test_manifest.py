@@ -117,7 +117,7 @@ def test_what_counts_as_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         assert not artifact.packaged
 
 
-def test_a_whole_repository_takes_one_set_of_weights() -> None:
+def test_complete_repository_takes_one_set_of_weights() -> None:
     sdxl = [
         "model_index.json",
         "sd_xl_base_1.0.safetensors",

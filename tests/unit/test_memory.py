@@ -41,7 +41,7 @@ def parts(miniature):
 @pytest.mark.parametrize(
     ("level", "method"), [("12", "fastface"), ("8", "am1"), ("6", "fastface"), ("6", "fastface-am2")]
 )
-def test_a_level_gives_the_same_picture_on_a_device(level, method, parts, person):
+def test_offload_level_gives_the_same_image_on_a_device(level, method, parts, person):
     """With a pretended card, which refuses an operation on tensors of two places."""
     plain = Pipeline.load(METHODS[method], parts, device="cpu", dtype="float32")
     wanted = latents(plain, requests(person))
@@ -155,7 +155,7 @@ def test_the_peaks_are_those_of_the_published_size(name):
         assert found + HEADROOM < 0.95 * int(name)
 
 
-def test_further_pixels_cost_what_is_said():
+def test_memory_of_larger_images_matches_the_documentation():
     recipe = load_recipe("hyper-fastface", overrides=["sampling.width=1536", "sampling.height=1536"]).recipe
     for name in ("off", "12"):
         found = count(recipe, LEVELS[name]).peak / GIB

@@ -36,7 +36,7 @@ def photo(size: tuple[int, int], seed: int = 0) -> Image.Image:
 
 
 @pytest.mark.parametrize("size", [(90, 60), (60, 90), (32, 32), (20, 31)])
-def test_pictures_are_prepared_as_transformers_does(size: tuple[int, int]) -> None:
+def test_images_are_preprocessed_as_by_transformers(size: tuple[int, int]) -> None:
     """Which rounds to whole pixel values in between: at most one level of 255 apart (more where it clips)."""
     from transformers import CLIPImageProcessorPil
 
@@ -411,7 +411,7 @@ def test_boxes_move_by_shares_of_their_sides_and_become_square() -> None:
     assert squared(box)[0, :4] == pytest.approx([10, 15, 30, 35])
 
 
-def test_a_detector_that_is_never_sure_finds_nothing_and_a_sure_one_covers_the_picture() -> None:
+def test_detector_scores_decide_what_is_detected() -> None:
     states = networks()
     for state, name in zip(states, ("conv4_1", "dense5_1", "dense6_1"), strict=True):
         state[f"{name}.bias"] = torch.tensor([50.0, -50.0])

@@ -180,7 +180,7 @@ def test_run_wide_verdicts_by_recipe() -> None:
     assert found["r/bob1"]["id_verified"] == 0.0
 
 
-def test_one_identity_has_nobody_to_be_told_from() -> None:
+def test_one_identity_has_no_identification_rank() -> None:
     metric = metric_with(SquareAnalyzer())
     photo = drawn((100, 100), (10, 10, 50, 1))
     scored = score_batch([metric], [sample("r/a0", photo, photo)])[0]
@@ -278,7 +278,7 @@ def test_an_unknown_metric_names_the_nearest() -> None:
     assert caught.value.hint == "did you mean 'clip-b32'?"
 
 
-def test_a_missing_extra_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_extra_names_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(base, "missing_modules", lambda metric: ["dlib"])
     with pytest.raises(ModelUnavailableError, match="needs dlib") as caught:
         make_metrics(["dlib"])

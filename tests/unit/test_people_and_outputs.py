@@ -155,7 +155,7 @@ def test_adapter_scale_by_step(tmp_path: Path) -> None:
     assert not np.array_equal(late, none)
 
 
-def test_identities_have_a_short_text_and_a_picture() -> None:
+def test_identities_have_a_short_repr_and_an_image() -> None:
     from fastface_cli.identity.identity import random_identity
 
     identity = random_identity()
@@ -163,7 +163,7 @@ def test_identities_have_a_short_text_and_a_picture() -> None:
     assert identity._repr_png_().startswith(b"\x89PNG")
 
 
-def test_the_pocket_says_which_photos_it_does_not_know(caplog: pytest.LogCaptureFixture) -> None:
+def test_pocket_warns_about_unfamiliar_photos(caplog: pytest.LogCaptureFixture) -> None:
     import skimage.data
 
     face = FastFace("pocket", device="cpu")

@@ -31,7 +31,7 @@ def test_uv_installs_into_this_environment(monkeypatch: pytest.MonkeyPatch) -> N
     assert machine.install_command("torch") == f"{sys.executable} -m pip install torch"
 
 
-def test_windows_without_cuda_is_told_the_index(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_windows_without_cuda_gets_the_index_url(monkeypatch: pytest.MonkeyPatch) -> None:
     """PyPI's build for Windows has no CUDA, although there are a driver and a GPU."""
     found = machine.Machine("2.13.0+cpu", None, driver="580.10", driver_cuda="13.0")
     reason, command = machine.explain_missing_gpu(found)

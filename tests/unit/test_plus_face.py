@@ -75,7 +75,7 @@ def test_faces_are_found_in_pixels_of_the_image(detector: Path) -> None:
     assert face.score == pytest.approx(0.95, abs=0.01)
 
 
-def test_a_file_that_is_no_detector_is_one_sentence(tmp_path: Path) -> None:
+def test_file_that_is_not_a_detector_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "face_detection_yunet_2023mar.onnx"
     path.write_bytes(b"nothing")
     with pytest.raises(ModelUnavailableError, match="does not load"):

@@ -32,7 +32,7 @@ def test_normal_values_get_students_interval() -> None:
 
 
 @pytest.mark.parametrize("identities", [10, 50])
-def test_the_interval_holds_the_truth_as_often_as_it_says(identities: int) -> None:
+def test_confidence_intervals_have_their_nominal_coverage(identities: int) -> None:
     """1,000 runs of two recipes whose difference is 0.3; pictures of one identity are alike."""
     random = np.random.default_rng(1)
     clusters = np.repeat(np.arange(identities), 4).tolist()
@@ -45,7 +45,7 @@ def test_the_interval_holds_the_truth_as_often_as_it_says(identities: int) -> No
     assert 0.93 <= hits / 1000 <= 0.97
 
 
-def test_alike_pictures_do_not_count_as_many_measurements() -> None:
+def test_similar_images_do_not_count_as_independent_measurements() -> None:
     """Copying every picture nine times tells nothing new."""
     values = np.random.default_rng(3).standard_normal(20)
     once = mean_interval(values, range(20))
@@ -80,7 +80,7 @@ def test_equal_values_have_an_interval_of_no_width_and_shares_stay_shares() -> N
     assert 0 <= share.low < share.mean < share.high <= 1
 
 
-def test_identities_with_more_pictures_weigh_more() -> None:
+def test_identities_with_more_images_weigh_more() -> None:
     assert mean_interval([0.0, 0.0, 0.0, 1.0], ["a", "a", "a", "b"]).mean == 0.25
 
 

@@ -166,7 +166,7 @@ def test_an_observer_receives_the_missing_artifacts_and_every_byte(shop: Shop) -
 # Interrupted and resumed
 
 
-def test_a_cut_transfer_goes_on_within_one_run(shop: Shop) -> None:
+def test_interrupted_transfer_resumes_within_one_run(shop: Shop) -> None:
     shop.hub.cuts = [2_000_000]
     path = shop.store().ensure([shop["lora"]])["tiny-lora"]
     assert path.read_bytes() == BIG
@@ -176,7 +176,7 @@ def test_a_cut_transfer_goes_on_within_one_run(shop: Shop) -> None:
     assert 0 < int(second.range.removeprefix("bytes=").rstrip("-")) <= 2_000_000
 
 
-def test_the_next_run_goes_on_where_the_last_one_gave_up(shop: Shop) -> None:
+def test_next_run_resumes_where_the_last_one_stopped(shop: Shop) -> None:
     shop.hub.cuts = [2_000_000, *[0] * 40]
     error = failure(shop.store(), shop["lora"])
     assert "was interrupted after" in error.message
@@ -494,7 +494,7 @@ def test_the_proxy_of_the_environment_is_used(shop: Shop, monkeypatch: pytest.Mo
     assert len(shop.hub.asked("HEAD")) == 2
 
 
-def test_nobody_listens(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refused_connection_is_reported(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     error = failure(shop.store(), shop["lora"])
     assert "cannot reach 127.0.0.1:9" in error.message
@@ -595,7 +595,7 @@ def pack(prefix: str) -> bytes:
 
 
 @pytest.mark.parametrize("prefix", ["", "tiny_l/", "tiny_l/tiny_l/"])
-def test_the_archive_stands_in_for_the_repository(shop: Shop, prefix: str) -> None:
+def test_archive_replaces_an_unavailable_repository(shop: Shop, prefix: str) -> None:
     shop.hub.status["tiny/face"] = 404
     shop.hub.plain["/release/tiny_l.zip"] = pack(prefix)
     folder = shop.store().ensure([shop["face"]])["tiny-face"]
@@ -668,7 +668,7 @@ def test_a_hub_file_by_reference(shop: Shop) -> None:
     assert path.read_bytes() == BIG
 
 
-def test_a_whole_repository_by_reference(shop: Shop) -> None:
+def test_complete_repository_by_reference(shop: Shop) -> None:
     extra = [
         "unet/model.fp16.safetensors",
         "unet/model.onnx",
@@ -723,7 +723,7 @@ def test_a_reference_cannot_leave_its_folder(shop: Shop) -> None:
 # Removing
 
 
-def test_remove_frees_what_it_says_and_keeps_what_others_need(shop: Shop) -> None:
+def test_remove_frees_the_reported_bytes_and_keeps_shared_files(shop: Shop) -> None:
     store = shop.store()
     store.ensure([shop["base"], shop["unet"], shop["url"]])
     stranger = shop.home / "hub/models--other--repo/blobs/theirs"

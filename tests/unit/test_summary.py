@@ -75,7 +75,7 @@ def test_a_run_without_the_conditioning_recognizer_counts_faces_by_another() -> 
     assert summarize(rows, columns, resamples=100)["counts"]["a"]["no_face"] == 1
 
 
-def test_stress_stands_apart_against_the_clean_images() -> None:
+def test_stress_results_are_compared_with_clean_images() -> None:
     found = summarize(ROWS, COLUMNS, resamples=200)["stress"]["blur"]
     assert list(found["recipes"]) == ["fast"]
     assert found["recipes"]["fast"]["id"]["mean"] == pytest.approx(0.1)
