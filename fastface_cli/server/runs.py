@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 MEDIA_TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 """Formats in which images are served."""
 
+REPLACED = ("queued", "download")
+"""Events of which only the newest is kept."""
+
 MAX_PREVIEWS = 64
 """Newest events of a run that keep their previews."""
 
@@ -110,6 +113,7 @@ class ServedRun:
     cancelled: bool = False
     """The client asked to cancel; the worker stops at the next step."""
     _events: list[RunEvent] = field(default_factory=list)
+    _published: int = 0
     _listeners: set[Callable[[], None]] = field(default_factory=set)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -118,10 +122,10 @@ class ServedRun:
         with self._lock:
             if name == "step" and len(self._events) >= MAX_PREVIEWS:
                 self._events[-MAX_PREVIEWS] = _without_previews(self._events[-MAX_PREVIEWS])
-            elif name == "queued":
-                self._events = [event for event in self._events if event.name != "queued"]
-            number = self._events[-1].number + 1 if self._events else 1
-            self._events.append(RunEvent(number, name, data))
+            elif name in REPLACED:
+                self._events = [event for event in self._events if event.name != name]
+            self._published += 1
+            self._events.append(RunEvent(self._published, name, data))
             listeners = list(self._listeners)
         for wake in listeners:
             wake()

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+PROGRESS_SECONDS = 0.25
+"""Time between two events of a download."""
+
 
 class Worker:
     """Runs everything on one session, and unloads its models when they are idle.
@@ -40,6 +43,7 @@ class Worker:
         self.loaded: str | None = None
         """Recipe of the last run whose models are loaded."""
         self._preview_map: PreviewMap | None = None
+        self._next_progress = 0.0
         self._thread = threading.Thread(target=self._loop, name="fastface-worker", daemon=True)
 
     def start(self) -> None:
@@ -111,8 +115,6 @@ class Worker:
         events = self.session.run(run.request, identity=self._identity(run))
         try:
             for event in events:
-                if run.cancelled:
-                    raise RunCancelledError("the run was cancelled")
                 self._publish(run, event)
         finally:
             events.close()
@@ -120,6 +122,8 @@ class Worker:
     def _identity(self, run: ServedRun) -> Identity:
         stack, person = self.session.stack, run.person
         identity = person.identity
+        if identity is None or person.pose is not None:
+            stack.face_models(run.recipe, lambda event: self._publish(run, event))
         if identity is None:
             # `stack` keeps no identity of photos without a hash: they are gone with the run.
             identity = stack.identity(
@@ -130,11 +134,18 @@ class Worker:
         return identity
 
     def _publish(self, run: ServedRun, event: Event) -> None:
+        """Publish what clients need of an event.
+
+        Raises:
+            RunCancelledError: the client cancelled the run.
+        """
+        if run.cancelled and not isinstance(event, ImageFinished):
+            raise RunCancelledError("the run was cancelled")
         match event:
             case RunStarted():
                 data: dict[str, Any] = {"recipe": event.recipe.name, "seeds": event.seeds}
                 run.publish("started", {**data, "images": event.images})
-            case DownloadProgress():
+            case DownloadProgress() if self._is_due(event):
                 run.publish("download", {"file": event.name, "done": event.done, "total": event.total})
             case IdentityReady():
                 run.publish("identity", {})
@@ -148,6 +159,14 @@ class Worker:
                 image = _served(run, event)
                 run.images.append(image)
                 run.publish("image", image.record)
+
+    def _is_due(self, event: DownloadProgress) -> bool:
+        """Whether enough time has passed since the last progress that was published."""
+        now = time.monotonic()
+        if event.done < event.total and now < self._next_progress:
+            return False
+        self._next_progress = now + PROGRESS_SECONDS
+        return True
 
     def _publish_step(self, run: ServedRun, event: StepFinished) -> None:
         previews: list[str] = []

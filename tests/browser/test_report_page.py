@@ -283,9 +283,9 @@ CONTRAST = """() => {
 def test_text_contrast_in_light_and_dark(browser: Any, run: Path, scheme: str) -> None:
     reader = Reader(browser, run, color_scheme=scheme)
     reader.page.locator("#lines button").first.click()
-    found = reader.page.evaluate(CONTRAST)
-    assert len(found) > 200
-    assert found[0][0] >= 4.5, found[0]
+    actual = reader.page.evaluate(CONTRAST)
+    assert len(actual) > 200
+    assert actual[0][0] >= 4.5, actual[0]
     ground = reader.page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (ground == "rgb(255, 255, 255)") == (scheme == "light")
     reader.context.close()

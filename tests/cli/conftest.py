@@ -83,10 +83,10 @@ def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shop]:
     with hub_server() as hub:
         fill(hub)
         use_hub(monkeypatch, hub, tmp_path / "home")
-        found = Shop(hub, tmp_path / "home")
+        actual = Shop(hub, tmp_path / "home")
         text = tmp_path / "manifest.yaml"
-        text.write_text(found.text, encoding="utf-8")
+        text.write_text(actual.text, encoding="utf-8")
         monkeypatch.setattr(manifest_module, "MANIFEST", text)
         manifest_module.load_manifest.cache_clear()
-        yield found
+        yield actual
     manifest_module.load_manifest.cache_clear()

@@ -34,9 +34,9 @@ def test_they_are_listed(store: Store, capfd: pytest.CaptureFixture[str]) -> Non
     assert "adapter x.bin" in told
     assert f"200 B in {store.fused.folder}" in told
     assert run(["cache", "list", "--json"]) == 0
-    found = json.loads(capfd.readouterr().out)["fused"]
-    assert [one["recipe"] for one in found] == ["recipe-a", "recipe-b"]
-    assert found[0]["bytes"] == Path(found[0]["path"]).stat().st_size == 100
+    actual = json.loads(capfd.readouterr().out)["fused"]
+    assert [one["recipe"] for one in actual] == ["recipe-a", "recipe-b"]
+    assert actual[0]["bytes"] == Path(actual[0]["path"]).stat().st_size == 100
 
 
 def test_one_is_removed_by_name_and_the_rest_with_everything(

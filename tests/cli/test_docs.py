@@ -250,8 +250,8 @@ def test_links_have_a_target(page: str, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_the_page_on_recipes_shows_every_field_and_the_recipe_that_it_names(folder: Path) -> None:
-    found = {block.file: block for block in blocks("docs/writing-a-recipe.md") if block.language == "yaml"}
-    for name, block in found.items():
+    actual = {block.file: block for block in blocks("docs/writing-a-recipe.md") if block.language == "yaml"}
+    for name, block in actual.items():
         (folder / str(name)).write_text(block.text)
     shown = load_recipe(folder / "every-field.yaml")
     assert shown.recipe.digest() == load_recipe("pocket-fastface-am2").recipe.digest()

@@ -221,11 +221,11 @@ def test_help_and_commands_import_nothing_heavy() -> None:
         "run(['cache', 'list']); run(['download', '--dry-run']); "
         f"print([name for name in {heavy} if name in sys.modules], file=sys.stderr)"
     )
-    found = subprocess.run(
+    actual = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ}
     )
-    assert found.stderr.strip() == "[]"
-    assert "Example: fastface download hyper-fastface --dry-run" in found.stdout
+    assert actual.stderr.strip() == "[]"
+    assert "Example: fastface download hyper-fastface --dry-run" in actual.stdout
 
 
 def test_file_names_are_not_markup_in_the_progress_bars(

@@ -52,11 +52,11 @@ def run(two, tmp_path_factory):
 
 def rows(folder: Path) -> list[dict]:
     """Rows without generation times, which vary."""
-    found = [json.loads(line) for line in (folder / "images.jsonl").read_text().splitlines()]
-    for row in found:
+    actual = [json.loads(line) for line in (folder / "images.jsonl").read_text().splitlines()]
+    for row in actual:
         row.pop("seconds")
         row["scores"].pop("seconds", None)
-    return found
+    return actual
 
 
 def test_eval_writes_table_summary_csv_and_page(run):
@@ -140,10 +140,10 @@ def test_scoring_later_adds_to_a_run(run, tmp_path, capfd):
     assert cli.run(["eval", "score", str(copy), "--metrics", "id", "--json"]) == 0
     told = json.loads(capfd.readouterr().out)
     assert (told["ok"], told["run"]) == (True, str(copy))
-    wanted, found = rows(run), rows(copy)
-    assert [row["scores"]["id"] for row in found] == [row["scores"]["id"] for row in wanted]
+    expected, actual = rows(run), rows(copy)
+    assert [row["scores"]["id"] for row in actual] == [row["scores"]["id"] for row in expected]
     assert cli.run(["eval", "report", str(copy)]) == 0
-    assert rows(copy) == found
+    assert rows(copy) == actual
 
 
 def test_images_of_another_program_get_the_scores_of_the_run(run, two, tmp_path, capfd):
@@ -158,8 +158,10 @@ def test_images_of_another_program_get_the_scores_of_the_run(run, two, tmp_path,
     command = ["eval", "score", theirs, "--dataset", two, "--identity-order", tmp_path / "order.txt"]
     command += ["--face", "pocket", "--metrics", "id", "-o", tmp_path / "scored"]
     assert cli.run([str(part) for part in command]) == 0, capfd.readouterr().err
-    found = {(row["identity"], row["prompt_index"]): row["scores"]["id"] for row in rows(tmp_path / "scored")}
-    assert found == pytest.approx({place: row["scores"]["id"] for place, row in ours.items()}, abs=1e-5)
+    actual = {
+        (row["identity"], row["prompt_index"]): row["scores"]["id"] for row in rows(tmp_path / "scored")
+    }
+    assert actual == pytest.approx({place: row["scores"]["id"] for place, row in ours.items()}, abs=1e-5)
 
 
 def test_resuming_with_other_inputs_is_refused(run, two, capfd):

@@ -90,13 +90,13 @@ def test_verbose_prints_the_plan_and_nothing_else_chatters(made):
 
 
 def test_latents_contain_every_step_of_every_image(made):
-    found = load_file(made / "latents.safetensors")
-    assert {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in found.items()} == {
+    actual = load_file(made / "latents.safetensors")
+    assert {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in actual.items()} == {
         "initial_latents": ((4, 4, 12, 8), torch.float32),
         "latents": ((4, 4, 4, 12, 8), torch.float32),
         "timesteps": ((4,), torch.float32),
     }
-    initial = found["initial_latents"]
+    initial = actual["initial_latents"]
     assert initial[0].equal(initial[1])  # the same seed
     assert not initial[0].equal(initial[2])
 
@@ -116,8 +116,8 @@ def test_batch_gives_the_images_of_single_calls(made, generate, stack, me, tmp_p
     assert ended.code == 0
     assert ended.out.splitlines() == [str(tmp_path / f"y-{number}.png") for number in (1, 2, 3, 4)]
     assert ended.err == ""
-    found, wanted = load_file(latents)["latents"], load_file(made / "latents.safetensors")["latents"]
-    assert (found - wanted).norm() / wanted.norm() < 1e-4
+    actual, expected = load_file(latents)["latents"], load_file(made / "latents.safetensors")["latents"]
+    assert (actual - expected).norm() / expected.norm() < 1e-4
 
 
 def test_python_gives_the_image_of_the_command(made, layout, me):
@@ -543,8 +543,8 @@ def test_every_model_runs_at_every_step_count(model, steps, generate, stack, me,
                      "--prompt", "a", "--seed", 1, "-o", tmp_path / "x.png", "--json")  # fmt: skip
     assert ended.code == 0
     assert ended.err == ""
-    wanted = 2 * steps if model == "base" else {1: 2, 2: 4, 8: 22}[steps]
-    assert ended.json["images"][0]["unet_samples"] == wanted
+    expected = 2 * steps if model == "base" else {1: 2, 2: 4, 8: 22}[steps]
+    assert ended.json["images"][0]["unet_samples"] == expected
     assert Image.open(tmp_path / "x.png").size == (72, 104)
 
 

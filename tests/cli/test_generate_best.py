@@ -91,7 +91,9 @@ def test_candidates_beyond_the_last_seed(generate, drawn):
     assert "out of range" in ended.json["error"]["message"]
 
 
-def test_stack_without_a_matching_scorer_is_reported(generate, miniature, drawn, layout, tmp_path, monkeypatch):
+def test_stack_without_a_matching_scorer_is_reported(
+    generate, miniature, drawn, layout, tmp_path, monkeypatch
+):
     """The random miniature with the pocket's faces: likeness is judged, the prompt is not."""
     import fastface_cli
 

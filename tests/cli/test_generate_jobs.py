@@ -94,8 +94,8 @@ def test_a_wrong_line_spoils_itself_alone(done, line):
 def test_no_other_files_remain(done):
     folder, _, records, _ = done
     assert records[15]["path"] == "sub/hyper-fastface-10.png"
-    found = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    assert found == ["1.png", "2.png", "3.png", "jobs.jsonl", "sub/hyper-fastface-10.png"]
+    actual = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    assert actual == ["1.png", "2.png", "3.png", "jobs.jsonl", "sub/hyper-fastface-10.png"]
 
 
 def test_line_gives_the_same_image_as_a_single_call(done, generate, stack, somebody, tmp_path):

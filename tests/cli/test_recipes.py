@@ -77,11 +77,11 @@ def test_show_with_an_override_shows_the_complete_recipe(run):
 def test_show_as_json(run):
     code, out, _ = run("show", "turbo", "--json")
     data = json.loads(out)
-    found = load_recipe("turbo")
+    actual = load_recipe("turbo")
     assert code == 0
-    assert data["recipe"] == found.recipe.canonical()
-    assert data["origins"] == found.origins
-    assert data["digest"] == found.recipe.digest()
+    assert data["recipe"] == actual.recipe.canonical()
+    assert data["origins"] == actual.origins
+    assert data["digest"] == actual.recipe.digest()
 
 
 @pytest.mark.parametrize(

@@ -134,10 +134,10 @@ class TestRecipes:
 
     @staticmethod
     def sound(path: Path) -> None:
-        found = ours(lambda: load_recipe(path))
-        if found is not None:
-            again = Recipe.model_validate_json(json.dumps(found.recipe.canonical()))
-            assert again.digest() == found.recipe.digest()
+        actual = ours(lambda: load_recipe(path))
+        if actual is not None:
+            again = Recipe.model_validate_json(json.dumps(actual.recipe.canonical()))
+            assert again.digest() == actual.recipe.digest()
 
     @pytest.mark.parametrize(
         "tag",
@@ -181,9 +181,9 @@ class TestIdentities:
         head = int.from_bytes(good[:8], "little") + 8
         # Damage to the header is what matters; most bytes are pixels.
         path.write_bytes(data.draw(damaged(good[:head])) + good[head:])
-        found = ours(lambda: Identity.load(path))
-        if found is not None:
-            assert abs(float(np.linalg.norm(found.mean())) - 1) < 1e-5
+        actual = ours(lambda: Identity.load(path))
+        if actual is not None:
+            assert abs(float(np.linalg.norm(actual.mean())) - 1) < 1e-5
 
     @FUZZ
     @given(st.data())
@@ -221,8 +221,8 @@ class TestLines:
     def test_prompts(self, place: Path, data: bytes) -> None:
         path = place / "prompts.txt"
         path.write_bytes(data)
-        found = ours(lambda: prompts_file(path))
-        assert found is None or all(prompt.strip() == prompt != "" for prompt in found)
+        actual = ours(lambda: prompts_file(path))
+        assert actual is None or all(prompt.strip() == prompt != "" for prompt in actual)
 
 
 class TestManifests:
@@ -248,8 +248,8 @@ class TestManifests:
         path = place / "people.jsonl"
         path.write_bytes(data)
         (place / "prompts.txt").write_text("a prompt\n")
-        found = ours(lambda: load_dataset(path))
-        for subject in found.subjects if found is not None else ():
+        actual = ours(lambda: load_dataset(path))
+        for subject in actual.subjects if actual is not None else ():
             folder = (place / "run" / subject.name).resolve()
             assert folder.parent == (place / "run").resolve(), "a person's folder lies in the run"
 
@@ -313,9 +313,9 @@ class TestReplay:
         path = place / "x.png"
         changed = json.dumps(data.draw(grafted(self.stored())))
         path.write_bytes(self.picture({metadata.KEYWORD: changed}))
-        found = ours(lambda: replay.read(path))
-        if found is not None:
-            for role, reference in found.recipe.references().items():
+        actual = ours(lambda: replay.read(path))
+        if actual is not None:
+            for role, reference in actual.recipe.references().items():
                 # A file of this machine is never named by a picture.
                 assert not isinstance(reference, str) or os.path.sep not in reference, role
 

@@ -29,24 +29,24 @@ def test_golden_case(case: str, golden: Path, tmp_path: Path) -> None:
         ]
     )
     assert code == 0
-    found, wanted = load_file(latents), load_file(source.with_suffix(".safetensors"))
+    actual, expected = load_file(latents), load_file(source.with_suffix(".safetensors"))
     limit = 2e-4 if any(word in case for word in SOFTMASK) else 1e-5
-    assert found["initial_latents"].equal(wanted["initial_latents"])
-    assert found["timesteps"].tolist() == pytest.approx(wanted["timesteps"].tolist())
-    for step, (one, other) in enumerate(zip(found["latents"], wanted["latents"], strict=True)):
+    assert actual["initial_latents"].equal(expected["initial_latents"])
+    assert actual["timesteps"].tolist() == pytest.approx(expected["timesteps"].tolist())
+    for step, (one, other) in enumerate(zip(actual["latents"], expected["latents"], strict=True)):
         error = float((one - other).norm() / other.norm())
         assert error <= limit, f"step {step}: {error:.2e}"
-    assert_picture(tmp_path / "x.png", wanted["image"][0])
+    assert_picture(tmp_path / "x.png", expected["image"][0])
 
 
-def assert_picture(path: Path, wanted) -> None:
+def assert_picture(path: Path, expected) -> None:
     import numpy as np
     from PIL import Image
 
     with Image.open(path) as picture:
-        found = np.asarray(picture.convert("RGB"), np.float32) / 255
+        actual = np.asarray(picture.convert("RGB"), np.float32) / 255
     # One level of 8 bits, and the little that the latents' tolerance leaves.
-    assert np.abs(found - wanted.permute(1, 2, 0).numpy()).max() <= 1.5 / 255
+    assert np.abs(actual - expected.permute(1, 2, 0).numpy()).max() <= 1.5 / 255
 
 
 def test_replay_of_a_golden_image(golden: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

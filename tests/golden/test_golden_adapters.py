@@ -49,19 +49,19 @@ def pulid() -> tuple[Pipeline, Identity, Path]:
 @pytest.mark.parametrize("name", CASES)
 def test_golden_case(name: str) -> None:
     case, folder = CASES[name]
-    found = adapters.run(case, adapters.identity_of(folder))
+    actual = adapters.run(case, adapters.identity_of(folder))
     limit = 2e-4 if case.config.get("ortho") == "v2" else 1e-5
-    assert adapters.error(found, case.wanted["latents"]) <= limit
+    assert adapters.error(actual, case.wanted["latents"]) <= limit
 
 
 @pytest.mark.parametrize("stack", ["instantid", "pulid"])
 def test_tokens(stack: str, request: pytest.FixtureRequest) -> None:
     pipeline, identity, folder = request.getfixturevalue(stack)
-    wanted = load_file(folder / "tokens.safetensors")
-    wanted = wanted.get("v1", next(iter(wanted.values())))
+    expected = load_file(folder / "tokens.safetensors")
+    expected = expected.get("v1", next(iter(expected.values())))
     with torch.no_grad():
-        found = torch.stack(pipeline.adapter.tokens(identity, lambda *_: nullcontext()))
-    assert float((found - wanted).norm() / wanted.norm()) < 1e-5
+        actual = torch.stack(pipeline.adapter.tokens(identity, lambda *_: nullcontext()))
+    assert float((actual - expected).norm() / expected.norm()) < 1e-5
 
 
 @pytest.mark.skipif(not (COMPLETE / "pulid").is_dir(), reason="needs the file of v1.1")
@@ -76,9 +76,9 @@ def test_two_photos_of_v11() -> None:
     hidden = [given[f"vit_hidden.{level}"] for level in range(5)]
     both = [torch.cat([state, state.flip(1)]) for state in hidden]
     with torch.no_grad():
-        found = encoder(torch.cat([first, first.flip(-1)]), both)
-    (wanted,) = load_file(folder / "tokens_two_photos.safetensors").values()
-    assert float((found - wanted).norm() / wanted.norm()) < 1e-5
+        actual = encoder(torch.cat([first, first.flip(-1)]), both)
+    (expected,) = load_file(folder / "tokens_two_photos.safetensors").values()
+    assert float((actual - expected).norm() / expected.norm()) < 1e-5
 
 
 def test_key_points_are_drawn_as_published() -> None:

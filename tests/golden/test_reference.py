@@ -28,10 +28,10 @@ def test_golden_case(case: str, golden: Path) -> None:
     assert recipe.seed is not None
     request = Request(recipe.prompt, recipe.seed, identity, recipe.negative_prompt)
     picture = next(reference.generate([request]))
-    wanted = load_file(source.with_suffix(".safetensors"))
+    expected = load_file(source.with_suffix(".safetensors"))
     limit = 2e-4 if any(word in case for word in ("softmask", "am2")) else 1e-5
     assert picture.unet_samples == 12
-    assert picture.initial_latents.equal(wanted["initial_latents"][0])
-    for step, (found, exact) in enumerate(zip(picture.latents, wanted["latents"][:, 0], strict=True)):
-        error = float((found - exact).norm() / exact.norm())
+    assert picture.initial_latents.equal(expected["initial_latents"][0])
+    for step, (actual, exact) in enumerate(zip(picture.latents, expected["latents"][:, 0], strict=True)):
+        error = float((actual - exact).norm() / exact.norm())
         assert error <= limit, f"step {step}: {error:.2e}"

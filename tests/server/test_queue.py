@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from types import SimpleNamespace
 
@@ -74,6 +75,21 @@ def test_photos_are_dropped_when_a_run_ends():
     ended.person = Person(photos=(object(),))
     ended.end("failed", "failed", {})
     assert ended.person == Person()
+
+
+def test_only_the_newest_progress_of_a_download_is_kept():
+    downloading = run()
+    downloading.publish("queued", {"position": 0})
+    downloading.publish("started", {})
+    for done in (1, 2, 3):
+        downloading.publish("download", {"file": "a", "done": done, "total": 3})
+    downloading.end("finished", "finished", {})
+
+    async def collected() -> list[tuple[int, str]]:
+        return [(event.number, event.name) async for event in downloading.events()]
+
+    expected = [(1, "queued"), (2, "started"), (5, "download"), (6, "finished")]
+    assert asyncio.run(collected()) == expected
 
 
 def test_keep_is_a_count_or_hours():

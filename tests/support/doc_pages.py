@@ -77,14 +77,14 @@ def links(page: str) -> list[str]:
 
 def words(command: str) -> tuple[list[str], str | None]:
     """A command as arguments, without `time`, `NAME=value` before it and comments; and where `>` sends it."""
-    found = shlex.split(command, comments=True)
-    while found and (found[0] == "time" or re.fullmatch(r"[A-Z_]+=\S*", found[0])):
-        found.pop(0)
+    actual = shlex.split(command, comments=True)
+    while actual and (actual[0] == "time" or re.fullmatch(r"[A-Z_]+=\S*", actual[0])):
+        actual.pop(0)
     target = None
-    if ">" in found:
-        target = found[found.index(">") + 1]
-        found = found[: found.index(">")]
-    return found, target
+    if ">" in actual:
+        target = actual[actual.index(">") + 1]
+        actual = actual[: actual.index(">")]
+    return actual, target
 
 
 def parse(arguments: list[str]) -> tuple[str, dict[str, Any]]:

@@ -49,11 +49,11 @@ def requests(person) -> list[Request]:
     return [Request("a person", 5, person), Request("a dog", 6, person, "blur", 0.4)]
 
 
-def latents(pipeline: Pipeline, wanted: list[Request]) -> torch.Tensor:
-    return torch.stack([picture.latents for picture in pipeline.generate(wanted, batch_size=2)])
+def latents(pipeline: Pipeline, expected: list[Request]) -> torch.Tensor:
+    return torch.stack([picture.latents for picture in pipeline.generate(expected, batch_size=2)])
 
 
-def assert_same(found: torch.Tensor, wanted: torch.Tensor, limit: float) -> None:
+def assert_same(actual: torch.Tensor, expected: torch.Tensor, limit: float) -> None:
     """Relative error of every step of every picture."""
-    error = (found - wanted).flatten(2).norm(dim=2) / wanted.flatten(2).norm(dim=2)
+    error = (actual - expected).flatten(2).norm(dim=2) / expected.flatten(2).norm(dim=2)
     assert float(error.max()) <= limit, error

@@ -107,16 +107,16 @@ class Device(TorchDispatchMode):
         if name not in COPIES:
             _check(name, flat)
         plain, named = tree_unflatten(_real(flat), spec)
-        found = func(*plain, **named)
+        actual = func(*plain, **named)
         ours = [item for item in flat if isinstance(item, OnDevice)]
         if name in WAITS:
             self.waits += [name] if ours else []
-            return found
+            return actual
         target = next((item for item in flat if isinstance(item, torch.device)), None)
         here = bool(ours) if target is None else target.type == self.device.type
         if name == "aten::copy_":
             here = isinstance(args[0], OnDevice)
-        return tree_map_only(torch.Tensor, lambda t: self._put(t, ours), found) if here else found
+        return tree_map_only(torch.Tensor, lambda t: self._put(t, ours), actual) if here else actual
 
     def _put(self, real: torch.Tensor, ours: Sequence[OnDevice]) -> OnDevice:
         self.dtypes.add(real.dtype)
@@ -149,8 +149,8 @@ def _index(func: Any, args: Sequence[Any]) -> Any:
     if isinstance(me, OnDevice):
         if value and isinstance(value[0], torch.Tensor) and value[0].dim() > 0:
             _check("assignment", [me, value[0]])
-        found = func(me.held, plain[0], *plain[1])
-        return OnDevice(found, me.device) if isinstance(found, torch.Tensor) else found
+        actual = func(me.held, plain[0], *plain[1])
+        return OnDevice(actual, me.device) if isinstance(actual, torch.Tensor) else actual
     if isinstance(where, OnDevice) and where.dim() == 0 and not where.is_floating_point():
         Device.now.waits.append("index")
         return func(me, plain[0], *plain[1])

@@ -155,7 +155,7 @@ def latents(recipe: Recipe, scheduler, paths: dict[str, Path], identity, prompt:
     x = torch.randn(1, 4, s.height // factor, s.width // factor, generator=generator)
     x = x * scheduler.init_noise_sigma
     time_ids = torch.tensor([[s.height, s.width, 0, 0, s.height, s.width]], dtype=torch.float32)
-    found = []
+    actual = []
     for index, t in enumerate(scheduler.timesteps):
         state["step"] = index
         rows = BRANCHES[g.order]
@@ -183,5 +183,5 @@ def latents(recipe: Recipe, scheduler, paths: dict[str, Path], identity, prompt:
             guided = guided * (g.rescale * (e1.std() + e2.std()) / (2 * guided.std()) + 1 - g.rescale)
         kwargs = {"generator": generator} if "generator" in scheduler.step.__code__.co_varnames else {}
         x = scheduler.step(guided, t, x, **kwargs).prev_sample
-        found.append(x)
-    return torch.cat(found)
+        actual.append(x)
+    return torch.cat(actual)

@@ -16,9 +16,9 @@ def maps(seed: int, rows: int = 3, heads: int = 2, positions: int = 16) -> torch
 
 
 def chain(attention: Attention, block="down", step=0, steps=4) -> am.Chain:
-    found = am.resolve(attention, block, step, steps)
-    assert found is not None
-    return found
+    actual = am.resolve(attention, block, step, steps)
+    assert actual is not None
+    return actual
 
 
 def minmax(x: torch.Tensor) -> torch.Tensor:
@@ -27,29 +27,29 @@ def minmax(x: torch.Tensor) -> torch.Tensor:
 
 def test_scale_power():
     a = maps(0)
-    found = am.manipulate(a, chain(Attention(transforms=["power", "scale"])), 1)
-    torch.testing.assert_close(found, (1.55 * a**1.3).clamp(max=10))
+    actual = am.manipulate(a, chain(Attention(transforms=["power", "scale"])), 1)
+    torch.testing.assert_close(actual, (1.55 * a**1.3).clamp(max=10))
     up = am.manipulate(a, chain(Attention(transforms=["power", "scale"]), "up"), 1)
     torch.testing.assert_close(up, 1.45 * a**1.3)
 
 
 def test_scale_is_capped():
-    found = am.manipulate(maps(0), chain(Attention(transforms=[{"kind": "scale", "g": 100.0}])), 1)
-    assert found.max() == 10.0
+    actual = am.manipulate(maps(0), chain(Attention(transforms=[{"kind": "scale", "g": 100.0}])), 1)
+    assert actual.max() == 10.0
 
 
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_softmask_joint(adaptive):
     a = maps(1)
     kind = "adaptive_softmask" if adaptive else "softmask"
-    found = am.manipulate(a, chain(Attention(transforms=[kind])), 1)
+    actual = am.manipulate(a, chain(Attention(transforms=[kind])), 1)
     for token in range(4):
         column = a[..., token]
         threshold = 0.5
         if adaptive:
             threshold = torch.quantile(column, 0.6, dim=-1, keepdim=True).half().float().clamp(min=1e-6)
-        wanted = minmax(1 / (1 + torch.exp(-12.5 * (minmax(column) - threshold))))
-        torch.testing.assert_close(found[..., token], wanted, rtol=1e-4, atol=1e-5)
+        expected = minmax(1 / (1 + torch.exp(-12.5 * (minmax(column) - threshold))))
+        torch.testing.assert_close(actual[..., token], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_softmask_by_branch_sees_one_branch():
@@ -82,17 +82,17 @@ def test_images_of_a_batch_never_see_each_other(seed, images, normalisation):
 
 def test_only_chosen_tokens_change():
     a = maps(3)
-    found = am.manipulate(a, chain(Attention(transforms=["power"], tokens=[1, 3])), 1)
-    assert torch.equal(found[..., [0, 2]], a[..., [0, 2]])
-    torch.testing.assert_close(found[..., [1, 3]], a[..., [1, 3]] ** 1.3)
+    actual = am.manipulate(a, chain(Attention(transforms=["power"], tokens=[1, 3])), 1)
+    assert torch.equal(actual[..., [0, 2]], a[..., [0, 2]])
+    torch.testing.assert_close(actual[..., [1, 3]], a[..., [1, 3]] ** 1.3)
 
 
 def test_token_0_is_inverted_and_turned_back():
     a = maps(4)
-    found = am.manipulate(a, chain(Attention(transforms=["power"], invert_token_0=True)), 1)
+    actual = am.manipulate(a, chain(Attention(transforms=["power"], invert_token_0=True)), 1)
     changed = (1 - a[..., 0]) ** 1.3
-    torch.testing.assert_close(found[..., 0], changed.amax(-1, keepdim=True) - changed)
-    torch.testing.assert_close(found[..., 1:], a[..., 1:] ** 1.3)
+    torch.testing.assert_close(actual[..., 0], changed.amax(-1, keepdim=True) - changed)
+    torch.testing.assert_close(actual[..., 1:], a[..., 1:] ** 1.3)
     without_0 = am.manipulate(
         a, chain(Attention(transforms=["power"], invert_token_0=True, tokens=[1, 2])), 1
     )
@@ -123,9 +123,9 @@ def test_blend_that_breaks_is_skipped_for_that_image_only():
     whole = am.identity_attention(query, key, value, chain(attention), images)
     broken_value = value.clone()
     broken_value[1, 0, 0, 0] = torch.inf
-    found = am.identity_attention(query, key, broken_value, chain(attention), images)
-    torch.testing.assert_close(found[0], whole[0])
-    assert found[1].isfinite().any()
+    actual = am.identity_attention(query, key, broken_value, chain(attention), images)
+    torch.testing.assert_close(actual[0], whole[0])
+    assert actual[1].isfinite().any()
 
 
 def test_plain_attention_where_nothing_is_chosen():
@@ -150,9 +150,9 @@ def test_schedules_by_step():
 def test_the_quantile_is_torchs_rounded_to_half(positions, level):
     # Down to where halves grow coarse, and below.
     a = maps(6, heads=4, positions=positions) * 10 ** torch.linspace(-8, 0, 3)[:, None, None, None]
-    wanted = torch.quantile(a, level, dim=-2, keepdim=True).half().clamp_min(1e-6).float()
-    assert torch.equal(am.quantile(a, level), wanted)
-    assert torch.equal(am.quantile(a, torch.tensor(level)), wanted)
+    expected = torch.quantile(a, level, dim=-2, keepdim=True).half().clamp_min(1e-6).float()
+    assert torch.equal(am.quantile(a, level), expected)
+    assert torch.equal(am.quantile(a, torch.tensor(level)), expected)
 
 
 def test_large_maps_are_not_too_much_for_the_quantile():
@@ -162,8 +162,8 @@ def test_large_maps_are_not_too_much_for_the_quantile():
 
 def test_constant_maps_stay_finite():
     a = torch.full((3, 2, 16, 4), 0.25)
-    found = am.manipulate(a, chain(Attention(transforms=["softmask", "adaptive_softmask"])), 1)
-    assert found.isfinite().all()
+    actual = am.manipulate(a, chain(Attention(transforms=["softmask", "adaptive_softmask"])), 1)
+    assert actual.isfinite().all()
 
 
 @pytest.mark.parametrize(

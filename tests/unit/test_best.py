@@ -44,17 +44,17 @@ def pocket():
 
 class TestChoice:
     def test_the_likest_of_those_that_follow_the_prompt(self) -> None:
-        found = scores((0.9, 0.1), (0.5, 0.3), (0.6, 0.2))
-        assert standing(found) == [1, 2]
-        assert choose(found) == 2
+        actual = scores((0.9, 0.1), (0.5, 0.3), (0.6, 0.2))
+        assert standing(actual) == [1, 2]
+        assert choose(actual) == 2
 
     def test_of_two_none_is_left_out(self) -> None:
         assert choose(scores((0.9, 0.1), (0.5, 0.9))) == 0
 
     def test_without_prompt_scores_the_likest(self) -> None:
-        found = scores((0.2, None), (0.9, None), (0.5, None))
-        assert standing(found) == [0, 1, 2]
-        assert choose(found) == 1
+        actual = scores((0.2, None), (0.9, None), (0.5, None))
+        assert standing(actual) == [0, 1, 2]
+        assert choose(actual) == 1
 
     def test_image_without_a_face_is_never_kept(self) -> None:
         assert choose(scores((None, 1.0), (0.1, 0.0))) == 1
@@ -79,20 +79,20 @@ class TestChoice:
         )
     )
     def test_exactly_one_candidate_is_kept(self, pairs: list[tuple[float | None, float | None]]) -> None:
-        found = scores(*pairs)
-        kept, stands = choose(found), standing(found)
+        actual = scores(*pairs)
+        kept, stands = choose(actual), standing(actual)
         assert kept in stands
-        shown = [score for score in found if score.likeness is not None]
-        assert len(stands) >= (len(shown) - len(shown) // 3 if shown else len(found))
+        shown = [score for score in actual if score.likeness is not None]
+        assert len(stands) >= (len(shown) - len(shown) // 3 if shown else len(actual))
         most = max(
-            (score.likeness for score in (found[index] for index in stands) if score.likeness is not None),
+            (score.likeness for score in (actual[index] for index in stands) if score.likeness is not None),
             default=None,
         )
-        assert found[kept].likeness == most
+        assert actual[kept].likeness == most
 
     def test_the_summary_is_of_the_kept_one(self) -> None:
-        found = Candidates((), tuple(scores((0.12345, None), (0.98765, None))), "dlib")
-        assert found.summary() == {
+        actual = Candidates((), tuple(scores((0.12345, None), (0.98765, None))), "dlib")
+        assert actual.summary() == {
             "count": 2,
             "first_seed": 0,
             "judge": "dlib",

@@ -31,12 +31,12 @@ def after(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_difference_is_that_of_equal_people_prompts_and_seeds(before: Path, after: Path) -> None:
-    found = compare_runs(before, after, resamples=200)
-    places = [(pairing.a, pairing.b, pairing.stress) for pairing in found.pairings]
+    actual = compare_runs(before, after, resamples=200)
+    places = [(pairing.a, pairing.b, pairing.stress) for pairing in actual.pairings]
     assert places == [
         (name, name, stress) for name in ("baseline", "am1", "fastface") for stress in (None, "blur")
     ]
-    for number, pairing in enumerate(found.pairings):
+    for number, pairing in enumerate(actual.pairings):
         # The fixture's noise hangs on person, prompt and seed alone: it leaves every pair's difference.
         assert pairing.pairs == 15
         assert pairing.alone == (9, 0)
@@ -45,17 +45,17 @@ def test_the_difference_is_that_of_equal_people_prompts_and_seeds(before: Path, 
         assert likeness["difference"] == pytest.approx(0.02 * (number // 2))
         assert likeness["low"] == pytest.approx(likeness["high"])
         assert likeness["b"] - likeness["a"] == pytest.approx(likeness["difference"])
-    am1 = found.pairings[2].columns
+    am1 = actual.pairings[2].columns
     assert am1["id"]["n"] == 14  # one has no face in the first run
     assert am1["detection"]["n"] == 15
     assert am1["detection"]["difference"] == pytest.approx(1 / 15)
 
 
 def test_recipes_of_other_names_are_paired_on_demand(before: Path, after: Path) -> None:
-    found = compare_runs(before, after, recipes={"baseline": "fastface"}, resamples=50)
-    assert [(pairing.a, pairing.b) for pairing in found.pairings] == [("baseline", "fastface")] * 2
-    assert found.pairings[0].columns["id"]["difference"] > 0.05
-    assert [line.strip() for line in found.pairings[0].changed] == ["number: 0 before, 2 now"]
+    actual = compare_runs(before, after, recipes={"baseline": "fastface"}, resamples=50)
+    assert [(pairing.a, pairing.b) for pairing in actual.pairings] == [("baseline", "fastface")] * 2
+    assert actual.pairings[0].columns["id"]["difference"] > 0.05
+    assert [line.strip() for line in actual.pairings[0].changed] == ["number: 0 before, 2 now"]
 
 
 def test_the_only_recipes_of_two_runs_go_together(tmp_path: Path) -> None:

@@ -110,7 +110,7 @@ print(seconds, counters["inductor"]["fxgraph_cache_hit"], counters["aot_autograd
 """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     environment.pop("TORCHINDUCTOR_CACHE_DIR", None)
-    found = []
+    actual = []
     for _ in range(2):
         done = subprocess.run(
             [sys.executable, "-c", script, *map(str, small.values()), str(tmp_path / "graphs")],
@@ -120,8 +120,8 @@ print(seconds, counters["inductor"]["fxgraph_cache_hit"], counters["aot_autograd
             check=True,
         )
         seconds, graphs, whole = done.stdout.split()
-        found.append((float(seconds), int(graphs) + int(whole)))
-    (cold, none), (warm, hits) = found
+        actual.append((float(seconds), int(graphs) + int(whole)))
+    (cold, none), (warm, hits) = actual
     assert none == 0
     assert hits >= 2, "the step and the VAE"
     assert warm < cold

@@ -59,8 +59,8 @@ def recipe_of(kind: str = "ddim", spacing: str | None = "trailing", steps: int =
 def parts(tmp_path_factory: pytest.TempPathFactory) -> Paths:
     """The files as published: halves, but for the image encoder, the VAE and the LoRA."""
     folder = tmp_path_factory.mktemp("halves")
-    found = write_stack(folder, MINIATURE, fill="random", dtype=torch.float16)
-    return {**found, "distillation": found["hyper"]}
+    actual = write_stack(folder, MINIATURE, fill="random", dtype=torch.float16)
+    return {**actual, "distillation": actual["hyper"]}
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def test_everything_meets_on_the_device(
     monkeypatch.setattr(pipeline, "pick_device", torch.device)
     requests = [Request("a cat", 3, person, "blur"), Request("a dog", 4, person, adapter_scale=0.5)]
     recipe = recipe_of(attention=AM2)
-    wanted = list(run_of(recipe, loaded("cpu", "float16"), parts).generate(requests, batch_size=2))
+    expected = list(run_of(recipe, loaded("cpu", "float16"), parts).generate(requests, batch_size=2))
     with pretended(name) as device:
         here = loaded(name, "float16")
         modules = (here.unet, here.vae, here.projection, here.parts.text_encoder, here.parts.text_encoder_2)
@@ -98,8 +98,8 @@ def test_everything_meets_on_the_device(
             for tensor in (*module.parameters(), *module.buffers()):
                 assert isinstance(tensor, OnDevice)
                 assert tensor.dtype is torch.float16 or not tensor.is_floating_point()
-        found = list(run_of(recipe, here, parts).generate(requests, batch_size=2))
-        for one, other in zip(found, wanted, strict=True):
+        actual = list(run_of(recipe, here, parts).generate(requests, batch_size=2))
+        for one, other in zip(actual, expected, strict=True):
             assert (one.latents - other.latents).norm() < 5e-3 * other.latents.norm()
         assert torch.float64 not in device.dtypes  # MPS has no such numbers
 
@@ -151,11 +151,11 @@ def test_half_precision_stays_close(
 ) -> None:
     recipe = recipe_of(steps=4, attention=method)
     request = Request("a cat", 3, person)
-    found, wanted = (
+    actual, expected = (
         next(run_of(recipe, loaded("cpu", number), parts).generate([request]))
         for number in (dtype, "float32")
     )
-    assert (found.latents - wanted.latents).norm() < tolerance * wanted.latents.norm()
+    assert (actual.latents - expected.latents).norm() < tolerance * expected.latents.norm()
 
 
 def test_lcm_takes_more_steps_than_it_was_distilled_on(parts: Paths, loaded: Loaded) -> None:
@@ -174,10 +174,10 @@ def test_the_verified_halves_are_loaded_where_another_program_left_a_plain_file(
 ) -> None:
     """A Hub cache is shared; of the two files only the fp16 one is in the manifest."""
     base = write_stack(tmp_path, MINIATURE, fill="random", parts=["base"], dtype=torch.float16)["base"]
-    wanted = loading.load_unet(base, None, torch.float16).conv_in.weight
+    expected = loading.load_unet(base, None, torch.float16).conv_in.weight
     state = {name: t * 0 for name, t in loading.load_unet(base, None, torch.float32).state_dict().items()}
     save_file(state, base / "unet" / "diffusion_pytorch_model.safetensors", {"format": "pt"})
-    assert torch.equal(loading.load_unet(base, None, torch.float16).conv_in.weight, wanted)
+    assert torch.equal(loading.load_unet(base, None, torch.float16).conv_in.weight, expected)
 
 
 @pytest.mark.parametrize(

@@ -78,11 +78,11 @@ def test_trajectory(model: str, golden) -> None:
     noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
     latents, generator = noise * theirs.init_noise_sigma, torch.Generator().manual_seed(2)
     named = {"generator": generator} if kind in (LCMScheduler, TCDScheduler, _ShiftedLCM) else {}
-    wanted = []
+    expected = []
     for time in theirs.timesteps:
         output = predict(theirs.scale_model_input(latents, time), time)
         latents = theirs.step(output, time, latents, **named, return_dict=False)[0]
-        wanted.append(latents)
+        expected.append(latents)
 
     ours = with_steps(load_scheduler(recipe, golden / "pipe", None), recipe.sampling.steps)
     shown = model_times(ours)
@@ -90,7 +90,7 @@ def test_trajectory(model: str, golden) -> None:
     steps = [Step(index, float(t), 1.0, 1.0, (2,)) for index, t in enumerate(ours.timesteps)]
     own = [torch.Generator().manual_seed(2)] if is_stochastic(ours) else None
     trace = sample(lambda x, step: predict(x, shown[step.index]), ours, noise, steps, own)
-    for one, other in zip(trace.latents, wanted, strict=True):
+    for one, other in zip(trace.latents, expected, strict=True):
         assert float((one - other).norm() / other.norm()) < 1e-6
 
 

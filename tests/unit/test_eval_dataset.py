@@ -34,10 +34,10 @@ def published(tmp_path):
 
 
 def test_the_published_layout(published):
-    found = load_dataset(published)
-    assert (found.name, [subject.name for subject in found.subjects]) == ("published", ["C", "a", "b"])
-    assert found.subjects[1].photos == (published / "id_photos" / "a.png",)
-    assert found.prompts == ("Line drawing; a Man", "a Woman")
+    actual = load_dataset(published)
+    assert (actual.name, [subject.name for subject in actual.subjects]) == ("published", ["C", "a", "b"])
+    assert actual.subjects[1].photos == (published / "id_photos" / "a.png",)
+    assert actual.prompts == ("Line drawing; a Man", "a Woman")
     assert load_dataset(published, split="realistic").prompts == ("a Woman",)
     assert load_dataset(published, split="style", lower=True).prompts == ("line drawing; a man",)
 
@@ -45,8 +45,11 @@ def test_the_published_layout(published):
 def test_a_folder_of_photos_and_a_prompts_file(published, tmp_path):
     (tmp_path / "mine.txt").write_text("one\ntwo\n")
     (published / "id_photos" / "notes.md").write_text("no photo")
-    found = load_dataset(published / "id_photos", prompts=tmp_path / "mine.txt")
-    assert ([subject.name for subject in found.subjects], found.prompts) == (["C", "a", "b"], ("one", "two"))
+    actual = load_dataset(published / "id_photos", prompts=tmp_path / "mine.txt")
+    assert ([subject.name for subject in actual.subjects], actual.prompts) == (
+        ["C", "a", "b"],
+        ("one", "two"),
+    )
 
 
 def test_a_manifest(tmp_path):
@@ -57,8 +60,8 @@ def test_a_manifest(tmp_path):
     path = tmp_path / "people.jsonl"
     path.write_text("# people\n\n" + "\n".join(map(json.dumps, lines)))
     (tmp_path / "prompts.txt").write_text("p\n")
-    found = load_dataset(path)
-    assert found.subjects == (
+    actual = load_dataset(path)
+    assert actual.subjects == (
         Subject("ann", (tmp_path / "x/ann.jpg",), None, {"light": "dim"}),
         Subject(
             "zoe",

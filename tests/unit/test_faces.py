@@ -42,10 +42,10 @@ class TestRandomPack:
 
         app = FaceAnalysis(name=str(pack), root=str(pack), providers=["CPUExecutionProvider"])
         app.prepare(ctx_id=0, det_size=(640, 640))
-        wanted = app.get(picture())
-        found = analyzer.detect(picture(), 640)
-        assert len(found) == len(wanted) > 1
-        for face, face_ in zip(found, wanted, strict=True):
+        expected = app.get(picture())
+        actual = analyzer.detect(picture(), 640)
+        assert len(actual) == len(expected) > 1
+        for face, face_ in zip(actual, expected, strict=True):
             assert np.array_equal(face.box, face_.bbox)
             assert np.array_equal(face.key_points, face_.kps)
             assert face.score == face_.det_score

@@ -47,7 +47,7 @@ def recipe_of(lora_scale: float = 0.6, loras: tuple[float, ...] = ()) -> Recipe:
 @pytest.fixture
 def paths(miniature, tmp_path) -> dict[str, Path]:
     """Copies, so that a test may change them."""
-    found = {}
+    actual = {}
     for role, part in (
         ("base", "base"),
         ("distillation", "hyper"),
@@ -55,11 +55,11 @@ def paths(miniature, tmp_path) -> dict[str, Path]:
         ("image_encoder", "image_encoder"),
     ):
         source = miniature[part]
-        found[role] = tmp_path / "stack" / source.name
+        actual[role] = tmp_path / "stack" / source.name
         copy = shutil.copytree if source.is_dir() else shutil.copyfile
-        found[role].parent.mkdir(exist_ok=True)
-        copy(source, found[role])
-    return found
+        actual[role].parent.mkdir(exist_ok=True)
+        copy(source, actual[role])
+    return actual
 
 
 @pytest.fixture

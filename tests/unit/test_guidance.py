@@ -64,7 +64,7 @@ def test_pruned_combination_is_the_formula(order, identity, text, renorm, rescal
     generator = torch.Generator().manual_seed(seed)
     e = torch.randn(3, 2, 4, 8, 8, generator=generator, dtype=torch.float32)
     step = guidance.plan(g, OFF, [500.0])[0]
-    found = guidance.mix(
+    actual = guidance.mix(
         e[list(step.branches)],
         guidance.mixing(step, g),
         g.order,
@@ -72,8 +72,8 @@ def test_pruned_combination_is_the_formula(order, identity, text, renorm, rescal
         renorm=guidance.is_renormed(step, g),
     )
     for image in range(2):
-        wanted = plainly(*e[:, image].double(), g, identity, text).float()
-        torch.testing.assert_close(found[image], wanted, rtol=1e-4, atol=1e-4)
+        expected = plainly(*e[:, image].double(), g, identity, text).float()
+        torch.testing.assert_close(actual[image], expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

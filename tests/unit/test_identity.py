@@ -52,9 +52,9 @@ class TestArithmetic:
     def test_mean_is_weighted_and_of_unit_norm(self) -> None:
         one, two = person(1), person(2)
         mean = identity(one, two, weight=[3.0, 1.0]).mean()
-        wanted = 3 * one.astype(np.float64) + two
+        expected = 3 * one.astype(np.float64) + two
         assert mean.dtype == np.float32
-        assert np.abs(mean - wanted / np.linalg.norm(wanted)).max() < 1e-6
+        assert np.abs(mean - expected / np.linalg.norm(expected)).max() < 1e-6
         assert abs(np.linalg.norm(mean.astype(np.float64)) - 1) < 1e-6
 
     @settings(max_examples=40, deadline=None)
@@ -462,8 +462,8 @@ class TestSeveralPhotos:
         analyzer = SquareAnalyzer(people=people, score={7: 0.9, 8: 0.6})
         made = make_identity([ONE, drawn((300, 200), (100, 50, 90, 8))], analyzer)
         assert made.weight.tolist() == pytest.approx([0.9, 0.6])
-        wanted = 0.9 * people[7].astype(np.float64) + 0.6 * people[8]
-        assert np.abs(made.mean() - wanted / np.linalg.norm(wanted)).max() < 1e-6
+        expected = 0.9 * people[7].astype(np.float64) + 0.6 * people[8]
+        assert np.abs(made.mean() - expected / np.linalg.norm(expected)).max() < 1e-6
 
     def test_a_photo_without_a_face_is_named_and_omitted(self, tmp_path: Path) -> None:
         heard = Heard()
@@ -514,7 +514,7 @@ class TestSeveralPhotos:
 
 class TestOutliers:
     @staticmethod
-    def found(*people: np.ndarray, weight: list[float] | None = None) -> list[int]:
+    def actual(*people: np.ndarray, weight: list[float] | None = None) -> list[int]:
         return list(outliers(np.stack(people), np.array(weight or [1.0] * len(people), np.float32)))
 
     def test_one_or_two_photos_have_no_outlier(self) -> None:

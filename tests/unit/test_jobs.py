@@ -28,23 +28,23 @@ def from_lines(tmp_path: Path, *lines: str | bytes) -> list[Job | JobError]:
 
 
 def one(tmp_path: Path, **fields: Any) -> Job:
-    (found,) = from_lines(tmp_path, json.dumps(fields))
-    assert isinstance(found, Job), found
-    return found
+    (actual,) = from_lines(tmp_path, json.dumps(fields))
+    assert isinstance(actual, Job), actual
+    return actual
 
 
 def refused(tmp_path: Path, line: str | bytes) -> UsageError:
-    (found,) = from_lines(tmp_path, line)
-    assert isinstance(found, JobError), found
-    assert found.line == 1
-    assert found.error.message.startswith(f"{tmp_path / 'jobs.jsonl'}:1: ")
-    assert "\n" not in found.error.message
-    return found.error
+    (actual,) = from_lines(tmp_path, line)
+    assert isinstance(actual, JobError), actual
+    assert actual.line == 1
+    assert actual.error.message.startswith(f"{tmp_path / 'jobs.jsonl'}:1: ")
+    assert "\n" not in actual.error.message
+    return actual.error
 
 
 class TestJobs:
     def test_all_fields(self, tmp_path: Path) -> None:
-        found = one(
+        actual = one(
             tmp_path,
             face=["a.jpg", "b.jpg"],
             prompt="東京",
@@ -54,7 +54,7 @@ class TestJobs:
             set={"guidance.text": [1, 2], "model.base": "./x.safetensors"},
             adapter_scale=1,
         )
-        assert found == Job(
+        assert actual == Job(
             line=1,
             face=["a.jpg", "b.jpg"],
             prompt="東京",
@@ -88,15 +88,15 @@ class TestJobs:
         assert recipe.negative_prompt == changes["negative_prompt"]
 
     def test_lines_that_are_skipped_still_count(self, tmp_path: Path) -> None:
-        found = from_lines(
+        actual = from_lines(
             tmp_path, b"\xef\xbb\xbf# comment", "", "  \r", '{"seed": 1}\r', "  # more", '{"seed": 2}'
         )
-        assert [(job.line, job.seed) for job in found if isinstance(job, Job)] == [(4, 1), (6, 2)]
-        assert len(found) == 2
+        assert [(job.line, job.seed) for job in actual if isinstance(job, Job)] == [(4, 1), (6, 2)]
+        assert len(actual) == 2
 
     def test_wrong_lines_spoil_only_themselves(self, tmp_path: Path) -> None:
-        found = from_lines(tmp_path, "{", '{"seed": 1}', b"\xff", '{"sed": 1}', '{"seed": 2}')
-        assert [(type(item).__name__, item.line) for item in found] == [
+        actual = from_lines(tmp_path, "{", '{"seed": 1}', b"\xff", '{"sed": 1}', '{"seed": 2}')
+        assert [(type(item).__name__, item.line) for item in actual] == [
             ("JobError", 1),
             ("Job", 2),
             ("JobError", 3),
@@ -147,21 +147,21 @@ class TestJobs:
 
     def test_long_lines(self, tmp_path: Path) -> None:
         fits = json.dumps({"prompt": "x" * (jobs.MAX_LINE - 20)})
-        found = from_lines(tmp_path, fits, " " * (3 * jobs.MAX_LINE), '{"seed": 5}', "x" * jobs.MAX_LINE * 2)
-        assert [(type(item).__name__, item.line) for item in found] == [
+        actual = from_lines(tmp_path, fits, " " * (3 * jobs.MAX_LINE), '{"seed": 5}', "x" * jobs.MAX_LINE * 2)
+        assert [(type(item).__name__, item.line) for item in actual] == [
             ("Job", 1),
             ("JobError", 2),
             ("Job", 3),
             ("JobError", 4),
         ]
-        assert isinstance(found[1], JobError)
-        assert "longer than" in found[1].error.message
+        assert isinstance(actual[1], JobError)
+        assert "longer than" in actual[1].error.message
 
     def test_line_of_exactly_the_limit(self, tmp_path: Path) -> None:
         head, tail = b'{"prompt": "', b'"}'
         exact = head + b"x" * (jobs.MAX_LINE - len(head) - len(tail)) + tail
-        found = from_lines(tmp_path, exact, exact + b" ", b'{"seed": 1}')
-        assert [type(item).__name__ for item in found] == ["Job", "JobError", "Job"]
+        actual = from_lines(tmp_path, exact, exact + b" ", b'{"seed": 1}')
+        assert [type(item).__name__ for item in actual] == ["Job", "JobError", "Job"]
 
     def test_files_that_cannot_be_read_are_refused_at_once(self, tmp_path: Path) -> None:
         for name in ("missing.jsonl", "", "a\0b"):
@@ -172,16 +172,16 @@ class TestJobs:
     def test_standard_input_is_read_as_it_comes(self, monkeypatch: pytest.MonkeyPatch) -> None:
         reading, writing = os.pipe()
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(os.fdopen(reading, "rb")))
-        found: Iterator[Job | JobError] = read_jobs("-")
+        actual: Iterator[Job | JobError] = read_jobs("-")
         os.write(writing, b'{"seed": 1}\n')
-        first = next(found)
+        first = next(actual)
         assert isinstance(first, Job)
         assert first.seed == 1
         threading.Timer(0.05, lambda: (os.write(writing, b"{}x\n"), os.close(writing))).start()
-        second = next(found)
+        second = next(actual)
         assert isinstance(second, JobError)
         assert second.error.message.startswith("stdin:2: ")
-        assert list(found) == []
+        assert list(actual) == []
         assert not sys.stdin.buffer.closed
 
     def test_file_is_closed(self, tmp_path: Path) -> None:
@@ -216,9 +216,9 @@ class TestJobs:
         )
     )
     def test_any_object(self, value: dict[str, Any]) -> None:
-        (found,) = jobs.read_stream(io.BytesIO(json.dumps(value).encode()), "x")
-        assert isinstance(found, Job | JobError)
-        if isinstance(found, Job):
+        (actual,) = jobs.read_stream(io.BytesIO(json.dumps(value).encode()), "x")
+        assert isinstance(actual, Job | JobError)
+        if isinstance(actual, Job):
             assert "x" not in value
 
 

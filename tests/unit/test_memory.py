@@ -44,13 +44,13 @@ def parts(miniature):
 def test_offload_level_gives_the_same_image_on_a_device(level, method, parts, person):
     """With a pretended card, which refuses an operation on tensors of two places."""
     plain = Pipeline.load(METHODS[method], parts, device="cpu", dtype="float32")
-    wanted = latents(plain, requests(person))
+    expected = latents(plain, requests(person))
     with pretended("cuda:0") as card:
         saving = on_card(METHODS[method], parts, level, card.device)
         at_home = homes(saving)
-        found = latents(saving, requests(person))
+        actual = latents(saving, requests(person))
         assert homes(saving) == at_home, "everything is back where it lives"
-    assert_same(found, wanted, LIMITS[method])
+    assert_same(actual, expected, LIMITS[method])
 
 
 def on_card(recipe, parts, level: str, card: torch.device) -> Pipeline:
@@ -77,15 +77,15 @@ def test_off_moves_nothing(parts, person):
 
 def on_device(pipeline: Pipeline) -> set[str]:
     """The parts that lie on the device now, whole or in part; weights of keys and values by themselves."""
-    found = set()
+    actual = set()
     named = {"unet": pipeline.unet, "vae": pipeline.vae, "projection": pipeline.projection}
     for name in ("text_encoder", "text_encoder_2", "image_encoder"):
         named[name] = getattr(pipeline.parts, name)
     for name, module in named.items():
         for part in module.modules():
             if any(tensor.device.type == "cuda" for tensor in part.parameters(recurse=False)):
-                found.add("keys" if part in pipeline.key_modules else name)
-    return found
+                actual.add("keys" if part in pipeline.key_modules else name)
+    return actual
 
 
 STAGES = {
@@ -149,17 +149,17 @@ def test_branches_go_one_by_one_where_they_do_not_see_each_other(parts, person):
 @pytest.mark.parametrize("name", LEVELS)
 def test_the_peaks_are_those_of_the_published_size(name):
     """Counted on tensors without numbers; each level leaves a quarter of its card for what is no tensor."""
-    found = count(load_recipe("hyper-fastface").recipe, LEVELS[name]).peak / GIB
-    assert found == pytest.approx(PEAKS[name], abs=0.05)
+    actual = count(load_recipe("hyper-fastface").recipe, LEVELS[name]).peak / GIB
+    assert actual == pytest.approx(PEAKS[name], abs=0.05)
     if name != "off":
-        assert found + HEADROOM < 0.95 * int(name)
+        assert actual + HEADROOM < 0.95 * int(name)
 
 
 def test_memory_of_larger_images_matches_the_documentation():
     recipe = load_recipe("hyper-fastface", overrides=["sampling.width=1536", "sampling.height=1536"]).recipe
     for name in ("off", "12"):
-        found = count(recipe, LEVELS[name]).peak / GIB
-        assert found == pytest.approx(PEAKS[name] + DECODING * 1.25, abs=0.1)
+        actual = count(recipe, LEVELS[name]).peak / GIB
+        assert actual == pytest.approx(PEAKS[name] + DECODING * 1.25, abs=0.1)
 
 
 @pytest.mark.parametrize(

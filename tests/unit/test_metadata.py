@@ -94,8 +94,8 @@ def as_viewers_read(text: str) -> tuple[str, str, dict[str, str]]:
 class TestRoundTrip:
     def test_everything_comes_back(self, tmp_path: Path) -> None:
         made = recipe()
-        found = again(tmp_path, run(made, negative_prompt="blurry", adapter_scale=0.55, seed=2**63 - 1))
-        assert found == Provenance(
+        actual = again(tmp_path, run(made, negative_prompt="blurry", adapter_scale=0.55, seed=2**63 - 1))
+        assert actual == Provenance(
             recipe=made,
             prompt="an astronaut",
             negative_prompt="blurry",
@@ -105,21 +105,21 @@ class TestRoundTrip:
             unet_samples=10,
             versions=installed_versions(),
         )
-        assert found.recipe.digest() == made.digest()
+        assert actual.recipe.digest() == made.digest()
 
     def test_as_run(self, tmp_path: Path) -> None:
         made = recipe().model_copy(update={"negative_prompt": "from the recipe", "seed": 1})
-        found = again(tmp_path, run(made, adapter_scale=0.3)).as_run()
-        assert (found.prompt, found.negative_prompt, found.seed) == ("an astronaut", None, 7)
-        assert found.adapter.scale == 0.3
-        assert found.adapter.lora_scale == made.adapter.lora_scale
+        actual = again(tmp_path, run(made, adapter_scale=0.3)).as_run()
+        assert (actual.prompt, actual.negative_prompt, actual.seed) == ("an astronaut", None, 7)
+        assert actual.adapter.scale == 0.3
+        assert actual.adapter.lora_scale == made.adapter.lora_scale
 
     @pytest.mark.parametrize(
         "prompt", ["", "ein Mädchen", "東京 🦊", 'a "b", c: d\nNegative prompt: x\\', "\0\r\t\x7f"]
     )
     def test_prompts(self, tmp_path: Path, prompt: str) -> None:
-        found = again(tmp_path, run(prompt=prompt, negative_prompt=prompt))
-        assert found.prompt == found.negative_prompt == prompt
+        actual = again(tmp_path, run(prompt=prompt, negative_prompt=prompt))
+        assert actual.prompt == actual.negative_prompt == prompt
 
     def test_bytes_that_are_no_text(self, tmp_path: Path) -> None:
         assert again(tmp_path, run(prompt="a\udcffb")).prompt == "a?b"
@@ -127,8 +127,8 @@ class TestRoundTrip:
     @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(st.text(st.characters(exclude_categories=["Cs"])), st.integers(0, 2**63 - 1), st.floats(-5, 5))
     def test_any_prompt_seed_and_scale(self, tmp_path: Path, prompt: str, seed: int, scale: float) -> None:
-        found = again(tmp_path, run(prompt=prompt, seed=seed, adapter_scale=scale))
-        assert (found.prompt, found.seed, found.adapter_scale) == (prompt, seed, scale)
+        actual = again(tmp_path, run(prompt=prompt, seed=seed, adapter_scale=scale))
+        assert (actual.prompt, actual.seed, actual.adapter_scale) == (prompt, seed, scale)
 
     def test_text_behind_the_pixels(self, tmp_path: Path) -> None:
         data = written(tmp_path, None).read_bytes()
@@ -140,9 +140,9 @@ class TestRoundTrip:
     def test_the_shipped_recipes(self, tmp_path: Path) -> None:
         for name in ("hyper-fastface", "lightning-fastface-am2", "turbo-am2", "lcm-dcg", "pocket-fastface"):
             made = load_recipe(name).recipe
-            found = again(tmp_path, run(made))
-            assert found.recipe == made
-            assert found.local_parts == ()
+            actual = again(tmp_path, run(made))
+            assert actual.recipe == made
+            assert actual.local_parts == ()
 
 
 class TestParameters:
@@ -215,9 +215,9 @@ class TestPrivacy:
         assert "secret-folder/" not in whole
         assert "secret-folder\\" not in whole
 
-        found = again(tmp_path, text)
-        assert found.recipe.name == "my.yaml"
-        parts = {part.field: part for part in found.local_parts}
+        actual = again(tmp_path, text)
+        assert actual.recipe.name == "my.yaml"
+        parts = {part.field: part for part in actual.local_parts}
         assert {field: part.name for field, part in parts.items()} == {
             "model.base": "secret-folder",
             "model.unet.4": "mine.safetensors",
@@ -228,35 +228,35 @@ class TestPrivacy:
         }
         assert parts["model.unet.4"].mark == content_mark(folder / "mine.safetensors")
         assert parts["model.adapter"].mark is None
-        assert found.recipe.model.base == "local:secret-folder"
+        assert actual.recipe.model.base == "local:secret-folder"
 
     def test_local_parts_must_be_given_again(self, tmp_path: Path) -> None:
         made = recipe(base="./dreams.safetensors", loras=[{"file": "./ink.safetensors", "scale": 0.5}])
-        found = again(tmp_path, run(made))
+        actual = again(tmp_path, run(made))
         with pytest.raises(UsageError, match=r"'dreams\.safetensors' as model\.base, 'ink") as caught:
-            found.require_local_parts(["model.vae"])
+            actual.require_local_parts(["model.vae"])
         assert caught.value.hint == "add --set model.base=PATH --set model.loras.0.file=PATH"
         with pytest.raises(UsageError, match=r"\('ink\.safetensors' as model\.loras\.0\.file\)"):
-            found.require_local_parts(["model.base"])
-        found.require_local_parts(["model.base", "model.loras"])
-        found.require_local_parts(["model"])
+            actual.require_local_parts(["model.base"])
+        actual.require_local_parts(["model.base", "model.loras"])
+        actual.require_local_parts(["model"])
 
     def test_other_content_under_the_same_name_is_noticed(self, tmp_path: Path) -> None:
         base, other = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
         base.write_bytes(b"one")
         other.write_bytes(b"one")
-        found = again(tmp_path, run(recipe(base=str(base), vae="./never-seen.safetensors")))
+        actual = again(tmp_path, run(recipe(base=str(base), vae="./never-seen.safetensors")))
         renewed = recipe(base=str(other), vae="./never-seen.safetensors")
-        assert found.changed_local_parts(renewed) == []
+        assert actual.changed_local_parts(renewed) == []
         other.write_bytes(b"two")
-        assert [part.field for part in found.changed_local_parts(renewed)] == ["model.base"]
-        assert [part.field for part in found.changed_local_parts(recipe())] == ["model.base"]
+        assert [part.field for part in actual.changed_local_parts(renewed)] == ["model.base"]
+        assert [part.field for part in actual.changed_local_parts(recipe())] == ["model.base"]
 
     def test_names_of_the_manifest_and_pinned_hub_files_stay(self, tmp_path: Path) -> None:
         made = recipe(base=f"hub:someone/sdxl@{'1' * 40}:x.safetensors")
-        found = again(tmp_path, run(made))
-        assert found.recipe == made
-        assert found.local_parts == ()
+        actual = again(tmp_path, run(made))
+        assert actual.recipe == made
+        assert actual.local_parts == ()
 
 
 class TestContentMark:

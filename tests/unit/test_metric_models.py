@@ -175,11 +175,11 @@ def test_the_aesthetic_score_is_the_chain_of_its_linear_maps(tmp_path: Path) -> 
     clip = One(lambda prompts: vector, lambda pixels: vector, 8, "cpu")
     metric = Aesthetic()
     metric.load(Context(paths={"aesthetic-ava-logos": tmp_path / "head.pth"}, shared={CLIP_L14: clip}))
-    found = metric.score([Sample("a", photo((9, 9)), None, "")] * 2)
+    actual = metric.score([Sample("a", photo((9, 9)), None, "")] * 2)
     x = vector
     for layer in LAYERS:
         x = x @ state[f"layers.{layer}.weight"].T + state[f"layers.{layer}.bias"]
-    assert [one["aesthetic"] for one in found] == pytest.approx([float(x)] * 2, rel=1e-4)
+    assert [one["aesthetic"] for one in actual] == pytest.approx([float(x)] * 2, rel=1e-4)
 
 
 def test_the_aesthetic_head_has_the_published_size() -> None:
@@ -235,12 +235,12 @@ def published_names(depth: int, layers: int) -> list[str]:
 
 def our_shapes(towers: Towers) -> dict[str, torch.Size]:
     parts = {"vision": towers.vision, "text": towers.text}
-    found = {
+    actual = {
         f"{part}.{name}": one.shape
         for part, model in parts.items()
         for name, one in model.state_dict().items()
     }
-    return found | {f"mlp.{name}": tensor.shape for name, tensor in head_state().items()}
+    return actual | {f"mlp.{name}": tensor.shape for name, tensor in head_state().items()}
 
 
 def random_state(towers: Towers, depth: int, layers: int) -> dict[str, torch.Tensor]:
@@ -372,7 +372,7 @@ def test_imagereward_as_a_metric(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def networks(seed: int = 0) -> list[dict[str, torch.Tensor]]:
     torch.manual_seed(seed)
-    found = []
+    actual = []
     for shapes in SHAPES.values():
         state = {}
         for name, shape in shapes.items():
@@ -380,8 +380,8 @@ def networks(seed: int = 0) -> list[dict[str, torch.Tensor]]:
             state[f"{name}.bias"] = torch.zeros(shape[0])
             if "_" not in name:
                 state[f"prelu{name[-1]}.weight"] = torch.full((shape[0],), 0.25)
-        found.append(state)
-    return found
+        actual.append(state)
+    return actual
 
 
 def test_mtcnns_networks_have_the_published_sizes() -> None:

@@ -119,10 +119,10 @@ def test_the_published_protocol_reproduces_a_table_computed_by_hand() -> None:
         row(key, "fast", key.split("/")[1], scores=one.scores)
         for key, one in zip(pictures, scored, strict=True)
     ]
-    found = summarize(rows, columns_of([metric]), resamples=100)
-    numbers = found["recipes"]["fast"]
+    actual = summarize(rows, columns_of([metric]), resamples=100)
+    numbers = actual["recipes"]["fast"]
     assert (numbers["id"]["mean"], numbers["id"]["n"]) == (pytest.approx(0.6, abs=1e-6), 3)
-    assert found["counts"]["fast"] == {"images": 4, "failed": 0, "no_face": 1}
+    assert actual["counts"]["fast"] == {"images": 4, "failed": 0, "no_face": 1}
     assert numbers["face_ratio"]["mean"] == pytest.approx(0.09)
     assert numbers["id_zero"]["mean"] == pytest.approx(0.45, abs=1e-6)
     assert numbers["face_found"]["mean"] == 0.75
@@ -172,12 +172,12 @@ def test_run_wide_verdicts_by_recipe() -> None:
         row("r/bob2", "r", "bob", scores=scored[2].scores),
         row("r/bob3", "r", "bob"),  # could not be scored: no verdict
     ]
-    vectors = {one.key: found.vectors for one, found in zip(samples, scored, strict=True)}
-    found = finish_run([ConditioningIdentity()], rows, vectors)  # another process than the one that scored
-    rank = {key: scores["id_rank1"] for key, scores in found.items()}
+    vectors = {one.key: actual.vectors for one, actual in zip(samples, scored, strict=True)}
+    actual = finish_run([ConditioningIdentity()], rows, vectors)  # another process than the one that scored
+    rank = {key: scores["id_rank1"] for key, scores in actual.items()}
     assert rank == {"r/ann0": 1.0, "r/bob1": 0.0, "r/bob2": 0.0}
-    assert found["r/bob2"]["id_verified"] == 0.0
-    assert found["r/bob1"]["id_verified"] == 0.0
+    assert actual["r/bob2"]["id_verified"] == 0.0
+    assert actual["r/bob1"]["id_verified"] == 0.0
 
 
 def test_one_identity_has_no_identification_rank() -> None:
@@ -213,10 +213,10 @@ def test_adaface_reads_the_aligned_face_in_bgr(tmp_path) -> None:
     metric.load(Context(paths={"adaface-ir101": tmp_path / "ada.onnx"}, shared={"faces": faces}))
     # Alignment looks beyond the box of key points, so the face fills a picture of its own color.
     picture = Image.new("RGB", (112, 112), (30, 255, 200))
-    found = metric.describe(picture)
+    actual = metric.describe(picture)
     color = (np.array([200, 255, 30]) - 127.5) / 127.5
-    assert np.linalg.norm(found) == pytest.approx(1, abs=1e-6)
-    assert (found > 0).tolist() == (color > 0).tolist() == [True, True, False]
+    assert np.linalg.norm(actual) == pytest.approx(1, abs=1e-6)
+    assert (actual > 0).tolist() == (color > 0).tolist() == [True, True, False]
     assert metric.describe(BLANK) is None
     (tmp_path / "bad.onnx").write_bytes(b"no")
     with pytest.raises(ModelUnavailableError, match="does not load"):
@@ -226,8 +226,8 @@ def test_adaface_reads_the_aligned_face_in_bgr(tmp_path) -> None:
 
 
 def test_dlib_is_one_less_the_distance_and_sees_no_face_in_grey() -> None:
-    found = DlibIdentity.compare(np.array([[0.0, 0.3]]), np.array([[0.0, 0.3], [0.4, 0.0]]))
-    assert found[0] == pytest.approx([1.0, 0.5])
+    actual = DlibIdentity.compare(np.array([[0.0, 0.3]]), np.array([[0.0, 0.3], [0.4, 0.0]]))
+    assert actual[0] == pytest.approx([1.0, 0.5])
     metric = DlibIdentity()
     if base.missing_modules(metric):
         pytest.skip("the extra dlib is not installed")
@@ -257,19 +257,19 @@ class Length:
 
 
 def test_every_metric_is_registered_under_its_name_with_columns_of_its_own() -> None:
-    found = registry()
-    assert {"id", "dlib", "adaface", "clip-b32", "clip-l14", "clip-pocket", "face-clip"} <= set(found)
-    assert {"image-reward", "aesthetic", "cost"} <= set(found)
+    actual = registry()
+    assert {"id", "dlib", "adaface", "clip-b32", "clip-l14", "clip-pocket", "face-clip"} <= set(actual)
+    assert {"image-reward", "aesthetic", "cost"} <= set(actual)
     from fastface_cli.store.manifest import load_manifest
 
-    for name, kind in found.items():
+    for name, kind in actual.items():
         metric = kind()
         assert isinstance(metric, Metric)
         assert metric.name == name
         assert set(metric.needs.artifacts) <= set(load_manifest())
-    assert isinstance(found["id"](), RunMetric)
-    assert not isinstance(found["clip-b32"](), RunMetric)
-    assert len(make_metrics(found)) == len(found)  # and no two give the same column
+    assert isinstance(actual["id"](), RunMetric)
+    assert not isinstance(actual["clip-b32"](), RunMetric)
+    assert len(make_metrics(actual)) == len(actual)  # and no two give the same column
 
 
 def test_an_unknown_metric_names_the_nearest() -> None:
@@ -287,10 +287,10 @@ def test_missing_extra_names_the_install_command(monkeypatch: pytest.MonkeyPatch
 
 def test_one_sample_that_fails_costs_the_others_nothing() -> None:
     samples = [Sample(word, BLANK, None, word) for word in ("good", "bad", "fine!")]
-    found = score_batch([Length()], samples)
-    assert [one.scores for one in found] == [{"length": 4.0}, {}, {"length": 5.0}]
-    assert found[1].errors["length"]["message"] == "unexpected ValueError: no such word"
-    assert found[0].errors == {}
+    actual = score_batch([Length()], samples)
+    assert [one.scores for one in actual] == [{"length": 4.0}, {}, {"length": 5.0}]
+    assert actual[1].errors["length"]["message"] == "unexpected ValueError: no such word"
+    assert actual[0].errors == {}
 
 
 def test_a_metric_that_loses_count_is_refused() -> None:
@@ -298,8 +298,8 @@ def test_a_metric_that_loses_count_is_refused() -> None:
         def score(self, samples) -> list[base.Scores]:
             return []
 
-    found = score_batch([Short()], [Sample("a", BLANK, None, "a")])[0]
-    assert "returned 0 results for 1 images" in found.errors["length"]["message"]
+    actual = score_batch([Short()], [Sample("a", BLANK, None, "a")])[0]
+    assert "returned 0 results for 1 images" in actual.errors["length"]["message"]
     assert issubclass(UsageError, FastFaceError)
 
 

@@ -42,8 +42,8 @@ def corners(image: Image.Image) -> list[tuple[int, ...]]:
     return [image.getpixel(at) for at in ((5, 5), (right, 5), (right, bottom), (5, bottom))]
 
 
-def near(found: list[tuple[int, ...]], wanted: list[tuple[int, ...]], tolerance: int) -> bool:
-    return bool(np.abs(np.subtract(found, wanted)).max() <= tolerance)
+def near(actual: list[tuple[int, ...]], expected: list[tuple[int, ...]], tolerance: int) -> bool:
+    return bool(np.abs(np.subtract(actual, expected)).max() <= tolerance)
 
 
 @pytest.mark.parametrize(
@@ -87,12 +87,12 @@ def test_exact_pixels_of_a_plain_jpeg() -> None:
         (8, [GREEN, GREY, BLUE, RED]),  # left, bottom
     ],
 )
-def test_exif_orientation(kind: str, orientation: int, wanted: list[tuple[int, ...]]) -> None:
+def test_exif_orientation(kind: str, orientation: int, expected: list[tuple[int, ...]]) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     image = read_photo(encoded(quarters(), kind, exif=exif))
     assert image.size == ((64, 48) if orientation < 5 else (48, 64))
-    assert near(corners(image), wanted, 12)
+    assert near(corners(image), expected, 12)
 
 
 @pytest.mark.parametrize("orientation", [0, 9, 65535])
@@ -125,17 +125,17 @@ def test_grey_modes(mode: str) -> None:
     if mode == "La":
         source = source.convert("LA")
     source = source.convert(mode)
-    wanted = np.asarray((quarters().convert("L") if mode == "La" else source).convert("L"))
-    found = np.asarray(open_photo(source).image)
-    assert np.array_equal(found, np.repeat(wanted[..., None], 3, axis=2))
+    expected = np.asarray((quarters().convert("L") if mode == "La" else source).convert("L"))
+    actual = np.asarray(open_photo(source).image)
+    assert np.array_equal(actual, np.repeat(expected[..., None], 3, axis=2))
 
 
 def test_lab() -> None:
     lab = np.zeros((48, 64, 3), np.uint8)
     lab[..., 0] = 255 * 54 // 100  # a and b are signed: 0 is grey
-    found = open_photo(Image.frombytes("LAB", (64, 48), lab.tobytes())).image
-    assert found.mode == "RGB"
-    assert near(corners(found)[:1], [GREY], 6)
+    actual = open_photo(Image.frombytes("LAB", (64, 48), lab.tobytes())).image
+    assert actual.mode == "RGB"
+    assert near(corners(actual)[:1], [GREY], 6)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "TIFF"])
@@ -150,14 +150,14 @@ def test_transparency_is_laid_over_white() -> None:
     half.putalpha(128)
     palette = quarters().quantize(8)
     key = palette.getpixel((5, 5))
-    for image, wanted in (
+    for image, expected in (
         (read_photo(encoded(ghost, "PNG")), (255, 255, 255)),
         (read_photo(encoded(half, "PNG")), (252, 132, 137)),
         (read_photo(encoded(half.convert("LA"), "PNG")), (171, 171, 171)),
         (read_photo(encoded(palette, "PNG", transparency=key)), (255, 255, 255)),
         (read_photo(encoded(quarters(), "PNG", transparency=RED)), (255, 255, 255)),
     ):
-        assert near(corners(image)[:1], [wanted], 6)
+        assert near(corners(image)[:1], [expected], 6)
 
 
 def deep_png(values: np.ndarray) -> bytes:
@@ -180,7 +180,7 @@ def deep_png(values: np.ndarray) -> bytes:
 
 def test_sixteen_bits_are_scaled_and_not_clipped() -> None:
     ramp = np.tile(np.linspace(0, 65535, 256).round(), (16, 1))
-    wanted = np.arange(256)
+    expected = np.arange(256)
     for image in (
         read_photo(deep_png(ramp)),
         read_photo(encoded(Image.fromarray(ramp.astype(np.uint16)), "TIFF")),
@@ -189,7 +189,7 @@ def test_sixteen_bits_are_scaled_and_not_clipped() -> None:
         open_photo(Image.fromarray(ramp.astype(np.float32))).image,
         open_photo(Image.fromarray((ramp / 65535).astype(np.float32))).image,
     ):
-        assert np.abs(np.asarray(image).astype(int) - wanted[None, :, None]).max() <= 1
+        assert np.abs(np.asarray(image).astype(int) - expected[None, :, None]).max() <= 1
 
 
 def test_deep_modes_of_a_small_range_keep_it() -> None:
@@ -235,8 +235,8 @@ def test_paths_and_bytes_agree(tmp_path: Path) -> None:
 
 def test_the_source_image_is_left_alone() -> None:
     source = quarters()
-    found = open_photo(source).image
-    found.putpixel((0, 0), (0, 0, 0))
+    actual = open_photo(source).image
+    actual.putpixel((0, 0), (0, 0, 0))
     assert source.getpixel((0, 0)) == RED
 
 

@@ -91,13 +91,13 @@ class TestNames:
     def test_template_that_collides(self) -> None:
         assert plan("{recipe}.png", 2) == ["hyper-fastface-1.png", "hyper-fastface-2.png"]
         three = [{"recipe": name, "seed": 1} for name in ("a", "a-1", "a")]
-        found = plan_paths("{recipe}.png", count=3, fields=three, force=False)
-        assert [str(path) for path in found] == ["a-2.png", "a-1.png", "a-3.png"]
+        actual = plan_paths("{recipe}.png", count=3, fields=three, force=False)
+        assert [str(path) for path in actual] == ["a-2.png", "a-1.png", "a-3.png"]
 
     def test_names_that_differ_in_case_alone_collide(self) -> None:
         two = [{"prompt": "Cat"}, {"prompt": "cat"}]
-        found = plan_paths("{prompt}.png", count=2, fields=two, force=False)
-        assert [str(path) for path in found] == ["Cat-1.png", "cat-2.png"]
+        actual = plan_paths("{prompt}.png", count=2, fields=two, force=False)
+        assert [str(path) for path in actual] == ["Cat-1.png", "cat-2.png"]
 
     @pytest.mark.parametrize(
         ("output", "text"),
@@ -179,9 +179,9 @@ class TestNames:
     def test_no_value_leaves_the_folder(self, values: list[tuple[str, str]]) -> None:
         many = [{"prompt": prompt, "recipe": recipe, "seed": 1} for prompt, recipe in values]
         for output in ("safe/{prompt}/{recipe}.png", "safe/a-{prompt}{recipe}", "safe/{recipe}.{prompt}.png"):
-            found = plan_paths(output, count=len(many), fields=many, force=False)
-            assert len(set(found)) == len(many)
-            for path in found:
+            actual = plan_paths(output, count=len(many), fields=many, force=False)
+            assert len(set(actual)) == len(many)
+            for path in actual:
                 depth = output.count("/") + 1
                 assert path.parts[0] == "safe"
                 assert len(path.parts) == depth
@@ -376,16 +376,16 @@ class TestLatents:
             timesteps=torch.tensor([999, 749, 499, 249]),
             extra={"branch_predictions": latents[0]},
         )
-        found = load_file(written)
-        assert {name: list(tensor.shape) for name, tensor in found.items()} == {
+        actual = load_file(written)
+        assert {name: list(tensor.shape) for name, tensor in actual.items()} == {
             "initial_latents": [2, 4, 8, 8],
             "latents": [4, 2, 4, 8, 8],
             "timesteps": [4],
             "branch_predictions": [2, 4, 8, 8],
         }
-        assert all(tensor.dtype == torch.float32 for tensor in found.values())
-        assert torch.equal(found["latents"], latents.float())
-        assert found["timesteps"].tolist() == [999.0, 749.0, 499.0, 249.0]
+        assert all(tensor.dtype == torch.float32 for tensor in actual.values())
+        assert torch.equal(actual["latents"], latents.float())
+        assert actual["timesteps"].tolist() == [999.0, 749.0, 499.0, 249.0]
 
     def test_shapes_must_agree(self) -> None:
         import torch

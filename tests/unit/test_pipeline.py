@@ -54,8 +54,8 @@ def pipeline_for(loaded: Pipeline, recipe: Recipe, parts) -> Pipeline:
     return loaded.with_recipe(recipe, parts)
 
 
-def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float((found - wanted).norm() / wanted.norm())
+def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual - expected).norm() / expected.norm())
 
 
 CASES = {
@@ -96,7 +96,7 @@ def test_it_is_the_method(name, loaded, parts, person):
     picture = next(pipeline.generate([request]))
     from fastface_cli.models.loading import load_scheduler
 
-    wanted = reference.latents(
+    expected = reference.latents(
         recipe,
         load_scheduler(recipe, parts["base"], None),
         parts,
@@ -106,7 +106,7 @@ def test_it_is_the_method(name, loaded, parts, person):
         request.seed,
     )
     softmask = any("softmask" in transform.kind for transform in recipe.attention.transforms)
-    for step, (one, other) in enumerate(zip(picture.latents, wanted, strict=True)):
+    for step, (one, other) in enumerate(zip(picture.latents, expected, strict=True)):
         assert error(one, other) <= (2e-4 if softmask else 1e-5), f"step {step}"
 
 

@@ -33,8 +33,8 @@ def test_uv_installs_into_this_environment(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_windows_without_cuda_gets_the_index_url(monkeypatch: pytest.MonkeyPatch) -> None:
     """PyPI's build for Windows has no CUDA, although there are a driver and a GPU."""
-    found = machine.Machine("2.13.0+cpu", None, driver="580.10", driver_cuda="13.0")
-    reason, command = machine.explain_missing_gpu(found)
+    actual = machine.Machine("2.13.0+cpu", None, driver="580.10", driver_cuda="13.0")
+    reason, command = machine.explain_missing_gpu(actual)
     assert "built for the CPU" in (reason or "")
     assert (command or "").endswith("--index-url https://download.pytorch.org/whl/cu130")
 

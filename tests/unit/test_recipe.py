@@ -40,12 +40,12 @@ def test_a_list_of_the_right_length_is_kept(values):
 
 @given(lists, steps)
 def test_interpolation_keeps_ends_bounds_and_length(values, count):
-    found = per_step(values, count)
-    assert len(found) == count
-    assert found[0] == values[0]
+    actual = per_step(values, count)
+    assert len(actual) == count
+    assert actual[0] == values[0]
     if count > 1:
-        assert found[-1] == pytest.approx(values[-1])
-    assert min(values) - 1e-9 <= min(found) <= max(found) <= max(values) + 1e-9
+        assert actual[-1] == pytest.approx(values[-1])
+    assert min(values) - 1e-9 <= min(actual) <= max(actual) <= max(values) + 1e-9
 
 
 @given(numbers, numbers, st.integers(2, 12), st.integers(2, 40))
@@ -70,29 +70,29 @@ def test_published_weights_at_other_step_counts():
 
 
 def test_steps_pick_the_checkpoint_and_must_exist_in_every_table():
-    found = recipe()
-    assert found.model.step_choices() == [4]
-    assert found.references()["unet"] == "four"
-    assert found.references()["distillation"] == "d4"
+    actual = recipe()
+    assert actual.model.step_choices() == [4]
+    assert actual.references()["unet"] == "four"
+    assert actual.references()["distillation"] == "d4"
     with pytest.raises(ValidationError, match="no checkpoint is distilled for 8 steps; choose one of 4"):
         recipe(sampling={"steps": 8})
     with pytest.raises(RecipeError, match="distilled for 2 steps"):
-        found.model.unet_for(2)
+        actual.model.unet_for(2)
 
 
 def test_any_step_count_without_tables():
     model = {**MODEL, "unet": "u", "distillation": None}
-    found = Recipe.model_validate({"name": "x", "model": model, "sampling": {"steps": 17}})
-    assert found.model.step_choices() is None
-    assert found.references()["unet"] == "u"
-    assert "distillation" not in found.references()
+    actual = Recipe.model_validate({"name": "x", "model": model, "sampling": {"steps": 17}})
+    assert actual.model.step_choices() is None
+    assert actual.references()["unet"] == "u"
+    assert "distillation" not in actual.references()
 
 
 def test_style_loras_are_references_by_index():
     model = {**MODEL, "loras": [{"file": "a.safetensors"}, {"file": "b.safetensors", "scale": 0.5}]}
-    found = Recipe.model_validate({"name": "x", "model": model})
-    assert found.references()["lora.0"] == "a.safetensors"
-    assert found.references()["lora.1"] == "b.safetensors"
+    actual = Recipe.model_validate({"name": "x", "model": model})
+    assert actual.references()["lora.0"] == "a.safetensors"
+    assert actual.references()["lora.1"] == "b.safetensors"
 
 
 def shuffled(value, random):
@@ -147,7 +147,7 @@ def test_digest_covers_what_determines_the_pixels():
 
 @pytest.mark.parametrize("parts", [{}, RICH])
 def test_canonical_form_reads_back(parts):
-    found = recipe(**parts)
-    again = Recipe.model_validate_json(json.dumps(found.canonical()))
-    assert again == found
-    assert again.digest() == found.digest()
+    actual = recipe(**parts)
+    again = Recipe.model_validate_json(json.dumps(actual.canonical()))
+    assert again == actual
+    assert again.digest() == actual.digest()

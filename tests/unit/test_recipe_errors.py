@@ -158,9 +158,9 @@ def test_bad_yaml_names_the_line(tmp_path, content, says):
 def test_a_byte_order_mark_and_windows_lines_are_fine(tmp_path):
     path = tmp_path / "a.yaml"
     path.write_bytes(b"\xef\xbb\xbfextends: hyper\r\nguidance:\r\n  text: 3\r\n")
-    found = load_recipe(path)
-    assert found.recipe.guidance.text == 3.0
-    assert found.origins["guidance.text"] == f"{path}:3"
+    actual = load_recipe(path)
+    assert actual.recipe.guidance.text == 3.0
+    assert actual.origins["guidance.text"] == f"{path}:3"
 
 
 def test_yaml_scalars_mean_what_people_expect(tmp_path):
@@ -170,17 +170,17 @@ def test_yaml_scalars_mean_what_people_expect(tmp_path):
         "guidance: {renorm: yes, text: 2, identity: 1.}\n"
         "prompt: 12:30:45\nnegative_prompt: 2026-01-01\nseed: 010\n"
     )
-    found = load_recipe(path).recipe
-    assert (found.attention.blend.eps, found.attention.blend.weight) == (1e-6, 1.0)
-    assert (found.guidance.renorm, found.guidance.text, found.guidance.identity) == (True, 2.0, 1.0)
-    assert (found.prompt, found.negative_prompt, found.seed) == ("12:30:45", "2026-01-01", 10)
+    actual = load_recipe(path).recipe
+    assert (actual.attention.blend.eps, actual.attention.blend.weight) == (1e-6, 1.0)
+    assert (actual.guidance.renorm, actual.guidance.text, actual.guidance.identity) == (True, 2.0, 1.0)
+    assert (actual.prompt, actual.negative_prompt, actual.seed) == ("12:30:45", "2026-01-01", 10)
 
 
 def test_aliases_within_reason_are_fine(tmp_path):
     path = tmp_path / "a.yaml"
     path.write_text("extends: hyper\nguidance:\n  text: &w [1, 2, 2, 1]\n  identity: *w\n")
-    found = load_recipe(path)
-    assert found.recipe.guidance.identity == [1.0, 2.0, 2.0, 1.0]
+    actual = load_recipe(path)
+    assert actual.recipe.guidance.identity == [1.0, 2.0, 2.0, 1.0]
 
 
 def test_several_mistakes_are_listed_and_the_rest_counted(tmp_path):
@@ -334,15 +334,15 @@ def loads_or_says_why(path, content, overrides=()):
         path.write_bytes(content)
     else:
         path.write_text(content, encoding="utf-8", errors="surrogatepass")
-    found = outcome(str(path), overrides)
-    if isinstance(found, FastFaceError):
-        assert found.exit_code == 2
-        assert found.message.strip()
-        assert found.message.encode("utf-8")
+    actual = outcome(str(path), overrides)
+    if isinstance(actual, FastFaceError):
+        assert actual.exit_code == 2
+        assert actual.message.strip()
+        assert actual.message.encode("utf-8")
     else:
-        again = Recipe.model_validate_json(json.dumps(found.recipe.canonical()))
-        assert again.digest() == found.recipe.digest()
-        assert set(found.origins) >= {"name", "model.base", "sampling.steps"}
+        again = Recipe.model_validate_json(json.dumps(actual.recipe.canonical()))
+        assert again.digest() == actual.recipe.digest()
+        assert set(actual.origins) >= {"name", "model.base", "sampling.steps"}
 
 
 def outcome(name, overrides=()):
@@ -395,8 +395,8 @@ def test_any_value_anywhere(tmp_path, field, value):
 @many
 @given(name=st.text(max_size=20) | st.sampled_from(recipe_names()).map(lambda name: f"{name}.yaml/.."))
 def test_any_name(name):
-    found = outcome(name)
-    if isinstance(found, FastFaceError):
-        assert found.exit_code == 2
+    actual = outcome(name)
+    if isinstance(actual, FastFaceError):
+        assert actual.exit_code == 2
     else:
         assert name in recipe_names() or "/" in name

@@ -61,10 +61,10 @@ def test_every_model_has_every_method_and_a_reference():
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_shipped_recipes_are_valid(name):
-    found = load_recipe(name)
-    assert found.recipe.name == SHORT_NAMES.get(name, name)
-    assert set(found.origins.values()) - {"default"}
-    assert all(place == "default" or place.startswith("recipes/") for place in found.origins.values())
+    actual = load_recipe(name)
+    assert actual.recipe.name == SHORT_NAMES.get(name, name)
+    assert set(actual.origins.values()) - {"default"}
+    assert all(place == "default" or place.startswith("recipes/") for place in actual.origins.values())
 
 
 @pytest.mark.parametrize("model", DISTILLED)
@@ -101,17 +101,17 @@ def test_lcm():
 def test_turbo():
     config = {"unet": "sdxl-turbo-unet", "scheduler": "sdxl-turbo-scheduler"}
     assert references("turbo", 4) == FACEID | config
-    found = recipe("turbo")
-    assert (found.model.scheduler.kind, found.model.scheduler.spacing) == ("euler_ancestral", "trailing")
-    assert (found.sampling.width, found.sampling.height) == (512, 512)
+    actual = recipe("turbo")
+    assert (actual.model.scheduler.kind, actual.model.scheduler.spacing) == ("euler_ancestral", "trailing")
+    assert (actual.sampling.width, actual.sampling.height) == (512, 512)
 
 
 def test_base():
-    found = recipe("base")
-    assert found.references() == FACEID | {"unet": "sdxl-base-unet"}
-    assert (found.model.scheduler.kind, found.model.scheduler.spacing) == ("euler", None)
-    assert (found.sampling.steps, found.guidance.identity, found.guidance.text) == (30, 5.0, 5.0)
-    assert (found.guidance.rescale, found.guidance.order, found.attention.active) == (
+    actual = recipe("base")
+    assert actual.references() == FACEID | {"unet": "sdxl-base-unet"}
+    assert (actual.model.scheduler.kind, actual.model.scheduler.spacing) == ("euler", None)
+    assert (actual.sampling.steps, actual.guidance.identity, actual.guidance.text) == (30, 5.0, 5.0)
+    assert (actual.guidance.rescale, actual.guidance.order, actual.attention.active) == (
         0.0,
         "identity_first",
         False,
@@ -125,10 +125,10 @@ def test_pocket():
         "image_encoder": "pocket-clip",
         "face": "pocket-face",
     }
-    found = recipe("pocket")
-    assert found.references() == parts | {"distillation": "pocket-4-step-lora"}
-    assert (found.sampling.steps, found.sampling.width, found.sampling.height) == (4, 128, 128)
-    assert (found.model.scheduler.kind, found.model.scheduler.spacing) == ("ddim", "trailing")
+    actual = recipe("pocket")
+    assert actual.references() == parts | {"distillation": "pocket-4-step-lora"}
+    assert (actual.sampling.steps, actual.sampling.width, actual.sampling.height) == (4, 128, 128)
+    assert (actual.model.scheduler.kind, actual.model.scheduler.spacing) == ("ddim", "trailing")
     slow = recipe("pocket-base")
     assert slow.references() == parts
     assert (slow.sampling.steps, slow.sampling.width, slow.guidance.text) == (30, 128, 5.0)
@@ -138,12 +138,12 @@ def test_pocket():
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_values(name):
     model, _, method = name.partition("-")
-    found = recipe(name)
-    assert found.sampling.steps == 4
+    actual = recipe(name)
+    assert actual.sampling.steps == 4
     size = {"turbo": 512, "pocket": 128}.get(model, 1024)
-    assert (found.sampling.width, found.sampling.height) == (size, size)
-    assert (found.adapter.scale, found.adapter.lora_scale, found.adapter.crop_order) == (0.8, 0.6, "bgr")
-    guidance = found.guidance
+    assert (actual.sampling.width, actual.sampling.height) == (size, size)
+    assert (actual.adapter.scale, actual.adapter.lora_scale, actual.adapter.crop_order) == (0.8, 0.6, "bgr")
+    guidance = actual.guidance
     assert (guidance.order, guidance.renorm) == ("identity_first", False)
     if method in ("dcg", "fastface", "fastface-am2"):
         assert guidance.identity == [1.0, 1.5, 1.5, 1.0]
@@ -152,7 +152,7 @@ def test_published_values(name):
     else:
         weight = 1.5 if model == "lcm" else 1.0
         assert (guidance.identity, guidance.text, guidance.rescale) == (weight, weight, 0.0)
-    attention = found.canonical()["attention"]
+    attention = actual.canonical()["attention"]
     assert attention["blend"] == ({"weight": 0.7, "eps": 1e-6} if method == "fastface-am2" else None)
     assert attention["invert_token_0"] is method.endswith("am2")
     assert (attention["blocks"], attention["tokens"], attention["steps"]) == (
@@ -240,15 +240,15 @@ def test_later_parents_and_the_file_itself_win(tmp_path):
         "sub/three.yaml",
         "extends: [hyper-baseline, ../one.yaml, two.yaml]\nsampling:\n  steps: 8\nguidance: {identity: 3}\n",
     )
-    found = load_recipe(path)
-    assert (found.recipe.adapter.scale, found.recipe.adapter.lora_scale) == (0.1, 0.2)
-    assert (found.recipe.guidance.identity, found.recipe.guidance.text) == (3.0, [2.0, 2.0])
-    assert (found.recipe.name, found.recipe.summary) == ("three", "")
-    assert found.origins["adapter.scale"] == f"{tmp_path}/sub/../one.yaml:2"
-    assert found.origins["guidance.text"] == f"{tmp_path}/sub/two.yaml:2"
-    assert found.origins["sampling.steps"] == f"{path}:3"
-    assert found.origins["model.base"] == "recipes/models/hyper.yaml:4"
-    assert found.origins["attention.blend"] == "default"
+    actual = load_recipe(path)
+    assert (actual.recipe.adapter.scale, actual.recipe.adapter.lora_scale) == (0.1, 0.2)
+    assert (actual.recipe.guidance.identity, actual.recipe.guidance.text) == (3.0, [2.0, 2.0])
+    assert (actual.recipe.name, actual.recipe.summary) == ("three", "")
+    assert actual.origins["adapter.scale"] == f"{tmp_path}/sub/../one.yaml:2"
+    assert actual.origins["guidance.text"] == f"{tmp_path}/sub/two.yaml:2"
+    assert actual.origins["sampling.steps"] == f"{path}:3"
+    assert actual.origins["model.base"] == "recipes/models/hyper.yaml:4"
+    assert actual.origins["attention.blend"] == "default"
 
 
 def test_a_weight_of_another_kind_replaces(tmp_path):
@@ -257,9 +257,9 @@ def test_a_weight_of_another_kind_replaces(tmp_path):
         "a.yaml",
         "extends: hyper\nguidance: {text: {function: cap, scale: 3, floor: 1}, identity: 2}\n",
     )
-    found = recipe(path)
-    assert found.guidance.text.function == "cap"
-    assert found.guidance.identity == 2.0
+    actual = recipe(path)
+    assert actual.guidance.text.function == "cap"
+    assert actual.guidance.identity == 2.0
     below = write(tmp_path, "b.yaml", "extends: a.yaml\nguidance: {text: {function: linear}}\n")
     assert recipe(below).guidance.text.model_dump() == {
         "function": "linear",
@@ -284,10 +284,10 @@ def test_references_of_another_kind_replace(tmp_path):
         f"extends: hyper\nmodel:\n  distillation: {{repo: me/lora, commit: {COMMIT}, file: x.safetensors}}\n"
         "  loras: [{file: style.safetensors, scale: 0.5}]\n",
     )
-    found = recipe(path)
-    assert found.model.step_choices() is None
-    assert found.model.distillation.repo == "me/lora"
-    assert found.model.loras[0].file == str(tmp_path / "style.safetensors")
+    actual = recipe(path)
+    assert actual.model.step_choices() is None
+    assert actual.model.distillation.repo == "me/lora"
+    assert actual.model.loras[0].file == str(tmp_path / "style.safetensors")
     table = write(tmp_path, "b.yaml", "extends: a.yaml\nmodel: {distillation: {6: six}, loras: []}\n")
     assert recipe(table, "sampling.steps=6").model.distillation == {6: "six"}
     added = write(tmp_path, "c.yaml", "extends: hyper\nmodel: {distillation: {6: six}}\n")
@@ -321,9 +321,9 @@ def test_paths_in_a_file_are_relative_to_it(tmp_path, monkeypatch):
 
 def test_another_base_brings_its_own_unet(tmp_path):
     path = write(tmp_path, "a.yaml", "extends: hyper\nmodel:\n  base: ./style.safetensors\n")
-    found = load_recipe(path)
-    assert found.recipe.model.unet is None
-    assert found.origins["model.unet"] == f"{path}:3"
+    actual = load_recipe(path)
+    assert actual.recipe.model.unet is None
+    assert actual.origins["model.unet"] == f"{path}:3"
     assert recipe("hyper", "model.base=x.safetensors").model.unet is None
     assert recipe("hyper", "model.base=x.safetensors", "model.unet=sdxl-base-unet").model.unet is not None
     assert recipe("lightning", "model.base=x.safetensors").references()["unet"].startswith("sdxl-lightning")
@@ -379,28 +379,28 @@ def test_bad_extends_names_the_line(tmp_path, extends, says):
 
 def test_the_last_word(tmp_path):
     path = write(tmp_path, "a.yaml", "extends: hyper\nsampling: {steps: 2, width: 512}\n")
-    found = load_recipe(
+    actual = load_recipe(
         path,
         flags={"sampling.steps": (8, "--steps"), "sampling.height": (768, "--size")},
         overrides=["sampling.steps=4", "sampling.steps=1", "adapter.scale = 0.5"],
     )
-    sampling = found.recipe.sampling
+    sampling = actual.recipe.sampling
     assert (sampling.steps, sampling.width, sampling.height) == (1, 512, 768)
-    assert found.recipe.adapter.scale == 0.5
-    assert found.origins["sampling.steps"] == "--set"
-    assert found.origins["sampling.height"] == "--size"
-    assert found.origins["sampling.width"] == f"{path}:2"
+    assert actual.recipe.adapter.scale == 0.5
+    assert actual.origins["sampling.steps"] == "--set"
+    assert actual.origins["sampling.height"] == "--size"
+    assert actual.origins["sampling.width"] == f"{path}:2"
 
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.sampled_from([1, 2, 4, 8]), min_size=1, max_size=5), st.sampled_from([1, 2, 4, 8]))
 def test_the_last_override_wins_over_flags(values, flag):
-    found = load_recipe(
+    actual = load_recipe(
         "hyper",
         flags={"sampling.steps": (flag, "--steps")},
         overrides=[f"sampling.steps={value}" for value in values],
     )
-    assert found.recipe.sampling.steps == values[-1]
+    assert actual.recipe.sampling.steps == values[-1]
 
 
 @pytest.mark.parametrize(
@@ -422,18 +422,18 @@ def test_the_last_override_wins_over_flags(values, flag):
     ],
 )
 def test_overrides_reach_every_value(override, field, value):
-    found = load_recipe("hyper", overrides=[override])
-    assert found.origins[field] == "--set"
-    data = found.recipe.canonical()
+    actual = load_recipe("hyper", overrides=[override])
+    assert actual.origins[field] == "--set"
+    data = actual.recipe.canonical()
     for part in field.split("."):
         data = data[int(part)] if isinstance(data, list) else data[part]
     assert data == value
 
 
 def test_overrides_inside_bare_transforms():
-    found = recipe("hyper", "attention.transforms=[power, scale]", "attention.transforms.0.p=2")
-    assert found.attention.transforms[0].p == 2.0
-    assert found.attention.transforms[1].cap == 10.0
+    actual = recipe("hyper", "attention.transforms=[power, scale]", "attention.transforms.0.p=2")
+    assert actual.attention.transforms[0].p == 2.0
+    assert actual.attention.transforms[1].cap == 10.0
     loras = recipe(
         "hyper", "model.loras=[{file: x.safetensors, scale: 0.5}]", "model.loras.0.scale=1"
     ).model.loras
@@ -463,17 +463,17 @@ def local_stack(folder: Path) -> Path:
 
 def test_a_stack_replaces_the_models(tmp_path, monkeypatch):
     stack = local_stack(tmp_path / "stack")
-    found = load_recipe("turbo", stack=stack, flags={"sampling.steps": (3, "--steps")})
-    model = found.recipe.model
-    assert found.recipe.references() == {
+    actual = load_recipe("turbo", stack=stack, flags={"sampling.steps": (3, "--steps")})
+    model = actual.recipe.model
+    assert actual.recipe.references() == {
         "base": str(stack / "pipe"),
         "adapter": str(stack / "faceid_plusv2.bin"),
         "image_encoder": str(stack / "clip"),
         "face": "buffalo_l",
     }
     assert (model.scheduler.kind, model.scheduler.spacing) == ("euler_ancestral", "trailing")
-    assert found.origins["model.base"] == found.origins["model.scheduler.config"] == "--stack"
-    assert found.origins["model.face"] == "recipes/models/turbo.yaml:9"
+    assert actual.origins["model.base"] == actual.origins["model.scheduler.config"] == "--stack"
+    assert actual.origins["model.face"] == "recipes/models/turbo.yaml:9"
     (stack / "face").mkdir()
     monkeypatch.chdir(tmp_path)
     assert load_recipe("turbo", stack=Path("stack")).recipe.model.face == str(stack / "face")
@@ -498,7 +498,7 @@ def test_an_incomplete_stack_is_named(tmp_path):
 @pytest.mark.parametrize("name", ["hyper", "turbo-am2", "pocket-base", "lcm-fastface-am2"])
 @pytest.mark.parametrize("origins", [True, False])
 def test_resolved_yaml_reads_back(tmp_path, name, origins):
-    found = load_recipe(
+    actual = load_recipe(
         name,
         overrides=[
             r'prompt="caf\u00e9: \"x\" # no\n\u2028\u0085 \U0001F600 \t"',
@@ -507,22 +507,22 @@ def test_resolved_yaml_reads_back(tmp_path, name, origins):
             "guidance.text={function: power_cosine, power: 2}",
         ],
     )
-    path = write(tmp_path, "again.yaml", to_yaml(found, origins=origins))
+    path = write(tmp_path, "again.yaml", to_yaml(actual, origins=origins))
     again = load_recipe(path).recipe
-    assert again.canonical() | {"model": None} == found.recipe.canonical() | {"model": None}
-    assert again.name == found.recipe.name
+    assert again.canonical() | {"model": None} == actual.recipe.canonical() | {"model": None}
+    assert again.name == actual.recipe.name
     data = yaml.safe_load(path.read_text())
     assert data["model"]["loras"] == [{"file": "./a b.safetensors", "scale": 1e-7}]
-    assert data["guidance"] == found.recipe.canonical()["guidance"]
+    assert data["guidance"] == actual.recipe.canonical()["guidance"]
 
 
 def test_plain_data_reads_back():
-    found = load_recipe("hyper", overrides=["guidance.text=2"])
-    again = load_recipe_data(found.recipe.canonical(), "photo.png", flags={"sampling.steps": (8, "--steps")})
-    assert again.recipe.guidance == found.recipe.guidance
+    actual = load_recipe("hyper", overrides=["guidance.text=2"])
+    again = load_recipe_data(actual.recipe.canonical(), "photo.png", flags={"sampling.steps": (8, "--steps")})
+    assert again.recipe.guidance == actual.recipe.guidance
     assert again.recipe.references()["distillation"] == "hyper-sdxl-8-step-lora"
     assert again.origins["guidance.text"] == "photo.png"
     with pytest.raises(RecipeError, match=r"photo\.png: field bad: unknown key"):
-        load_recipe_data({**found.recipe.canonical(), "bad": 1}, "photo.png")
+        load_recipe_data({**actual.recipe.canonical(), "bad": 1}, "photo.png")
     with pytest.raises(FastFaceError):
         load_recipe_data([], "photo.png")

@@ -67,8 +67,8 @@ def test_published_configurations_are_the_shipped_recipes(load, method, row):
 
 def test_reset_takes_the_weights_of_the_row(load):
     for row, weight in (("hyper", 1.0), ("lightning", 1.0), ("turbo", 1.0), ("lcm", 1.5), ("base", 5.0)):
-        found = load(published("baseline", model_name=row, pipe_kwargs__guidance_scale_a=7.0))
-        assert (found.guidance.identity, found.guidance.text) == (weight, weight)
+        actual = load(published("baseline", model_name=row, pipe_kwargs__guidance_scale_a=7.0))
+        assert (actual.guidance.identity, actual.guidance.text) == (weight, weight)
     kept = load(published("baseline", reset_gs_to_default=False, pipe_kwargs__guidance_scale_a=7.0))
     assert (kept.guidance.identity, kept.guidance.text) == (7.0, 1.0)
 
@@ -78,8 +78,8 @@ def test_golden_cases(golden, name):
     case, row = name.rsplit("-", 1)
     path = golden / "cases" / f"{name}.json"
     resolved = load_recipe(path, stack=golden)
-    found = resolved.recipe
-    model = found.model
+    actual = resolved.recipe
+    model = actual.model
     assert (model.base, model.adapter) == (str(golden / "pipe"), str(golden / "faceid_plusv2.bin"))
     assert (model.image_encoder, model.unet, model.distillation) == (str(golden / "clip"), None, None)
     assert (model.vae, model.loras, model.scheduler.config) == (None, [], None)
@@ -90,9 +90,9 @@ def test_golden_cases(golden, name):
         "turbo": ("euler_ancestral", "trailing"),
     }[row]
     assert (model.scheduler.kind, model.scheduler.spacing) == (kind, spacing)
-    assert (found.sampling.steps, found.sampling.width, found.sampling.height) == (4, 128, 128)
-    assert (found.adapter.scale, found.adapter.lora_scale, found.adapter.crop_order) == (0.8, 0.6, "bgr")
-    assert (found.prompt, found.negative_prompt, found.seed) == (
+    assert (actual.sampling.steps, actual.sampling.width, actual.sampling.height) == (4, 128, 128)
+    assert (actual.adapter.scale, actual.adapter.lora_scale, actual.adapter.crop_order) == (0.8, 0.6, "bgr")
+    assert (actual.prompt, actual.negative_prompt, actual.seed) == (
         "a photo of a person reading a book",
         None,
         50,
@@ -106,17 +106,17 @@ def test_golden_cases(golden, name):
         "fastface-am2_and_dcg": "fastface-am2",
     }[case]
     shipped = load_recipe(f"{row}-{method}").recipe
-    assert found.guidance == shipped.guidance
-    assert found.attention == shipped.attention
-    assert found.name == name
+    assert actual.guidance == shipped.guidance
+    assert actual.attention == shipped.attention
+    assert actual.name == name
     assert resolved.origins["sampling.steps"] == f"{path}:3"
     assert resolved.origins["seed"].startswith(f"{path}:")
     assert resolved.origins["model.base"] == "--stack"
 
 
 def test_without_a_stack_the_row_brings_its_models_and_needs_its_steps(load):
-    found = load(published("fastface", pipe_kwargs__num_inference_steps=8))
-    assert found.references()["distillation"] == "hyper-sdxl-8-step-lora"
+    actual = load(published("fastface", pipe_kwargs__num_inference_steps=8))
+    assert actual.references()["distillation"] == "hyper-sdxl-8-step-lora"
     error = refused(load, published("fastface", pipe_kwargs__num_inference_steps=6))
     assert "no checkpoint is distilled for 6 steps; choose one of 1, 2, 4, 8" in error.message
 
@@ -130,8 +130,8 @@ def test_weights_are_named_by_what_they_weigh(load, kind, order, identity, text)
     constant = published(
         "baseline", reset_gs_to_default=False, pipe_kwargs__dcg_kwargs__dcg_type=kind, **changes
     )
-    found = load(constant).guidance
-    assert (found.order, found.identity, found.text) == (order, identity, text)
+    actual = load(constant).guidance
+    assert (actual.order, actual.identity, actual.text) == (order, identity, text)
     listed = load(published("dcg", pipe_kwargs__dcg_kwargs__dcg_type=kind)).guidance
     weights = {2.0: [1.0, 1.5, 1.5, 1.0], 3.0: [1.0, 3.0, 3.0, 1.0]}
     assert (listed.identity, listed.text) == (weights[identity], weights[text])
@@ -187,11 +187,11 @@ def patched(**changes):
 
 
 def test_attention_of_part_of_the_network(load):
-    found = load(
+    actual = load(
         patched(target_parts=["up"], target_tokens=[3, 1], target_tsteps=[2, 0], apply_adain=True)
     ).attention
-    assert (found.blocks, found.tokens, found.steps) == (["up"], [1, 3], [2, 0])
-    assert (found.blend.weight, found.blend.eps) == (0.7, 1e-6)
+    assert (actual.blocks, actual.tokens, actual.steps) == (["up"], [1, 3], [2, 0])
+    assert (actual.blend.weight, actual.blend.eps) == (0.7, 1e-6)
     assert load(patched(target_tsteps=[3, 2, 1, 0])).attention.steps == "all"
     six = patched(target_tsteps=[0, 1, 2, 3])
     six["pipe_kwargs"]["num_inference_steps"] = 8
@@ -203,9 +203,9 @@ def test_attention_of_part_of_the_network(load):
 
 @pytest.mark.parametrize("parts", [None, [], ...])
 def test_no_parts_are_all_parts(load, parts):
-    found = load(patched(target_parts=parts, apply_schedule=False, am_transforms=["adaptive_softmask"]))
-    assert found.attention.blocks == ["down", "mid", "up"]
-    transform = found.attention.transforms[0]
+    actual = load(patched(target_parts=parts, apply_schedule=False, am_transforms=["adaptive_softmask"]))
+    assert actual.attention.blocks == ["down", "mid", "up"]
+    transform = actual.attention.transforms[0]
     assert (transform.k.down, transform.k.mid, transform.k.up) == (12.5, 1.0, 12.5)
     assert (transform.level.down, transform.level.mid, transform.level.up) == (0.6, 1.0, 0.6)
     error = refused(load, patched(target_parts=parts))
@@ -225,14 +225,14 @@ def test_the_schedule_moves_slope_level_and_gain_but_not_power(load):
 
 
 def test_what_a_configuration_may_leave_out(load):
-    found = load({"scheduler": "turbo"})
-    assert (found.guidance.order, found.guidance.identity, found.guidance.text) == (
+    actual = load({"scheduler": "turbo"})
+    assert (actual.guidance.order, actual.guidance.identity, actual.guidance.text) == (
         "identity_first",
         5.0,
         5.0,
     )
-    assert (found.sampling.steps, found.sampling.width, found.adapter.scale) == (4, 512, 0.8)
-    assert (found.attention.active, found.prompt, found.seed) == (False, None, None)
+    assert (actual.sampling.steps, actual.sampling.width, actual.adapter.scale) == (4, 512, 0.8)
+    assert (actual.attention.active, actual.prompt, actual.seed) == (False, None, None)
     assert load(published("dcg", faceid_lora_scale=1.0)).adapter.lora_scale == 1.0
     extra = published(
         "dcg", dataset_meta={"data_dir": "x"}, t2i=False, prompt="p", negative_prompt="", seed=3
@@ -346,12 +346,12 @@ def test_any_value_anywhere_is_read_or_refused(tmp_path_factory, method, spot, v
         place = place[part]
     place[last] = value
     path.write_text(json.dumps(data))
-    found = outcome(path)
-    if isinstance(found, FastFaceError):
-        assert found.exit_code == 2
-        assert str(path) in found.message
+    actual = outcome(path)
+    if isinstance(actual, FastFaceError):
+        assert actual.exit_code == 2
+        assert str(path) in actual.message
     else:
-        assert found.recipe.digest()
+        assert actual.recipe.digest()
 
 
 def outcome(path):

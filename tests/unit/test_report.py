@@ -23,9 +23,9 @@ from fastface_cli.evaluation.table import tables
 
 
 def data_of(page: str) -> dict[str, Any]:
-    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
-    assert found
-    data: dict[str, Any] = json.loads(found[1])
+    actual = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
+    assert actual
+    data: dict[str, Any] = json.loads(actual[1])
     return data
 
 

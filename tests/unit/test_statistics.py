@@ -40,8 +40,8 @@ def test_confidence_intervals_have_their_nominal_coverage(identities: int) -> No
     for _ in range(1000):
         base = random.standard_normal((identities, 4))
         gain = 0.3 + 0.5 * random.standard_normal((identities, 1)) + random.standard_normal((identities, 4))
-        found = paired_difference((base + gain).ravel(), base.ravel(), clusters, resamples=2000)
-        hits += found.low <= 0.3 <= found.high
+        actual = paired_difference((base + gain).ravel(), base.ravel(), clusters, resamples=2000)
+        hits += actual.low <= 0.3 <= actual.high
     assert 0.93 <= hits / 1000 <= 0.97
 
 
@@ -56,21 +56,21 @@ def test_similar_images_do_not_count_as_independent_measurements() -> None:
 
 def test_pairs_cancel_what_both_recipes_share() -> None:
     a = np.random.default_rng(5).standard_normal(30) * 100
-    found = paired_difference(a + 1.5, a, range(30))
-    assert (found.mean, found.low, found.high) == pytest.approx((1.5, 1.5, 1.5))
+    actual = paired_difference(a + 1.5, a, range(30))
+    assert (actual.mean, actual.low, actual.high) == pytest.approx((1.5, 1.5, 1.5))
 
 
 def test_what_was_not_measured_is_left_out() -> None:
-    found = mean_interval([1.0, None, 3.0, float("nan")], ["a", "a", "b", "c"])
-    assert (found.mean, found.n) == (2.0, 2)
+    actual = mean_interval([1.0, None, 3.0, float("nan")], ["a", "a", "b", "c"])
+    assert (actual.mean, actual.n) == (2.0, 2)
     assert mean_interval([None], ["a"]) is None
     assert paired_difference([1.0, None, 5.0], [None, 2.0, 3.0], "abc").mean == 2.0
     assert paired_difference([None], [1.0], "a") is None
 
 
 def test_one_identity_has_a_mean_and_no_interval() -> None:
-    found = mean_interval([0.2, 0.4], ["a", "a"])
-    assert (found.mean, found.low, found.high, found.n) == (pytest.approx(0.3), None, None, 2)
+    actual = mean_interval([0.2, 0.4], ["a", "a"])
+    assert (actual.mean, actual.low, actual.high, actual.n) == (pytest.approx(0.3), None, None, 2)
 
 
 def test_equal_values_have_an_interval_of_no_width_and_shares_stay_shares() -> None:

@@ -59,9 +59,9 @@ def failure(store: Store, *artifacts) -> ModelUnavailableError:
 
 def test_fetches_everything_and_the_second_time_nothing(shop: Shop) -> None:
     store = shop.store()
-    wanted = [shop[name] for name in ("lora", "base", "unet", "open", "face", "url", "package")]
-    assert [one.artifact.name for one in store.missing(wanted)] == [one.name for one in wanted[:-1]]
-    paths = store.ensure(wanted)
+    expected = [shop[name] for name in ("lora", "base", "unet", "open", "face", "url", "package")]
+    assert [one.artifact.name for one in store.missing(expected)] == [one.name for one in expected[:-1]]
+    paths = store.ensure(expected)
     assert paths["tiny-lora"].read_bytes() == BIG
     assert paths["tiny-lora"].name == "lora.safetensors"
     assert (paths["tiny-base"] / "unet/config.json").read_bytes() == CONFIG
@@ -72,8 +72,8 @@ def test_fetches_everything_and_the_second_time_nothing(shop: Shop) -> None:
     assert paths["tiny-package"].name == "errors.py"
     shop.hub.log.clear()
     again = shop.store()
-    assert again.missing(wanted) == []
-    assert again.ensure(wanted) == paths
+    assert again.missing(expected) == []
+    assert again.ensure(expected) == paths
     assert shop.hub.log == []
 
 
@@ -97,8 +97,8 @@ def test_the_cache_has_the_layout_of_the_hub(shop: Shop, tmp_path: Path) -> None
 
     cache = tmp_path / "hub-cache"
     path = shop.store(hub_cache=cache).ensure([shop["lora"]])["tiny-lora"]
-    found = try_to_load_from_cache("tiny/lora", "lora.safetensors", cache_dir=cache, revision=COMMIT)
-    assert Path(str(found)) == path
+    actual = try_to_load_from_cache("tiny/lora", "lora.safetensors", cache_dir=cache, revision=COMMIT)
+    assert Path(str(actual)) == path
     assert (cache / "models--tiny--lora" / "blobs" / sha256(BIG)).is_file()
     assert not (shop.home / "hub").exists()
 
@@ -311,9 +311,9 @@ def test_verify_hashes_again_and_reports(shop: Shop) -> None:
     path.write_bytes(bytes(len(MODEL)))
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert states(store, shop, "base") == ["present", "present"]  # cheap: size and time say so
-    found = store.verify(shop["base"])
-    assert [one.state for one in found] == ["present", "bad"]
-    assert sha256(MODEL) in found[1].detail
+    actual = store.verify(shop["base"])
+    assert [one.state for one in actual] == ["present", "bad"]
+    assert sha256(MODEL) in actual[1].detail
     assert states(store, shop, "base") == ["present", "missing"]
 
 

@@ -51,19 +51,19 @@ ROWS = [
 
 
 def test_means_differences_and_counts_are_those_computed_by_hand() -> None:
-    found = summarize(ROWS, COLUMNS, resamples=200)
-    assert found["version"] == 1
-    assert list(found["recipes"]) == ["plain", "fast"]
-    means = {name: {c: (n["mean"], n["n"]) for c, n in v.items()} for name, v in found["recipes"].items()}
+    actual = summarize(ROWS, COLUMNS, resamples=200)
+    assert actual["version"] == 1
+    assert list(actual["recipes"]) == ["plain", "fast"]
+    means = {name: {c: (n["mean"], n["n"]) for c, n in v.items()} for name, v in actual["recipes"].items()}
     assert means["plain"] == {"id": (pytest.approx(0.3), 2), "clip": (pytest.approx(0.2), 3)}
     assert means["fast"] == {"id": (pytest.approx(0.675), 4), "clip": (pytest.approx(0.95 / 3), 3)}
     # Pairs that both have: id ann-0 (+0.3), bob-0 (+0.2); clip ann-0 (-0.05), bob-0 (+0.2).
-    assert list(found["paired"]) == ["fast"]
-    paired = found["paired"]["fast"]
+    assert list(actual["paired"]) == ["fast"]
+    paired = actual["paired"]["fast"]
     assert (paired["id"]["difference"], paired["id"]["n"]) == (pytest.approx(0.25), 2)
     assert (paired["clip"]["difference"], paired["clip"]["n"]) == (pytest.approx(0.075), 2)
     assert paired["id"]["low"] <= 0.25 <= paired["id"]["high"]
-    assert found["counts"] == {
+    assert actual["counts"] == {
         "plain": {"images": 3, "failed": 1, "no_face": 1},
         "fast": {"images": 4, "failed": 0, "no_face": 0},
     }
@@ -76,37 +76,37 @@ def test_a_run_without_the_conditioning_recognizer_counts_faces_by_another() -> 
 
 
 def test_stress_results_are_compared_with_clean_images() -> None:
-    found = summarize(ROWS, COLUMNS, resamples=200)["stress"]["blur"]
-    assert list(found["recipes"]) == ["fast"]
-    assert found["recipes"]["fast"]["id"]["mean"] == pytest.approx(0.1)
-    against = found["against_clean"]["fast"]
+    actual = summarize(ROWS, COLUMNS, resamples=200)["stress"]["blur"]
+    assert list(actual["recipes"]) == ["fast"]
+    assert actual["recipes"]["fast"]["id"]["mean"] == pytest.approx(0.1)
+    against = actual["against_clean"]["fast"]
     assert (against["id"]["difference"], against["id"]["n"]) == (pytest.approx(-0.4), 1)
     assert against["clip"]["difference"] == pytest.approx((-0.05 - 0.10) / 2)
-    assert found["counts"] == {"fast": {"images": 2, "failed": 0, "no_face": 1}}
+    assert actual["counts"] == {"fast": {"images": 2, "failed": 0, "no_face": 1}}
 
 
 def test_attributes_and_identities_are_tabled() -> None:
-    found = summarize(ROWS, COLUMNS, resamples=200)
-    assert found["attributes"]["light"]["dim"]["fast"]["id"]["mean"] == pytest.approx(0.6)
-    assert found["identities"]["bob"]["plain"]["id"] == {"mean": 0.4, "low": None, "high": None, "n": 1}
+    actual = summarize(ROWS, COLUMNS, resamples=200)
+    assert actual["attributes"]["light"]["dim"]["fast"]["id"]["mean"] == pytest.approx(0.6)
+    assert actual["identities"]["bob"]["plain"]["id"] == {"mean": 0.4, "low": None, "high": None, "n": 1}
 
 
 def test_only_columns_that_an_image_has_and_only_finite_numbers() -> None:
-    found = summarize(ROWS, COLUMNS, recipes=["fast", "plain"], resamples=200)
-    assert list(found["columns"]) == ["id", "clip"]
-    assert found["columns"]["id"] == {
+    actual = summarize(ROWS, COLUMNS, recipes=["fast", "plain"], resamples=200)
+    assert list(actual["columns"]) == ["id", "clip"]
+    assert actual["columns"]["id"] == {
         "title": "ID",
         "higher_is_better": True,
         "unit": "",
         "description": "similarity",
     }
-    assert list(found["paired"]) == ["plain"]
-    json.dumps(found, allow_nan=False)
+    assert list(actual["paired"]) == ["plain"]
+    json.dumps(actual, allow_nan=False)
 
 
 def test_an_empty_run_has_an_empty_summary() -> None:
-    found = summarize([], COLUMNS)
-    assert (found["recipes"], found["paired"], found["columns"], found["stress"]) == ({}, {}, {}, {})
+    actual = summarize([], COLUMNS)
+    assert (actual["recipes"], actual["paired"], actual["columns"], actual["stress"]) == ({}, {}, {}, {})
 
 
 def test_csv_holds_the_same_numbers() -> None:

@@ -68,7 +68,7 @@ function handle(run, { name, data }) {
   else if (name === "started") {
     run.record.state = "running";
     run.text = "preparing";
-  } else if (name === "download") run.text = `downloading ${data.file}`;
+  } else if (name === "download") run.text = `downloading ${data.file}, ${(data.done / 1e6).toFixed(0)} of ${(data.total / 1e6).toFixed(0)} MB`;
   else if (name === "models") run.text = "generating";
   else if (name === "step") step(run, data);
   else if (name === "image") show(run, data);
