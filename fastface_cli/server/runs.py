@@ -92,7 +92,7 @@ class Person:
     pose: Photo | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class ServedRun:
     """One run, from its submission until it is forgotten. Methods may be called from any thread."""
 
