@@ -514,7 +514,7 @@ class TestSeveralPhotos:
 
 class TestOutliers:
     @staticmethod
-    def actual(*people: np.ndarray, weight: list[float] | None = None) -> list[int]:
+    def found(*people: np.ndarray, weight: list[float] | None = None) -> list[int]:
         return list(outliers(np.stack(people), np.array(weight or [1.0] * len(people), np.float32)))
 
     def test_one_or_two_photos_have_no_outlier(self) -> None:

@@ -74,7 +74,7 @@ def test_exact_pixels_of_a_plain_jpeg() -> None:
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize(
-    ("orientation", "wanted"),
+    ("orientation", "expected"),
     [
         # Stored: red, green, grey, blue. EXIF says which sides of the scene row 0 and column 0 are.
         (1, [RED, GREEN, GREY, BLUE]),  # top, left
