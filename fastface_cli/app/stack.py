@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MAX_IDENTITIES = 32
-"""Identities kept in memory, about 150 kB per photo."""
+MAX_IDENTITIES, MAX_IDENTITY_BYTES = 32, 512 * 2**20
+"""Identities kept in memory: about 150 kB per photo, or 12 MB with the features of PuLID."""
 
 
 class ModelStack:
@@ -252,8 +252,9 @@ class ModelStack:
         from ..identity.photos import open_photos
 
         photos = open_photos(sources)
-        features = NEEDED[recipe.adapter.kind]
-        key = key_of(photos, artifacts_of(recipe)["face"], face_index, face_box, features)
+        features, artifacts = NEEDED[recipe.adapter.kind], artifacts_of(recipe)
+        encoders = [artifacts[role] for role in sorted(recipe.photo_roles() - {"face"})]
+        key = key_of(photos, artifacts["face"], face_index, face_box, features, encoders)
         if key is not None and key in self._identities:
             self._identities.move_to_end(key)
             return self._identities[key]
@@ -273,9 +274,16 @@ class ModelStack:
                 on_disk.keep(key, identity)
         if key is not None:
             self._identities[key] = identity
-            if len(self._identities) > MAX_IDENTITIES:
-                self._identities.popitem(last=False)
+            self._forget_old_identities()
         return identity
+
+    def _forget_old_identities(self) -> None:
+        """Keep the newest identities, up to both limits."""
+        kept = self._identities
+        while len(kept) > MAX_IDENTITIES or (
+            len(kept) > 1 and sum(each.nbytes for each in kept.values()) > MAX_IDENTITY_BYTES
+        ):
+            kept.popitem(last=False)
 
     def posed(self, recipe: Recipe, identity: Identity, pose: Path | Photo) -> Identity:
         """The identity in the pose of the largest face of another photo.

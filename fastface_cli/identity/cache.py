@@ -86,8 +86,9 @@ def key_of(
     face_index: int | None,
     face_box: Box | None,
     features: Sequence[str] = (),
+    encoders: Sequence[Artifact] = (),
 ) -> str | None:
-    """Return the cache key: a hash of the photos' files, the face models, the face chosen and the features.
+    """Return the cache key: a hash of the photos' files, the models, the face chosen and the features.
 
     None if a photo was not read from a file.
     """
@@ -97,8 +98,17 @@ def key_of(
     inputs = {
         "format": FORMAT,
         "photos": hashes,
-        "face": content_mark(pack.local) if pack.local else pack.name,
+        "face": _mark(pack),
         "index": face_index,
         "box": face_box,
-    } | ({"features": list(features)} if features else {})
+    }
+    if features:
+        inputs["features"] = list(features)
+    if encoders:
+        inputs["encoders"] = [_mark(encoder) for encoder in encoders]
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+
+
+def _mark(artifact: Artifact) -> object:
+    """What identifies the files of a model."""
+    return content_mark(artifact.local) if artifact.local else artifact.name

@@ -224,7 +224,8 @@ class FaceEncoder:
         side = self.tower.config.side
         image = torch.from_numpy(face).permute(2, 0, 1)[None].to(self.device)
         if image.shape[-1] != side:
-            image = F.interpolate(image, (side, side), mode="bicubic", antialias=True)
+            # Without antialiasing, as the torchvision of PuLID's requirements (0.15) resizes tensors.
+            image = F.interpolate(image, (side, side), mode="bicubic")
         mean, std = (torch.tensor(each, device=self.device).view(3, 1, 1) for each in (MEAN, STD))
         with torch.inference_mode(), visiting(self.tower, self.device):
             embedding, hidden = self.tower((image - mean) / std)

@@ -137,6 +137,12 @@ class Identity:
         }
         return replace(self, features={**self.features, **pose})
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of the arrays."""
+        arrays = (self.id_embedding, self.face_crop_bgr, self.weight, *self.features.values())
+        return sum(array.nbytes for array in arrays)
+
     def digest(self) -> str:
         """SHA-256 (hex) of the arrays, with weights relative to the largest.
 

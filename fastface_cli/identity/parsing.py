@@ -29,6 +29,7 @@ TEMPLATE = np.array(
 """Where the key points are in an aligned face of 512 pixels: eyes, nose, corners of the mouth."""
 BORDER = (135, 133, 132)
 """Color outside the photo, BGR."""
+CLASSES = 19
 REMOVED = (0, 7, 8, 9, 14, 15, 16, 18)
 """Classes that become white: background, ears, ear rings, neck, necklace, cloth, hat."""
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -52,7 +53,7 @@ def aligned(image: np.ndarray, key_points: np.ndarray) -> np.ndarray:
     import cv2
 
     matrix, _ = cv2.estimateAffinePartial2D(key_points.astype(np.float32), TEMPLATE, method=cv2.LMEDS)
-    if matrix is None:
+    if matrix is None or not np.isfinite(matrix).all():
         raise NoFaceError("the key points of the face lie on one line", "use another photo")
     face: np.ndarray = cv2.warpAffine(
         image, matrix, (SIDE, SIDE), borderMode=cv2.BORDER_CONSTANT, borderValue=BORDER
@@ -105,11 +106,19 @@ class FaceParser:
 
         Returns:
             [512, 512] int64, 0 to 18.
+
+        Raises:
+            ModelUnavailableError: the file is not a face parser.
         """
         rgb = face[:, :, ::-1].astype(np.float32) / 255
         normalized = (rgb - np.array(MEAN, np.float32)) / np.array(STD, np.float32)
         inputs = {self._session.get_inputs()[0].name: normalized.transpose(2, 0, 1)[None]}
         scores = self._session.run(None, inputs)[0]
+        if scores.shape != (1, CLASSES, SIDE, SIDE):
+            raise ModelUnavailableError(
+                f"the face parser gives {list(scores.shape)}, not {[1, CLASSES, SIDE, SIDE]}",
+                "use face-parsing-resnet18",
+            )
         classes: np.ndarray = scores[0].argmax(axis=0)
         return classes
 

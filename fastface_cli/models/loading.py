@@ -233,7 +233,7 @@ def load_parts(
             pipe = _single_file_models(paths, number, kept)
         else:
             pipe = _folder_models(recipe, paths, number, kept)
-        if "image_encoder" in paths:
+        if "image_encoder" in paths.keys() - recipe.photo_roles():
             encoder = load_image_encoder(paths["image_encoder"], number)
             pipe.register_modules(image_encoder=encoder.to(homes.encoders).requires_grad_(False))
         # Everything is moved before it is fused: a GPU adds the LoRA matrices in a moment.

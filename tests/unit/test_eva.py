@@ -14,10 +14,13 @@ from fastface_cli.app.events import IdentityReady, ImageFinished
 from fastface_cli.app.request import GenerateRequest
 from fastface_cli.app.session import Session
 from fastface_cli.errors import ModelUnavailableError, NoFaceError, RecipeError
+from fastface_cli.identity.cache import key_of
 from fastface_cli.identity.eva import PREFIX, EvaConfig, EvaTower, FaceEncoder, rotary_table
 from fastface_cli.identity.parsing import TEMPLATE, FaceParser, aligned, gray_face
+from fastface_cli.identity.photos import open_photos
 from fastface_cli.recipe.files import load_recipe_data
 from fastface_cli.recipe.schema import Recipe
+from fastface_cli.store.manifest import resolve
 
 ROOT = Path(__file__).parents[2]
 GOLDEN, PHOTO = ROOT / "tests" / "data" / "golden", ROOT / "examples" / "portrait.png"
@@ -206,6 +209,17 @@ def test_a_photo_becomes_an_image_with_pulid(tmp_path: Path):
     with Session(pulid_recipe(tmp_path), adapters.RUNTIME, fused_cache=False) as session:
         (repeated,) = [event.image for event in session.run(again) if isinstance(event, ImageFinished)]
     assert np.array_equal(np.asarray(repeated), np.asarray(image))
+
+
+def test_remembered_identities_depend_on_the_encoders(tmp_path: Path):
+    artifacts = {name: resolve(name) for name in ("antelopev2", "eva02-clip-l-336", "face-parsing-resnet18")}
+    pack, tower, parser = artifacts.values()
+    photo = open_photos([PHOTO])
+    keys = {
+        key_of(photo, pack, None, None, ("eva_hidden",), encoders)
+        for encoders in ((tower, parser), (tower,), ())
+    }
+    assert len(keys) == 3
 
 
 def test_a_recipe_without_an_encoder_reads_no_photos(tmp_path: Path):
