@@ -27,7 +27,7 @@ demo: | $(INSTALLED)  ## generate a contact sheet with the pocket stack: one pho
 		--prompt "pencil drawing; a smiling woman" --prompt "watercolour painting; a smiling woman" \
 		--prompt "black and white photograph; a smiling woman" --grid --force --output "out/demo-{index}.png"
 
-test: ready  ## the test suite, at most ten minutes on two cores
+test: ready  ## the test suite, about ten minutes on two cores
 	$(PYTEST) -n 2
 
 test-slow: ready  ## full-size structure, killed runs, installation: at most thirty minutes
