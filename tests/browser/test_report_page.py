@@ -24,6 +24,8 @@ FLAGS = (
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
+    "--use-fake-device-for-media-stream",  # a camera, for the page of `fastface serve`
+    "--use-fake-ui-for-media-stream",
 )
 HOSTILE_PROMPT = "</script><script>window.hacked=1</script> a <b>bold</b> prompt"
 HOSTILE_NAME = 'o\'Neil "50%" #1?&amp;é<img src=x onerror=window.hacked=1>'

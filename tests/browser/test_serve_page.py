@@ -180,3 +180,33 @@ def test_a_token_opens_the_page(browser, tmp_path):  # noqa: F811
         page.get_by_role("button", name="OK").click()
         page.locator("#methods input").first.wait_for(state="attached")
         page.close()
+
+
+def test_camera_paste_and_identity_files(browser, server, tmp_path):  # noqa: F811
+    with server.client() as client, PHOTO.open("rb") as photo:
+        client.post("/api/identities", data={"name": "first"}, files={"photos": photo}).raise_for_status()
+        (tmp_path / "me.safetensors").write_bytes(client.get("/api/identities/first").content)
+    page = browser.new_page()
+    page.goto(server.address)
+    page.locator("#methods input").first.wait_for(state="attached")
+    page.click("#camera-open")
+    page.locator("#camera[open]").wait_for()
+    page.click("#camera-take")
+    page.get_by_text("No face was found in camera.png").wait_for()
+
+    pasted = page.evaluate_handle(
+        """content => {
+            const transfer = new DataTransfer();
+            transfer.items.add(new File([new Uint8Array(content)], "p.png", {type: "image/png"}));
+            return new ClipboardEvent("paste", {clipboardData: transfer, bubbles: true});
+        }""",
+        list(PHOTO.read_bytes()),
+    )
+    page.evaluate("event => document.dispatchEvent(event)", pasted)
+    page.locator(".face").first.wait_for()
+
+    page.set_input_files("#identity-file", str(tmp_path / "me.safetensors"))
+    page.fill("#ask-value", "from a file")
+    page.get_by_role("button", name="OK").click()
+    page.locator("#identity option", has_text="from a file").wait_for(state="attached")
+    page.close()

@@ -25,7 +25,7 @@ def test_the_schema_is_up_to_date():
 @pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed")
 def test_the_script_makes_an_image(server: Server, tmp_path: Path):
     script = ROOT / "examples" / "serve.sh"
-    assert len(script.read_text().splitlines()) <= 24
+    assert len(script.read_text().splitlines()) <= 20
     command = [str(script), str(PHOTO), "a watercolour portrait", str(tmp_path / "out.png")]
     environment = {**os.environ, "FASTFACE_URL": server.address}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
