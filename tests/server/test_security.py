@@ -276,7 +276,7 @@ def test_200_hostile_requests_change_nothing(server):
         code = status(answer)
         codes[code] = codes.get(code, 0) + 1
         assert code < 500, answer[:2000]
-    assert sum(count for code, count in codes.items() if 400 <= code < 500) > 100
+    assert sum(count for code, count in codes.items() if 400 <= code < 500) > 50, codes
     log = server.log.read_text()
     assert "Traceback" not in log, log
     with server.client() as client:
