@@ -154,20 +154,12 @@ class ModelStack:
         Raises:
             ModelUnavailableError: they cannot be loaded.
         """
-        from ..identity.analyzer import load_face_models
         from ..models.device import pick_device
 
         name = str(recipe.model.face)
         if self._analyzer is None or self._analyzer[0] != name:
             device = str(pick_device(self.runtime.device or self.settings.device))
-            models = self.face_models(recipe)
-            analyzer: InsightFaceAnalyzer | YuNetAnalyzer
-            if models.is_file():
-                from ..identity.yunet import YuNetAnalyzer
-
-                analyzer = YuNetAnalyzer(models)
-            else:
-                analyzer = load_face_models(models, device=device)
+            analyzer = load_analyzer(self.face_models(recipe), device)
             if analyzer.note:
                 log.debug("%s", analyzer.note)  # `fastface doctor` reports it
             self._analyzer = name, analyzer
@@ -180,8 +172,6 @@ class ModelStack:
             NoFaceError: the recipe names none, so that it reads only identities that hold their features.
             ModelUnavailableError: they cannot be loaded.
         """
-        from ..identity.parsing import GrayFaceEncoder
-
         if recipe.model.face_parsing is None:
             raise NoFaceError(
                 f"recipe '{recipe.name}' cannot read photos: it names no image encoder and no face parser",
@@ -190,13 +180,10 @@ class ModelStack:
         paths = self._ensure(recipe, recipe.photo_roles(), ignore)
         tower = paths["image_encoder"]
         if self._face_encoder is None or self._face_encoder[0] != tower:
-            from ..identity.eva import FaceEncoder
-            from ..identity.parsing import FaceParser
             from ..models.device import pick_device
 
             device = str(pick_device(self.runtime.device or self.settings.device))
-            encoder = GrayFaceEncoder(FaceParser(paths["face_parsing"]), FaceEncoder(tower, device))
-            self._face_encoder = tower, encoder
+            self._face_encoder = tower, load_face_encoder(paths, device)
         return self._face_encoder[1]
 
     def scorer(self, recipe: Recipe) -> Scorer:
@@ -297,6 +284,33 @@ class ModelStack:
 
         points, size = key_points_of(open_photo(pose), self.analyzer(recipe))
         return identity.posed(points, size)
+
+
+def load_analyzer(path: Path, device: str) -> InsightFaceAnalyzer | YuNetAnalyzer:
+    """Load face models: an InsightFace pack from its folder, or YuNet from its file.
+
+    Raises:
+        ModelUnavailableError: they cannot be loaded.
+    """
+    if path.is_file():
+        from ..identity.yunet import YuNetAnalyzer
+
+        return YuNetAnalyzer(path)
+    from ..identity.analyzer import load_face_models
+
+    return load_face_models(path, device=device)
+
+
+def load_face_encoder(paths: Mapping[str, Path], device: str) -> GrayFaceEncoder:
+    """Load the face parser and image tower of PuLID from their paths by role.
+
+    Raises:
+        ModelUnavailableError: they cannot be loaded.
+    """
+    from ..identity.eva import FaceEncoder
+    from ..identity.parsing import FaceParser, GrayFaceEncoder
+
+    return GrayFaceEncoder(FaceParser(paths["face_parsing"]), FaceEncoder(paths["image_encoder"], device))
 
 
 def fetch(

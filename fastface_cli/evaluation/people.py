@@ -1,8 +1,9 @@
-"""The people of a run: copies of their photos, and one identity per person, stress and face pack."""
+"""The people of a run: copies of their photos, and one identity per person, stress and identity models."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from ..identity.analyzer import FaceAnalyzer
+    from ..identity.parsing import GrayFaceEncoder
+    from ..recipe.schema import Recipe
 
 REFERENCES = "references"
 
@@ -38,22 +41,45 @@ def degraded_path(subject: Subject, stress: str) -> str:
     return f"{REFERENCES}/{subject.name}+{stress}.png"
 
 
+def identity_key(recipe: Recipe) -> str:
+    """Name the models that compute the identities of a recipe."""
+    references = recipe.references()
+    return "+".join(str(references[role]) for role in sorted(recipe.photo_roles()))
+
+
+@dataclass(frozen=True)
+class Features:
+    """What the adapters of a run read of a photo, beside the embedding and the crop."""
+
+    names: tuple[str, ...] = ()
+    """Of `identity.features.SHAPES`."""
+    load: Callable[[], GrayFaceEncoder] | None = None
+    """Loads what computes those of EVA02-CLIP; None if they are not read."""
+
+
 class People:
-    """Identities by person, stress and face pack. Each is computed once per run, also when the run is
+    """Identities by person, stress and identity models. Each is computed once per run, also when the run is
     resumed.
 
     Args:
         run: folder of the run.
-        analyzers: loaders of face analyzers, by the face reference of the recipe.
+        analyzers: loaders of face analyzers, by `identity_key`.
         log: receives messages about photos.
+        features: by `identity_key`; a missing key means none.
     """
 
     def __init__(
-        self, run: Path, analyzers: Mapping[str, Callable[[], FaceAnalyzer]], log: Callable[[str], None]
+        self,
+        run: Path,
+        analyzers: Mapping[str, Callable[[], FaceAnalyzer]],
+        log: Callable[[str], None],
+        features: Mapping[str, Features] | None = None,
     ) -> None:
         self._run = run
         self._makers = analyzers
+        self._features = features or {}
         self._analyzers: dict[str, FaceAnalyzer] = {}
+        self._encoders: dict[str, GrayFaceEncoder | None] = {}
         self._log = log
         self._last: tuple[tuple[str, str | None, str], Identity] | None = None
         self._refused: dict[tuple[str, str | None, str], tuple[type[FastFaceError], str, str | None]] = {}
@@ -63,7 +89,7 @@ class People:
 
         Args:
             stress: degradation of the photos; None for the original photos.
-            face: the face reference of the recipe.
+            face: the `identity_key` of the recipe.
 
         Raises:
             UsageError: a photo cannot be read.
@@ -109,18 +135,27 @@ class People:
 
     def _stored(self, subject: Subject, stress: str | None, face: str) -> Identity:
         name = subject.name if stress is None else f"{subject.name}+{stress}"
+        names = self._features.get(face, Features()).names
         file = self._run / "identities" / _folder(face) / f"{name}.safetensors"
         has_photo = stress is None or _is_readable(self._run / degraded_path(subject, stress))
         if file.is_file() and has_photo:
             try:
-                return Identity.load(file)
+                identity = Identity.load(file)
+                if set(names) <= identity.features.keys():
+                    return identity
             except UsageError as error:  # damaged by a power failure, for example
                 self._log(f"{subject.name}: {error.message}; the identity is computed again")
         analyzer = self._analyzer(face)
         photos: list[Path] | list[Image.Image] = list(subject.photos)
         if stress is not None:
             photos = self._degraded(subject, stress, analyzer)
-        identity = make_identity(photos, analyzer, log=lambda text: self._log(f"{subject.name}: {text}"))
+        identity = make_identity(
+            photos,
+            analyzer,
+            features=names,
+            encoder=self._encoder(face),
+            log=lambda text: self._log(f"{subject.name}: {text}"),
+        )
         try:
             identity.save(file, force=True)
         except UsageError as error:  # of the run's folder, not of a photo
@@ -144,9 +179,15 @@ class People:
             self._analyzers[face] = self._makers[face]()
         return self._analyzers[face]
 
+    def _encoder(self, face: str) -> GrayFaceEncoder | None:
+        load = self._features.get(face, Features()).load
+        if face not in self._encoders:
+            self._encoders[face] = None if load is None else load()
+        return self._encoders[face]
+
 
 def _folder(face: str) -> str:
-    """Return a folder name for a face reference."""
+    """Return a folder name for an identity key."""
     return "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in face)[-80:]
 
 

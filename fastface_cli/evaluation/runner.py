@@ -16,7 +16,7 @@ from ..files import write_atomically
 from .dataset import Dataset
 from .engines import Pool, make_all
 from .maker import ImageTask, error_record
-from .people import People, degraded_path, held_out_path, reference_path
+from .people import People, degraded_path, held_out_path, identity_key, reference_path
 from .processes import Answerer
 from .rows import Row, image_seed, row_key
 from .runs import Run, read_info, score_lines
@@ -240,7 +240,7 @@ class _Tasks:
             if row.identity not in self._kept:
                 self._people.keep_photos(subject)
                 self._kept.add(row.identity)
-            face = str(self._plan.recipes[row.recipe].model.face)
+            face = identity_key(self._plan.recipes[row.recipe])
             try:
                 identity = self._people.identity(subject, row.stress, face)
             except (NoFaceError, UsageError) as error:

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ..app.licensing import artifacts_of
 from ..app.runtime import check_device
-from ..app.stack import fetch
+from ..app.stack import fetch, load_analyzer, load_face_encoder
 from ..errors import UsageError
 from ..files import content_mark
+from ..identity.features import NEEDED
 from ..output.metadata import installed_versions
 from ..settings import Settings
 from ..store import ProgressObserver
@@ -23,7 +24,7 @@ from ..store.manifest import resolve
 from .engines import LocalPool, Pool, RayPool, local_devices
 from .maker import MakerFactory
 from .metrics.base import Context, Metric, Rules, make_metrics, missing_modules, registry
-from .people import People
+from .people import Features, People, identity_key
 from .runner import EvaluationPlan, Scoring
 
 if TYPE_CHECKING:
@@ -136,20 +137,24 @@ def people(
     progress: ProgressObserver,
 ) -> People:
     """Download the models of all recipes and return what computes identities."""
-    packs: dict[str, Path] = {}
-    for recipe in recipes.values():
-        paths = fetch(recipe, settings, offline=worker_setup.offline, progress=progress)
-        packs[str(recipe.model.face)] = paths["face"]
+    device = _beside(worker_setup)
 
     def analyzer(pack: Path) -> FaceAnalyzer:
-        from ..identity.analyzer import load_face_models
-
-        models = load_face_models(pack, device=_beside(worker_setup))
+        models = load_analyzer(pack, device)
         if models.note:
             log(models.note)
         return models
 
-    return People(folder, {face: functools.partial(analyzer, pack) for face, pack in packs.items()}, log)
+    analyzers: dict[str, Callable[[], FaceAnalyzer]] = {}
+    features: dict[str, Features] = {}
+    for recipe in recipes.values():
+        paths = fetch(recipe, settings, offline=worker_setup.offline, progress=progress)
+        key = identity_key(recipe)
+        analyzers[key] = functools.partial(analyzer, paths["face"])
+        names = {*features.get(key, Features()).names, *NEEDED[recipe.adapter.kind]}
+        load = functools.partial(load_face_encoder, paths, device) if recipe.model.face_parsing else None
+        features[key] = Features(tuple(sorted(names)), load)
+    return People(folder, analyzers, log, features)
 
 
 def pool(plan: EvaluationPlan, worker_setup: WorkerSetup) -> Pool:

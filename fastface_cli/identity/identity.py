@@ -30,8 +30,8 @@ from .search import (
 if TYPE_CHECKING:
     from .parsing import GrayFaceEncoder
 
-MAX_BYTES = 64 * 2**20
-"""Maximum size of an identity file."""
+MAX_BYTES = 800 * 2**20
+"""Maximum size of an identity file: 64 photos with the features of PuLID, 12 MB each."""
 UNIT_TOLERANCE = 1e-3
 """Accepted rounding error of the norm of an embedding."""
 SMALL_FACE = 48

@@ -96,7 +96,7 @@ def test_tower_equals_a_plain_second_implementation():
 
 
 def test_tower_equals_timm():
-    timm = pytest.importorskip("timm", reason="pip install timm")
+    timm = pytest.importorskip("timm", reason="pip install timm", exc_type=ImportError)
     module = timm.create_model(
         "eva02_large_patch14_clip_336",
         pretrained=False,

@@ -14,7 +14,14 @@ from support.face_stand_ins import SquareAnalyzer, drawn
 from fastface_cli.errors import NoFaceError, UsageError
 from fastface_cli.evaluation.dataset import Subject, load_dataset
 from fastface_cli.evaluation.foreign import adopt, read_order
-from fastface_cli.evaluation.people import People, degraded_path, held_out_path, reference_path
+from fastface_cli.evaluation.people import (
+    Features,
+    People,
+    degraded_path,
+    held_out_path,
+    identity_key,
+    reference_path,
+)
 from fastface_cli.evaluation.runner import joined, score
 from fastface_cli.evaluation.runs import Run
 from fastface_cli.evaluation.stress import SMALL, STRESSES, degrade, parse_stresses
@@ -206,6 +213,23 @@ def test_a_person_is_measured_once_in_the_life_of_a_run(published, tmp_path, peo
     again = People(tmp_path / "run", {"pack": lambda: analyzer}, print).identity(subject, None, "pack")
     assert again.digest() == first.digest()
     assert len(analyzer.asked) == looked
+
+
+def test_identities_hold_what_the_adapters_of_the_run_read(published, tmp_path, people):
+    """A file of an earlier run that lacks the features is computed again."""
+    plain, analyzer, said = people
+    subject = load_dataset(published).subjects[1]
+    assert plain.identity(subject, None, "pack").features == {}
+    names = ("key_points", "photo_size")
+    richer = People(tmp_path / "run", {"pack": lambda: analyzer}, said.append, {"pack": Features(names)})
+    assert set(richer.identity(subject, None, "pack").features) == set(names)
+
+
+def test_identities_belong_to_all_models_that_read_photos():
+    assert identity_key(load_recipe("hyper-fastface").recipe) == "buffalo_l"
+    assert identity_key(load_recipe("hyper-instantid").recipe) == "antelopev2"
+    parts = identity_key(load_recipe("hyper-pulid").recipe)
+    assert parts == "antelopev2+face-parsing-resnet18+eva02-clip-l-336"
 
 
 def test_degraded_person_is_a_separate_person(published, tmp_path, people):

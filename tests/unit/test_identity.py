@@ -227,8 +227,8 @@ class TestFiles:
     def test_too_large(self, tmp_path: Path) -> None:
         path = tmp_path / "x.safetensors"
         with path.open("wb") as file:
-            file.truncate(65 * 2**20)
-        assert "64 MB" in self.refused(path).message
+            file.truncate(801 * 2**20)
+        assert "800 MB" in self.refused(path).message
         arrays = tensors(1)
         n = MAX_PHOTOS + 1
         arrays = {name: np.repeat(array, n, axis=0) for name, array in arrays.items()}
