@@ -147,6 +147,37 @@ def test_cancel_save_the_identity_and_come_back(page):
     page.locator(f".run:first-child {FINISHED}").first.wait_for(timeout=60000)
 
 
+def test_comparing_leaves_connections_for_cancel(page, server):
+    """A browser opens six connections to a server, and a comparison has six runs with an event stream each."""
+    streams: set[Any] = set()
+    most = 0
+
+    def opened(request: Any) -> None:
+        nonlocal most
+        if request.url.endswith("/events"):
+            streams.add(request)
+            most = max(most, len(streams))
+
+    page.on("request", opened)
+    for ended in ("requestfinished", "requestfailed"):
+        page.on(ended, lambda request: streams.discard(request))
+    page.set_input_files("#file", str(PHOTO))
+    page.locator(".face").first.wait_for()
+    page.fill("#prompt", "a portrait, compared")
+    page.fill("#count", "8")
+    page.check("#compare")
+    page.click("#generate")
+    page.locator(".run:first-child .tile").nth(47).wait_for(state="attached", timeout=60000)
+    page.locator(f".run:first-child {FINISHED}").first.wait_for(timeout=60000)
+    page.get_by_role("button", name="Cancel").first.click()
+    page.get_by_role("button", name="Remove").first.wait_for(timeout=60000)
+    with server.client() as client:
+        runs = [run for run in client.get("/api/runs").json()["runs"] if run["request"]["count"] == 8]
+    assert len(runs) >= 6
+    assert "cancelled" in {run["state"] for run in runs}
+    assert 1 <= most <= 3, "two, and one that is closing"
+
+
 def test_a_photo_without_a_face_is_reported(page, tmp_path):
     blank = tmp_path / "blank.png"
     Image.new("RGB", (200, 200), "white").save(blank)

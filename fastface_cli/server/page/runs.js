@@ -6,6 +6,25 @@ import { openViewer } from "/static/viewer.js";
 
 const groups = new Map(); // name -> {element, runs}
 const shown = []; // {run, image, url}, in the order of the page
+
+// Event streams at a time. Browsers open six connections to a server, and cancelling and images need some of them.
+// The server takes a client's runs in their order, so that the first two are the one that runs and the next one.
+const STREAMS = 2;
+let streams = 0;
+const waiting = []; // resolve functions of runs that wait for a stream
+
+async function withStream(work) {
+  if (streams >= STREAMS) await new Promise((resolve) => waiting.push(resolve));
+  else streams++;
+  try {
+    await work();
+  } finally {
+    const next = waiting.shift();
+    if (next) next(); // it takes over this stream
+    else streams--;
+  }
+}
+
 export const ENDED = ["finished", "failed", "cancelled"];
 
 export async function submit(request, files, group, label) {
@@ -57,7 +76,9 @@ async function follow(record, name, label) {
   for (const image of record.images) show(run, image);
   update(group);
   try {
-    for await (const event of events(record.id)) handle(run, event);
+    await withStream(async () => {
+      for await (const event of events(record.id)) handle(run, event);
+    });
   } catch (error) {
     end(run, "failed", error.message);
   }
