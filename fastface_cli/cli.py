@@ -13,11 +13,12 @@ import typer
 
 from . import __version__, console
 from .commands import bench, cache, doctor, download, evaluate, generate, licenses, recipes, serve
-from .commands.panels import PanelledCommand
+from .commands.panels import PanelledCommand, SuggestingGroup
 from .errors import FastFaceError, UsageError, unexpected
 
 app = typer.Typer(
     name="fastface",
+    cls=SuggestingGroup,
     help="Put a person into an image in four diffusion steps.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

@@ -1,10 +1,28 @@
-"""Help pages whose options are grouped under headings."""
+"""Help pages whose options are grouped under headings, and a suggestion for a mistyped option."""
 
 from __future__ import annotations
 
+import difflib
 from typing import Any
 
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
+
+
+class SuggestingGroup(TyperGroup):
+    """A group that names the closest option for an unknown one, of any of its commands."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the chosen command."""
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            # NoSuchOption lists up to three options that resemble the given one.
+            possibilities = getattr(error, "possibilities", None)
+            closest = difflib.get_close_matches(getattr(error, "option_name", ""), possibilities or (), n=1)
+            if closest:
+                error.message = f"{error.message}. Did you mean {closest[0]}?"  # type: ignore[attr-defined]
+                error.possibilities = None  # type: ignore[attr-defined]
+            raise
 
 
 class PanelledCommand(TyperCommand):

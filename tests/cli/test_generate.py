@@ -209,7 +209,7 @@ WRONG = {
     "replay of a photo": (["--from", "there.png"], "there.png does not say how it was made"),
     "two people": (["-p", "a", "--face", "there.png"], "both name a person"),
     "four numbers": (["-p", "a", "--face-box", "1,2,3"], "is not four numbers"),
-    "unknown flag": (["-p", "a", "--sed", "1"], "No such option: --sed"),
+    "unknown flag": (["-p", "a", "--sed", "1"], "No such option: --sed. Did you mean --seed?"),
     "count": (["-p", "a", "--count", "0"], "--count"),
     "no value": (["-p"], "requires an argument"),
 }
