@@ -43,6 +43,9 @@ class IdentityAdapter(Protocol):
     def configured(self, settings: Adapter) -> IdentityAdapter:
         """The same models under a recipe's adapter settings."""
 
+    def example(self) -> Identity:
+        """An arbitrary identity with everything that the adapter reads, for warm-up and benchmarks."""
+
     def tokens(self, identity: Identity, on_device: OnDevice) -> tuple[Tensor, Tensor]:
         """Encode no identity and a person: [num_tokens, width] each."""
 
@@ -63,6 +66,12 @@ class IdentityAdapter(Protocol):
 
 class DecoupledAdapter:
     """What most adapters share: decoupled cross-attention in every such layer, and nothing else."""
+
+    def example(self) -> Identity:
+        """See `IdentityAdapter`."""
+        from ..identity.identity import random_identity
+
+        return random_identity()
 
     def attention(self, unet: torch.nn.Module) -> tuple[Layers, list[IdentityAttnProcessor]]:
         """See `IdentityAdapter`."""

@@ -80,6 +80,14 @@ class Pulid(DecoupledAdapter):
         weight = torch.from_numpy(identity.weight / identity.weight.sum()).to(person.device, person.dtype)
         return absent[0], person[0] if len(person) == 1 else torch.einsum("n,ntw->tw", weight, person)
 
+    def example(self) -> Identity:
+        """See `IdentityAdapter`."""
+        from ..identity.analyzer import EMBEDDING
+        from ..identity.identity import random_identity
+
+        embedding, hidden = self.encoder.inputs
+        return random_identity(eva=(embedding - EMBEDDING, hidden))
+
     def attention(self, unet: torch.nn.Module) -> tuple[Layers, list[IdentityAttnProcessor]]:
         """Decoupled cross-attention in every cross-attention layer, made orthogonal."""
         layers, plain = super().attention(unet)

@@ -18,7 +18,6 @@ from torch import Tensor
 from ..adapters.base import IdentityAdapter
 from ..adapters.registry import ADAPTERS, Extras
 from ..errors import FastFaceError, RecipeError
-from ..identity.identity import random_identity
 from ..models.acceleration import DEFAULT, Acceleration, arrange, check
 from ..models.backbone import SDXL, Backbone, vae_decode
 from ..models.compilation import compiled
@@ -403,14 +402,18 @@ class Pipeline:
             ),
         )
 
+    def example_identity(self) -> Identity:
+        """An arbitrary identity with everything that the adapter reads."""
+        return self.adapter.example()
+
     def warm_up(self, *, batch_size: int = 1) -> float:
-        """Generate images of a random identity until everything is compiled and recorded; return the seconds.
+        """Generate images of anyone until everything is compiled and recorded; return the seconds.
 
         Args:
             batch_size: number of images per UNet call.
         """
         began = time.perf_counter()
-        request = Request("a person", 0, random_identity())
+        request = Request("a person", 0, self.example_identity())
         # A CUDA graph is compiled at its first call, recorded at its second, and replayed from its third on.
         for _ in range(3 if self.acceleration.compile and self.acceleration.cuda_graphs else 1):
             for _ in self.generate([request] * batch_size, batch_size=batch_size):

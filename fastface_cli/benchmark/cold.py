@@ -17,17 +17,17 @@ def main() -> None:
 
     from .hardware import device_peak, process_peak
     from .run import one_round
-    from .sides import Side, Source, analyzer, build
+    from .sides import Side, Source, build, photo_reader
     from .timing import synchronize
 
     imported = elapsed()
     side, source = Side.from_json(request["side"]), Source(**request["source"])
     engine = build(side, source)
     photo = Path(request["photo"]) if request["photo"] else None
-    faces = analyzer(side, source) if photo else None
+    read = photo_reader([side], source, photo) if photo else None
     synchronize(engine.device)
     built, loading = elapsed(), device_peak(engine.device, reset=True)
-    one_round(engine, 0, request["batch"], photo, faces)
+    one_round(engine, 0, request["batch"], read)
     measurements = {
         "seconds": {"imported": imported, "built": built, "first_picture": elapsed()},
         "process_peak_bytes": process_peak(),

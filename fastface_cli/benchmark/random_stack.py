@@ -16,14 +16,17 @@ import torch
 from torch import Tensor
 
 from ..adapters.faceid_plusv2 import settle_adapter
+from ..adapters.pulid_encoder import LEVELS
+from ..adapters.registry import ADAPTERS
 from ..app.pipeline import Pipeline
+from ..identity.analyzer import EMBEDDING
 from ..models.acceleration import DEFAULT, Acceleration, arrange, check
 from ..models.device import memory_errors
 from ..models.loading import Homes
 from ..models.offload import OFF, Level, check_level
 from ..models.schedulers import SCHEDULERS
 from ..quiet import quiet_libraries
-from ..recipe.schema import Recipe
+from ..recipe.schema import AdapterName, Recipe
 from .reference import PublishedPipeline
 from .sdxl import PADS, PUBLISHED, TURBO_SCHEDULER, ConfigFile, Stack
 from .structure import adapter_layout, byte_vocabulary
@@ -50,18 +53,33 @@ def random_pipeline(
     check(acceleration, device, dtype)
     check_level(level, acceleration)
     with quiet_libraries(), memory_errors(device, level), torch.no_grad():
-        parts = random_parts(recipe, device, dtype, stack)
-        projection = settle_adapter(parts, recipe.adapter.lora_scale, fuse=acceleration.fuse_lora)
-        projection.to(device, dtype).requires_grad_(False)
+        extras: dict[str, torch.nn.Module] = {}
+        if recipe.adapter.kind == "faceid_plusv2":
+            parts = random_parts(recipe, device, dtype, stack)
+            projection = settle_adapter(parts, recipe.adapter.lora_scale, fuse=acceleration.fuse_lora)
+            projection.to(device, dtype).requires_grad_(False)
+        else:
+            parts = random_models(recipe, device, dtype, stack)
+            projection = random_adapter(recipe.adapter.kind, parts.unet, stack)
+            if recipe.adapter.kind == "instantid":
+                extras["controlnet"] = random_controlnet(parts.unet)
         arrange(parts.unet, parts.vae, acceleration)
         homes = Homes.of(device, level)
         parts.unet.to(homes.unet)
         parts.vae.to(homes.vae)
-        for encoder in (parts.text_encoder, parts.text_encoder_2, parts.image_encoder, projection):
+        encoders = (parts.text_encoder, parts.text_encoder_2, parts.image_encoder, projection)
+        for encoder in (*encoders, *extras.values()):
             encoder.to(homes.encoders)
         steps = scheduler(recipe, stack)
         return Pipeline(
-            recipe, parts, projection, steps, acceleration=acceleration, level=level, device=device
+            recipe,
+            parts,
+            projection,
+            steps,
+            extras=extras,
+            acceleration=acceleration,
+            level=level,
+            device=device,
         )
 
 
@@ -74,25 +92,97 @@ def random_reference(
 
 
 def random_parts(recipe: Recipe, device: torch.device, dtype: torch.dtype, stack: Stack) -> Any:
-    """Create a diffusers pipeline with an image encoder, the adapter and its unfused LoRA."""
+    """Create a diffusers pipeline with an image encoder, the FaceID adapter and its unfused LoRA."""
+    parts = random_models(recipe, device, dtype, stack)
+    parts.load_ip_adapter(
+        _adapter(stack, device, dtype), subfolder="", weight_name="", image_encoder_folder=None
+    )
+    parts.unet.to(device, dtype).requires_grad_(False)  # the LoRA is in float32
+    return parts
+
+
+def random_models(recipe: Recipe, device: torch.device, dtype: torch.dtype, stack: Stack) -> Any:
+    """Create a diffusers pipeline with an image encoder, without an adapter."""
     from diffusers import StableDiffusionXLPipeline
 
     with _default_tensor(device, dtype):
         models = make_models(recipe, stack)
-    unet, vae = models["unet"], models["vae"]
+    vae = models["vae"]
     for index, model in enumerate(models.values()):
         fill(model.named_parameters(), index)
         model.to(device, dtype).eval().requires_grad_(False)
     if vae.config.force_upcast and dtype is torch.float16:
         vae.to(torch.float32)  # as when real weights are loaded
-    parts = StableDiffusionXLPipeline(
+    return StableDiffusionXLPipeline(
         **models, **tokenizers(stack), scheduler=scheduler(recipe, stack), add_watermarker=False
     )
-    parts.load_ip_adapter(
-        _adapter(stack, device, dtype), subfolder="", weight_name="", image_encoder_folder=None
-    )
-    unet.to(device, dtype).requires_grad_(False)  # the LoRA is in float32
-    return parts
+
+
+def random_adapter(kind: AdapterName, unet: Any, stack: Stack) -> torch.nn.Module:
+    """Put random keys and values for the identity into a UNet, and create the adapter's projection."""
+    from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
+
+    device, dtype, width = unet.device, unet.dtype, unet.config.cross_attention_dim
+    shapes = _projection_shapes(kind, width, stack.image_encoder["hidden_size"])
+    meta = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    projection = ADAPTERS[kind].empty_projection(meta).to(dtype).to_empty(device=device)
+    fill(projection.named_parameters(), 97)
+    processors = dict(unet.attn_processors)
+    with _default_tensor(device, dtype):
+        for name in list(processors):
+            layer = unet.get_submodule(name.removesuffix(".processor"))
+            if layer.is_cross_attention:
+                own = IPAdapterAttnProcessor2_0(layer.inner_dim, width, num_tokens=[1])
+                fill(((f"{name}.{key}", value) for key, value in own.named_parameters()), 98)
+                processors[name] = own
+    unet.set_attn_processor(processors)
+    unet.requires_grad_(False)
+    return projection.eval().requires_grad_(False)
+
+
+def _projection_shapes(kind: AdapterName, width: int, features: int) -> dict[str, tuple[int, ...]]:
+    """The tensors from which an adapter's projection reads its size, as published except for both widths.
+
+    Args:
+        kind: an adapter other than FaceID.
+        width: of an identity token.
+        features: of the image encoder's hidden states.
+    """
+    if kind in ("plus_face", "instantid"):
+        return {
+            "latents": (1, 16, 1280),
+            "proj_in.weight": (1280, features if kind == "plus_face" else EMBEDDING),
+            "proj_out.weight": (width, 1280),
+            **{f"layers.{layer}.attn.to_q.weight": (1280, 1280) for layer in range(4)},
+        }
+    levels: dict[str, tuple[int, ...]] = {
+        f"{name}_{level}.0.weight": (1024, 1024)
+        for name in ("mapping", "mapping_patch")
+        for level in range(LEVELS)
+    }
+    if kind == "pulid_v1":
+        body = {"body.0.weight": (1024, EMBEDDING + 768), "body.3.weight": (1024, 1024)}
+        return {**levels, **body, "mapping_0.6.weight": (width, 1024)}
+    parts = {"0.to_q.weight": 1024, "1.1.weight": 4096}
+    layers = {f"layers.{layer}.{part}": (out, 1024) for layer in range(10) for part, out in parts.items()}
+    return {
+        **levels,
+        **layers,
+        "latents": (1, 32, 1024),
+        "proj_out": (1024, width),
+        "id_embedding_mapping.0.weight": (1024, EMBEDDING + 768),
+    }
+
+
+def random_controlnet(unet: Any) -> torch.nn.Module:
+    """Create InstantID's ControlNet for a UNet, with random weights."""
+    from diffusers import ControlNetModel
+
+    with _default_tensor(unet.device, unet.dtype):
+        controlnet = ControlNetModel.from_unet(unet, load_weights_from_unet=False)
+    fill(controlnet.named_parameters(), 96)
+    model: torch.nn.Module = controlnet.eval().requires_grad_(False)
+    return model
 
 
 def make_models(recipe: Recipe, stack: Stack) -> dict[str, Any]:

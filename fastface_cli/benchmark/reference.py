@@ -41,7 +41,7 @@ from ..adapters.faceid_plusv2 import LORA, read_adapter
 from ..adapters.lora import fuse_lora
 from ..app.pipeline import GeneratedImage, Request, StageTimer, to_pil
 from ..errors import UsageError
-from ..identity.identity import Identity
+from ..identity.identity import Identity, random_identity
 from ..models.backbone import SDXL
 from ..models.device import memory_errors, pick_device, pick_dtype
 from ..models.loading import load_image_encoder, load_scheduler, load_text_encoders, load_unet, load_vae
@@ -267,6 +267,10 @@ class PublishedPipeline:
         self.projection.clip_embeds = features[:, None]
         self._state.images = len(requests)
         return embeds, pooled, embeddings[:, None]
+
+    def example_identity(self) -> Identity:
+        """An arbitrary identity with everything that the adapter reads."""
+        return random_identity()
 
     def encode_identity(self, identity: Identity) -> tuple[tuple[Tensor, Tensor], Tensor]:
         """Return image features [patches, width] without and with identity, and the face embedding [512]."""

@@ -16,14 +16,14 @@ import torch
 
 from ..app.pipeline import GeneratedImage, Pipeline, Request
 from ..errors import FastFaceError
-from ..identity.identity import Identity, make_identity, random_identity
+from ..identity.identity import Identity
 from ..output.images import encode_png
 from . import flops, hardware
-from .sides import WEIGHTS, BenchmarkEngine, Side, Source, analyzer, build
+from .sides import WEIGHTS, BenchmarkEngine, Side, Source, build, photo_reader
 from .timing import Stopwatch, interleaved, ratio_of_medians, spread, synchronize
 
 if TYPE_CHECKING:
-    from ..identity.analyzer import FaceAnalyzer
+    from ..identity.identity import Identity
 
 VERSION = 1
 """Version of the report's format."""
@@ -98,24 +98,27 @@ def requests_of(number: int, batch: int, identity: Identity, negative: str | Non
     ]
 
 
-def one_round(
-    engine: BenchmarkEngine, number: int, batch: int, photo: Path | None, faces: FaceAnalyzer | None
-) -> Round:
+def one_round(engine: BenchmarkEngine, number: int, batch: int, read: Callable[[], Identity] | None) -> Round:
     """Generate one batch of images and measure its times.
+
+    Args:
+        engine: the models.
+        number: of the round; prompts and seeds depend on it.
+        batch: number of images.
+        read: makes the identity from a photo; None uses an arbitrary identity and skips the face stage.
 
     Raises:
         FastFaceError: latents are not finite, or the noise is zero.
     """
     watch = Stopwatch(engine.device)
     engine.watch = watch
-    identity = None if faces else random_identity()
+    identity = None if read else engine.example_identity()
     synchronize(engine.device)
     began = time.perf_counter()
     if identity is None:
-        assert faces is not None
-        assert photo is not None
+        assert read is not None
         with watch("face"):
-            identity = make_identity([photo], faces)
+            identity = read()
     requests = requests_of(number, batch, identity, engine.recipe.negative_prompt)
     outputs = list(engine.generate(requests, batch_size=batch))
     with watch("png"):
@@ -168,22 +171,22 @@ def measure(plan: BenchmarkPlan, log: Callable[[str], None] = lambda _: None) ->
     """
     cold = [cold_start(side, plan) if plan.cold else None for side in plan.sides]
     measured: list[Measured] = []
-    faces = analyzer(plan.sides[0], plan.source) if plan.photo else None
+    read = photo_reader(plan.sides, plan.source, plan.photo) if plan.photo else None
     for side, started in zip(plan.sides, cold, strict=True):
         log(f"{side.label}: loading")
         began = time.perf_counter()
         engine = sharing(side, measured) or build(side, plan.source)
         synchronize(engine.device)
         result = Measured(side, engine, build_seconds=time.perf_counter() - began, cold=started)
-        result.first = one_round(engine, 0, plan.batch, plan.photo, faces)
+        result.first = one_round(engine, 0, plan.batch, read)
         for number in range(WARM_UP):
-            one_round(engine, 1 + number, plan.batch, plan.photo, faces)
+            one_round(engine, 1 + number, plan.batch, read)
         measured.append(result)
     for number, order in enumerate(interleaved(len(measured), plan.repeats), start=1 + WARM_UP):
         log(f"round {number - WARM_UP} of {plan.repeats}")
         for index in order:
             result = measured[index]
-            result.rounds.append(one_round(result.engine, number, plan.batch, plan.photo, faces))
+            result.rounds.append(one_round(result.engine, number, plan.batch, read))
     return report(plan, measured)
 
 
@@ -225,18 +228,20 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def describe(result: Measured, batch: int, rate: float) -> dict[str, Any]:
-    """Build the report of a side: milliseconds per batch, operations per image."""
+    """Build the report of a side: milliseconds per batch; for FaceID, operations per image."""
     engine, rounds = result.engine, result.rounds
     height, width = rounds[0].latents.shape[-2:]
     samples = rounds[0].unet_samples
-    counted = flops.image(
-        engine.parts,
-        height=height,
-        width=width,
-        unet_samples=samples,
-        texts=1 if engine.recipe.negative_prompt is None else 2,
-        people=2,
-    )
+    counted: Mapping[str, int] | None = None
+    if engine.recipe.adapter.kind == "faceid_plusv2":
+        counted = flops.image(
+            engine.parts,
+            height=height,
+            width=width,
+            unet_samples=samples,
+            texts=1 if engine.recipe.negative_prompt is None else 2,
+            people=2,
+        )
     total = spread([r.total for r in rounds])
     loop = spread([r.loop for r in rounds])
     floor = 1000 * batch / rate
@@ -255,8 +260,9 @@ def describe(result: Measured, batch: int, rate: float) -> dict[str, Any]:
         "stages_ms": {
             stage: spread([r.stages[stage] for r in rounds]).to_json() for stage in ordered(rounds[0].stages)
         },
-        "tflop": {stage: count / 1e12 for stage, count in counted.items()},
-        "share_of_rate": {
+        "tflop": counted and {stage: count / 1e12 for stage, count in counted.items()},
+        "share_of_rate": counted
+        and {
             "total": sum(counted.values()) * floor / total.p50,
             "loop": counted["unet"] * floor / loop.p50,
         },

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from ..app.pipeline import GeneratedImage, Request, StageTimer
     from ..app.stack import ModelStack
-    from ..identity.analyzer import FaceAnalyzer
+    from ..identity.identity import Identity
     from ..models.offload import LevelName
 
 EngineName = Literal["ours", "reference"]
@@ -45,6 +45,10 @@ class BenchmarkEngine(Protocol):
 
     def generate(self, requests: Sequence[Request], *, batch_size: int = 1) -> Iterator[GeneratedImage]:
         """Generate images, in order."""
+        ...
+
+    def example_identity(self) -> Identity:
+        """An arbitrary identity with everything that the adapter reads."""
         ...
 
 
@@ -130,13 +134,20 @@ def build(side: Side, source: Source) -> BenchmarkEngine:
     )
 
 
-def analyzer(side: Side, source: Source) -> FaceAnalyzer:
-    """Load the face models of a side's recipe.
+def photo_reader(sides: Sequence[Side], source: Source, photo: Path) -> Callable[[], Identity]:
+    """Load the models that read a photo: those of the first side, for what the adapters of all sides read.
 
     Raises:
         ModelUnavailableError: they cannot be downloaded or loaded.
     """
-    return _models(source).analyzer(side.recipe)
+    from ..identity.features import NEEDED
+    from ..identity.identity import make_identity
+
+    models, recipes = _models(source), [side.recipe for side in sides]
+    features = {name for recipe in recipes for name in NEEDED[recipe.adapter.kind]}
+    encoders = [models.face_encoder(r) for r in recipes if "eva_hidden" in NEEDED[r.adapter.kind]]
+    analyzer, encoder = models.analyzer(recipes[0]), encoders[0] if encoders else None
+    return lambda: make_identity([photo], analyzer, features=features, encoder=encoder)
 
 
 def _models(source: Source) -> ModelStack:

@@ -28,9 +28,9 @@ def markdown(report: BenchmarkReport) -> str:
     parts += [
         "## Stages, median milliseconds",
         stages(sides),
-        "## Operations per image",
-        operations(sides),
     ]
+    if counted := [side for side in sides if side["tflop"]]:
+        parts += ["## Operations per image", operations(counted)]
     if any(side["cold"] for side in sides):
         parts += ["## First image in a new process", cold(sides)]
     return "\n\n".join(parts) + "\n"

@@ -105,6 +105,8 @@ def bench(
     from ..models.offload import check_level, level_of
 
     pick_dtype(dtype, pick_device(device_name))
+    if against and any(each.adapter.kind != "faceid_plusv2" for each in recipes):
+        raise UsageError("the published implementation has FaceID alone", "omit --against for this recipe")
     source: WeightSource = weights  # type: ignore[assignment]  # one of WEIGHTS
     sides.check_photo(face, source)
     changes = [*(["compile=on"] if compile_ else []), *(accelerate or [])]

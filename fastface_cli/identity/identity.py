@@ -208,12 +208,24 @@ class Identity:
         return replace(identity, id_embedding=(embedding / norms).astype(np.float32))
 
 
-def random_identity() -> Identity:
-    """An arbitrary identity for warm-up and benchmarks: a random unit embedding and a crop of noise."""
+def random_identity(eva: tuple[int, int] | None = None) -> Identity:
+    """An arbitrary identity for warm-up and benchmarks: random numbers, and key points in a plausible place.
+
+    Args:
+        eva: widths of EVA02-CLIP's output and hidden states; None omits the features of this tower.
+    """
     rng = np.random.default_rng(0)
     embedding = rng.standard_normal((1, 512)).astype(np.float32)
     crop = rng.integers(0, 256, (1, CROP, CROP, 3), dtype=np.uint8)
-    return Identity(embedding / np.linalg.norm(embedding), crop, np.ones(1, np.float32))
+    features = {
+        "embedding_norm": np.array([20], np.float32),
+        "key_points": np.array([[[90, 110], [150, 110], [120, 140], [95, 170], [145, 170]]], np.float32),
+        "photo_size": np.array([[240, 280]], np.float32),
+    }
+    if eva is not None:
+        features["eva_embedding"] = rng.standard_normal((1, eva[0]), dtype=np.float32)
+        features["eva_hidden"] = rng.standard_normal((1, 5, 577, eva[1]), dtype=np.float32)
+    return Identity(embedding / np.linalg.norm(embedding), crop, np.ones(1, np.float32), features=features)
 
 
 def make_identity(

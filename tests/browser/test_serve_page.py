@@ -148,7 +148,7 @@ def test_cancel_save_the_identity_and_come_back(page):
 
 
 def test_comparing_leaves_connections_for_cancel(page, server):
-    """A browser opens six connections to a server, and a comparison has six runs with an event stream each."""
+    """A browser opens six connections to a server, a comparison has six runs, each with events."""
     streams: set[Any] = set()
     most = 0
 
@@ -158,9 +158,12 @@ def test_comparing_leaves_connections_for_cancel(page, server):
             streams.add(request)
             most = max(most, len(streams))
 
+    def closed(request: Any) -> None:
+        streams.discard(request)
+
     page.on("request", opened)
-    for ended in ("requestfinished", "requestfailed"):
-        page.on(ended, lambda request: streams.discard(request))
+    page.on("requestfinished", closed)
+    page.on("requestfailed", closed)
     page.set_input_files("#file", str(PHOTO))
     page.locator(".face").first.wait_for()
     page.fill("#prompt", "a portrait, compared")

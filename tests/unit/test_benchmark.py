@@ -164,6 +164,39 @@ def test_invalid_outputs_are_refused(person):
         check(output(ones[0], ones / 0))
 
 
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("hyper-instantid-fastface", []),
+        ("lightning-plusface", []),
+        ("lightning-pulid-dcg", []),
+        ("lightning-pulid", ["adapter.kind=pulid_v1.1"]),
+    ],
+)
+def test_a_benchmark_with_random_weights_runs_with_every_adapter(name, changes):
+    from fastface_cli.benchmark.random_stack import random_pipeline
+    from fastface_cli.benchmark.run import one_round
+    from fastface_cli.recipe.files import load_recipe
+
+    sizes = ["sampling.width=64", "sampling.height=64"]
+    small = load_recipe(name, overrides=[*sizes, *changes]).recipe
+    pipeline = random_pipeline(small, torch.device("cpu"), torch.float32, stack=MINIATURE)
+    result = one_round(pipeline, 1, 1, None)
+    assert result.latents.std() > 0.1
+    assert pipeline.warm_up() > 0
+    alone = load_recipe(name, overrides=[*sizes, *changes, "adapter.scale=0"]).recipe
+    without = pipeline.sharing(alone, pipeline.scheduler, pipeline.acceleration)
+    assert (one_round(without, 1, 1, None).latents - result.latents).norm() > 0.01
+
+
+def test_the_published_implementation_has_faceid_alone():
+    from fastface_cli.commands.bench import bench
+    from fastface_cli.errors import UsageError
+
+    with pytest.raises(UsageError, match="FaceID alone"):
+        bench(recipe=["hyper-pulid"], against="reference", weights="random-small", device="cpu")
+
+
 def test_random_pipeline_and_published_pipeline_have_equal_latents(person):
     from fastface_cli.app.pipeline import Request
     from fastface_cli.benchmark.random_stack import random_pipeline, random_reference
