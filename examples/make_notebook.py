@@ -1,11 +1,13 @@
-"""Write examples/fastface.ipynb, the Python use step by step: python examples/make_notebook.py
+"""Write examples/fastface.ipynb, the Python use step by step, with the outputs of its cells.
 
-The notebook is written as plain JSON without outputs. A test executes its cells in order.
+    pip install nbclient ipykernel
+    python examples/make_notebook.py
+
+A test executes its cells in order.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 PAGE = Path(__file__).with_name("fastface.ipynb")
@@ -97,23 +99,24 @@ except FastFaceError as error:
 """Text and code cells alternate, starting with text."""
 
 
-def render() -> str:
-    """Return the notebook as JSON."""
-    cells = []
-    for index, source in enumerate(CELLS):
-        cell = {"cell_type": "code" if index % 2 else "markdown", "id": f"cell-{index}", "metadata": {}}
-        if index % 2:
-            cell |= {"execution_count": None, "outputs": []}
-        cells.append(cell | {"source": source.splitlines(keepends=True)})
-    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
-    page = {
-        "cells": cells,
-        "metadata": {"kernelspec": kernel, "language_info": {"name": "python"}},
-        "nbformat": 4,
-        "nbformat_minor": 5,
+def main() -> None:
+    """Run the cells and write the notebook."""
+    import nbformat
+    from nbclient import NotebookClient
+
+    new = (nbformat.v4.new_markdown_cell, nbformat.v4.new_code_cell)
+    cells = [new[index % 2](source, id=f"cell-{index}") for index, source in enumerate(CELLS)]
+    notebook = nbformat.v4.new_notebook(cells=cells)
+    NotebookClient(notebook, resources={"metadata": {"path": str(PAGE.parent)}}, record_timing=False).execute()
+    notebook.metadata = {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
     }
-    return json.dumps(page, indent=1, ensure_ascii=False) + "\n"
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            output.get("data", {}).pop("image/jpeg", None)  # Pillow offers each image twice
+    nbformat.write(notebook, PAGE)
 
 
 if __name__ == "__main__":
-    PAGE.write_text(render(), encoding="utf-8")
+    main()

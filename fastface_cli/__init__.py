@@ -1,6 +1,7 @@
 """FastFace: put a person into an image in four diffusion steps."""
 
 import os
+import warnings
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ __all__ = ["FastFace", "__version__"]
 def __getattr__(name: str) -> Any:
     # Importing the package must stay cheap for the command line.
     if name == "FastFace":
+        # In notebooks, tqdm asks for a package that its progress bars need; fastface shows none of these bars.
+        warnings.filterwarnings("ignore", message="IProgress not found")
         from .app.api import FastFace
 
         return FastFace

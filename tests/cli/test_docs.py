@@ -321,11 +321,14 @@ def test_page_of_help_texts_is_up_to_date() -> None:
 
 def test_the_notebook_runs_and_is_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
     module = script(ROOT / "examples" / "make_notebook.py")
-    text = module.PAGE.read_text(encoding="utf-8")
-    assert text == module.render(), "run python examples/make_notebook.py"
+    cells = json.loads(module.PAGE.read_text(encoding="utf-8"))["cells"]
+    sources = ["".join(cell["source"]) for cell in cells]
+    assert sources == module.CELLS, "run python examples/make_notebook.py"
     monkeypatch.chdir(ROOT / "examples")
     names: dict[str, object] = {}
-    for cell in json.loads(text)["cells"]:
+    for cell, source in zip(cells, sources, strict=True):
         if cell["cell_type"] == "code":
-            exec(compile("".join(cell["source"]), cell["id"], "exec"), names)
+            assert cell["outputs"], "run python examples/make_notebook.py"
+            assert {output["output_type"] for output in cell["outputs"]} <= {"execute_result", "stream"}
+            exec(compile(source, cell["id"], "exec"), names)
     assert isinstance(names["best"].image, Image.Image)
