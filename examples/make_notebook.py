@@ -107,7 +107,8 @@ def main() -> None:
     new = (nbformat.v4.new_markdown_cell, nbformat.v4.new_code_cell)
     cells = [new[index % 2](source, id=f"cell-{index}") for index, source in enumerate(CELLS)]
     notebook = nbformat.v4.new_notebook(cells=cells)
-    NotebookClient(notebook, resources={"metadata": {"path": str(PAGE.parent)}}, record_timing=False).execute()
+    here = {"metadata": {"path": str(PAGE.parent)}}
+    NotebookClient(notebook, resources=here, record_timing=False).execute()
     notebook.metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},

@@ -21,7 +21,7 @@ __all__ = ["FastFace", "__version__"]
 def __getattr__(name: str) -> Any:
     # Importing the package must stay cheap for the command line.
     if name == "FastFace":
-        # In notebooks, tqdm asks for a package that its progress bars need; fastface shows none of these bars.
+        # In notebooks, tqdm asks for a package that its bars need; fastface shows none of these bars.
         warnings.filterwarnings("ignore", message="IProgress not found")
         from .app.api import FastFace
 
