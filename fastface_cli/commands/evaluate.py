@@ -259,6 +259,26 @@ def report(
 
 
 @app.command()
+def index(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder that contains runs.")],
+    as_json: options.JsonOption = False,
+) -> None:
+    """Write a page that lists all runs of a folder, with their results and links to their reports.
+
+    Example: fastface eval index runs/
+    """
+    from ..evaluation.index import write_index
+
+    page, runs = write_index(folder)
+    if as_json:
+        console.print_json(
+            {"ok": True, "index": str(page), "runs": [str(run) for run in runs], "error": None}
+        )
+    else:
+        console.line(str(page))
+
+
+@app.command()
 def merge(
     shards: Annotated[list[Path], typer.Argument(metavar="SHARD...", help="Runs made with --shard.")],
     output: OutputOption = None,

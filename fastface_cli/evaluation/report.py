@@ -46,7 +46,7 @@ def write_report(run: Path) -> Path:
     info = Run.reopen(run, writable=False)
     summary = read_summary(run)
     rows = read_rows(run)
-    page = _render(_page(run, info, summary, rows))
+    page = render("report.html.j2", _page(run, info, summary, rows))
     return write_atomically(run / "report.html", page.encode("utf-8", "replace"), force=True)
 
 
@@ -58,8 +58,8 @@ def _page(run: Path, info: Run, summary: Mapping[str, Any], rows: Sequence[Row])
         "title": dataset.get("name") or run.resolve().name,
         "recipes": recipes,
         "first": recipes[0] if recipes else "",
-        "facts": _facts(summary, rows),
-        "opening": _opening(summary),
+        "facts": facts(summary, rows),
+        "opening": opening(summary),
         "extremes": _extremes(summary, rows),
         "few": len(summary["identities"]) if len(summary["identities"]) < FEW else None,
         "counts": summary["counts"],
@@ -73,7 +73,7 @@ def _page(run: Path, info: Run, summary: Mapping[str, Any], rows: Sequence[Row])
     }
 
 
-def _facts(summary: Mapping[str, Any], rows: Sequence[Row]) -> list[tuple[int, str]]:
+def facts(summary: Mapping[str, Any], rows: Sequence[Row]) -> list[tuple[int, str]]:
     """Return the size of the run as (count, word)."""
     generated = [row for row in rows if row.file is not None]
     clean = sum(row.stress is None for row in generated)
@@ -94,7 +94,7 @@ def _judge(summary: Mapping[str, Any]) -> str | None:
     return next((name for name in ID_COLUMNS if name in summary["columns"]), None)
 
 
-def _opening(summary: Mapping[str, Any]) -> list[str]:
+def opening(summary: Mapping[str, Any]) -> list[str]:
     """Return one sentence for each recipe but the first: likeness, prompt and cost against the first."""
     first = next(iter(summary["recipes"]), "")
     against = next((name for name in PROMPT_COLUMNS if name in summary["columns"]), None)
@@ -417,7 +417,8 @@ def link(path: str | None) -> str | None:
 # ------------------------------------------------------------------------------------------ rendering
 
 
-def _render(page: Mapping[str, Any]) -> str:
+def render(template: str, page: Mapping[str, Any]) -> str:
+    """Fill in a template of this folder."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -430,7 +431,7 @@ def _render(page: Mapping[str, Any]) -> str:
     environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "separators": (",", ":")}
     script = _text("report.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return environment.get_template("report.html.j2").render(
+    return environment.get_template(template).render(
         page, style=_text("report.css"), script=script, script_hash=f"sha256-{digest}", series=COLORS
     )
 

@@ -15,6 +15,7 @@ from support.run_folder import COLUMNS, RECIPES, build_run
 
 from fastface_cli import console
 from fastface_cli.errors import UsageError
+from fastface_cli.evaluation.index import write_index
 from fastface_cli.evaluation.numbers import Style, verdict
 from fastface_cli.evaluation.plots import Point, scatter
 from fastface_cli.evaluation.report import _kind, link, write_report
@@ -214,6 +215,27 @@ def test_page_of_a_run_without_scores(tmp_path: Path) -> None:
     page = write_report(tmp_path).read_text(encoding="utf-8")
     assert data_of(page)["columns"] == []
     assert "72 images" in words(page)
+
+
+def test_the_index_lists_runs_the_newest_first(tmp_path: Path) -> None:
+    for name, started in (("old & good", "2026-01-01T00:00:00Z"), ("new", "2026-02-01T00:00:00Z")):
+        build_run(tmp_path / name)
+        write_report(tmp_path / name)
+        info = json.loads((tmp_path / name / "run.json").read_text())
+        (tmp_path / name / "run.json").write_text(json.dumps(info | {"started": started}))
+    (tmp_path / "deep" / "unfinished").mkdir(parents=True)
+    (tmp_path / "deep" / "unfinished" / "run.json").write_text(json.dumps(info | {"started": "2025"}))
+    path, runs = write_index(tmp_path)
+    assert [run.relative_to(tmp_path).as_posix() for run in runs] == ["new", "old & good", "deep/unfinished"]
+    page = path.read_text(encoding="utf-8")
+    assert re.findall(r'<a href="([^"]+)', page) == ["./new/report.html", "./old%20%26%20good/report.html"]
+    assert "fastface against baseline: ID (dlib)" in words(page)
+    assert page.count("Unfinished") == 1
+
+
+def test_a_folder_without_runs_has_no_index(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="contains no run"):
+        write_index(tmp_path)
 
 
 def test_gallery_shows_only_existing_photos(tmp_path: Path) -> None:
