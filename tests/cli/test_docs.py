@@ -163,7 +163,7 @@ def plan(
             # The metrics that a run takes by itself are tested in test_eval; two are quicker.
             quick = [] if values["metrics"] else ["--metrics", "id,cost"]
             return (0,) if local and evaluate else None, quick
-        case "eval score" | "eval report" | "eval merge" | "eval compare":
+        case "eval score" | "eval report" | "eval index" | "eval merge" | "eval compare":
             return (0,) if evaluate else None, []
         case "bench":
             return (0,) if packaged and evaluate else None, ["--repeats", "2", "--no-cold", "--device", "cpu"]
