@@ -171,6 +171,12 @@ class ServedRun:
             with self._lock:
                 self._listeners.discard(wake)
 
+    def notices(self) -> list[str]:
+        """Messages so far, each once."""
+        with self._lock:
+            messages = [event.data["message"] for event in self._events if event.name == "notice"]
+        return list(dict.fromkeys(messages))
+
     def record(self, position: int | None = None) -> dict[str, Any]:
         """The run as the API describes it."""
         return {
@@ -179,6 +185,9 @@ class ServedRun:
             "position": position,
             "request": self.body.model_dump(mode="json"),
             "recipe": self.recipe.name,
+            "width": self.recipe.sampling.width,
+            "height": self.recipe.sampling.height,
+            "notices": self.notices(),
             "created": self.created,
             "started": self.started,
             "ended": self.ended,

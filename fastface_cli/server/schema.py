@@ -74,8 +74,7 @@ class RunBody(BaseModel):
         return GenerateRequest(
             recipe=registered(self.recipe or default),
             changes={
-                field: RecipeChange(value=value, origin=f"changes.{field}")
-                for field, value in self.changes.items()
+                field: RecipeChange(value=value, origin="changes") for field, value in self.changes.items()
             },
             prompts=self.prompts,
             negative_prompt=self.negative_prompt,
@@ -145,6 +144,11 @@ class RunRecord(BaseModel):
     """Runs ahead in the queue."""
     request: dict[str, Any]
     recipe: str
+    width: int
+    """Of the images, as `height`: the request's or the recipe's, in pixels."""
+    height: int
+    notices: list[str]
+    """Messages so far, each once."""
     created: float
     """Seconds since 1970, as `started` and `ended`."""
     started: float | None

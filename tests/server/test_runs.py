@@ -38,6 +38,22 @@ def test_a_photo_becomes_an_image_with_metadata(client):
     assert (metadata["prompt"], metadata["seed"]) == ("a woman smiling", 4)
 
 
+def test_a_run_tells_its_size_and_its_messages(client):
+    run = submit(client, PHOTO, prompts=["a quixotic woman"], aspect=[3, 4]).json()
+    ended = finished(client, run["id"])
+    image = ended["images"][0]
+    assert (
+        (run["width"], run["height"])
+        == (ended["width"], ended["height"])
+        == (image["width"], image["height"])
+    )
+    assert ended["width"] < ended["height"]
+    told = [data["message"] for name, data in events(client, run["id"]) if name == "notice"]
+    assert ended["notices"] == list(dict.fromkeys(told))
+    wrong = submit(client, changes={"sampling.width": 100}).json()["error"]["message"]
+    assert wrong.count("sampling.width") == 1
+
+
 def test_every_step_has_a_preview(client):
     run = submit(client, previews=True).json()["id"]
     previews = [data["previews"] for name, data in events(client, run) if name == "step"]

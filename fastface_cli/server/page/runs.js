@@ -120,9 +120,7 @@ function tile(run, index) {
   const frame = make("button", { type: "button", class: "frame", disabled: true, "aria-label": "Image in preparation" });
   const caption = make("figcaption", {}, make("strong", { textContent: run.label }), make("span", {}));
   const element = make("figure", { class: "tile" }, frame, caption);
-  const recipe = window.recipes?.find((each) => each.name === run.record.recipe);
-  const [w, h] = run.record.request.aspect ?? [recipe?.width ?? 1, recipe?.height ?? 1];
-  frame.style.aspectRatio = `${w} / ${h}`;
+  frame.style.aspectRatio = `${run.record.width} / ${run.record.height}`;
   run.group.tiles.append(element);
   return { element, frame, caption, index, image: null };
 }
