@@ -39,7 +39,7 @@ app.add_typer(recipes.app, name="recipes")
 app.add_typer(cache.app, name="cache")
 
 
-class _Interrupted(BaseException):
+class Interrupted(BaseException):
     """Ctrl-C or SIGTERM; not KeyboardInterrupt, which Typer would turn into exit code 1."""
 
     def __init__(self, number: int = signal.SIGINT) -> None:
@@ -58,7 +58,7 @@ class _StoppedError(FastFaceError):
 
 def _interrupt(number: int, _frame: FrameType | None) -> None:
     signal.signal(number, signal.SIG_DFL)  # a second one ends the process immediately
-    raise _Interrupted(number)
+    raise Interrupted(number)
 
 
 def _version(value: bool) -> None:
@@ -93,14 +93,14 @@ def run(argv: list[str] | None = None) -> int:
         return code
     except BrokenPipeError:
         return _closed_pipe()
-    except (_Interrupted, Exception) as error:
-        if os.environ.get("FASTFACE_DEBUG") == "1" and not isinstance(error, _Interrupted):
+    except (Interrupted, Exception) as error:
+        if os.environ.get("FASTFACE_DEBUG") == "1" and not isinstance(error, Interrupted):
             raise
         failure = _failure(error)
         try:
             if "--json" in arguments:
                 _print_failure(arguments, failure, getattr(error, "partial", {}))
-            if isinstance(error, _Interrupted):
+            if isinstance(error, Interrupted):
                 console.note("interrupted")
             else:
                 console.print_error(failure)
@@ -114,7 +114,7 @@ def _failure(error: BaseException) -> FastFaceError:
     """Return any exception as the error to report."""
     if isinstance(error, FastFaceError):
         return error
-    if isinstance(error, _Interrupted):
+    if isinstance(error, Interrupted):
         return _StoppedError(error.exit_code)
     return unexpected(error)
 

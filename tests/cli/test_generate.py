@@ -402,7 +402,7 @@ def test_weights_that_are_no_numbers(generate, layout, me, tmp_path):
         (ValueError(), 1, "run_failed", "unexpected ValueError"),
         (FastFaceError("no luck", "try again"), 1, "run_failed", "no luck"),
         (UsageError("not so"), 2, "usage", "not so"),
-        (cli._Interrupted(), 130, "interrupted", "interrupted"),
+        (cli.Interrupted(), 130, "interrupted", "interrupted"),
     ],
 )
 def test_json_lists_the_finished_images_whatever_ends_the_run(
