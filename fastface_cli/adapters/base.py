@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,10 +21,6 @@ if TYPE_CHECKING:
     from ..identity.identity import Identity
     from ..recipe.schema import Adapter
 
-Input: TypeAlias = Literal["embedding", "crop", "embedding_norm", "key_points", "eva"]
-"""What an adapter reads of an identity: the embedding of unit norm, the aligned face crop, the norm of the
-embedding, the key points in the photo, the features of EVA02-CLIP."""
-
 OnDevice: TypeAlias = Callable[..., AbstractContextManager[None]]
 """Entered with modules around their use: offloaded modules are moved to the device for that time."""
 
@@ -36,7 +32,6 @@ class IdentityAdapter(Protocol):
     tokens with attention of their own. Everything else about an adapter stays behind this interface.
     """
 
-    inputs: tuple[Input, ...]
     num_tokens: int
     """Identity tokens, which attention manipulation selects by number."""
 

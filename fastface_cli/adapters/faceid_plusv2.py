@@ -17,7 +17,7 @@ from transformers import CLIPImageProcessorPil
 
 from ..quiet import loading_errors
 from ..recipe.schema import Adapter
-from .base import DecoupledAdapter, Input, OnDevice
+from .base import DecoupledAdapter, OnDevice
 from .lora import fuse_loaded
 
 if TYPE_CHECKING:
@@ -37,7 +37,6 @@ class FaceIDPlusV2(DecoupledAdapter):
     projection: torch.nn.Module
     """From (embedding, image features) to identity tokens."""
     crop_order: str = "bgr"
-    inputs: tuple[Input, ...] = ("embedding", "crop")
     num_tokens: int = 4
     processor: CLIPImageProcessorPil = field(init=False)
 

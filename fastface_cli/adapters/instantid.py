@@ -22,7 +22,7 @@ from ..sampling.processor import (
     Extra,
     Rows,
 )
-from .base import DecoupledAdapter, Input, OnDevice
+from .base import DecoupledAdapter, OnDevice
 from .key_points import drawn, placed
 
 if TYPE_CHECKING:
@@ -37,7 +37,6 @@ class InstantID(DecoupledAdapter):
     """From an embedding that is not normalized to identity tokens."""
     controlnet: torch.nn.Module
     controlnet_scale: float = 0.8
-    inputs: tuple[Input, ...] = ("embedding", "embedding_norm", "key_points")
     num_tokens: int = 16
 
     def configured(self, settings: Adapter) -> InstantID:

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import CLIPImageProcessorPil
 
 from ..recipe.schema import Adapter
-from .base import DecoupledAdapter, Input, OnDevice
+from .base import DecoupledAdapter, OnDevice
 from .faceid_plusv2 import crop_features, crop_processor
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ class PlusFace(DecoupledAdapter):
     projection: torch.nn.Module
     """From image features to identity tokens."""
     crop_order: str = "rgb"
-    inputs: tuple[Input, ...] = ("crop",)
     num_tokens: int = 16
     processor: CLIPImageProcessorPil = field(init=False)
 

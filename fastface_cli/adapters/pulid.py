@@ -25,7 +25,7 @@ from ..sampling.processor import (
     Layers,
     Rows,
 )
-from .base import DecoupledAdapter, Input, OnDevice
+from .base import DecoupledAdapter, OnDevice
 from .pulid_encoder import ID_TOKENS, EncoderV1, EncoderV11
 
 if TYPE_CHECKING:
@@ -42,7 +42,6 @@ class Pulid(DecoupledAdapter):
     encoder: EncoderV1 | EncoderV11
     zero_tokens: int = 0
     orthogonal: str = "off"
-    inputs: tuple[Input, ...] = ("embedding", "embedding_norm", "eva")
     num_tokens: int = field(init=False)
 
     def __post_init__(self) -> None:

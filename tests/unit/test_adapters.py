@@ -17,7 +17,6 @@ class ToyAdapter:
     """Two identity tokens, which are a slice of the face embedding."""
 
     width: int
-    inputs = ("embedding",)
     num_tokens = 2
     calls: list[int] = field(default_factory=list)
 
