@@ -265,7 +265,7 @@ def index(
 ) -> None:
     """Write a page that lists all runs of a folder, with their results and links to their reports.
 
-    Example: fastface eval index runs/
+    Example: fastface eval index .
     """
     from ..evaluation.index import write_index
 

@@ -178,7 +178,7 @@ def test_comparing_leaves_connections_for_cancel(page, server):
         runs = [run for run in client.get("/api/runs").json()["runs"] if run["request"]["count"] == 8]
     assert len(runs) >= 6
     assert "cancelled" in {run["state"] for run in runs}
-    assert 1 <= most <= 3, "two, and one that is closing"
+    assert 1 <= most < 6, "two, and those whose end was not reported yet"
 
 
 def test_a_photo_without_a_face_is_reported(page, tmp_path):
