@@ -20,7 +20,7 @@ def write_index(folder: Path) -> tuple[Path, list[Path]]:
         FOLDER/index.html, and the folders of the runs.
 
     Raises:
-        UsageError: the folder contains no run, or one is damaged.
+        UsageError: the folder contains no run.
     """
     runs = [path.parent for path in folder.rglob("run.json")]
     if not runs:
@@ -32,25 +32,28 @@ def write_index(folder: Path) -> tuple[Path, list[Path]]:
 
 
 def _entry(folder: Path, run: Path) -> Mapping[str, Any]:
-    """The variables of one run; an unfinished run has neither numbers nor a link."""
-    info = read_info(run)
-    dataset = info.get("dataset") or {}
+    """The variables of one run; an unfinished or unreadable one has a problem instead of numbers and a link."""
     place = run.relative_to(folder).as_posix()
     entry = {
         "run": run,
         "folder": folder.resolve().name if place == "." else place,
-        "dataset": dataset.get("name") or "",
-        "started": str(info.get("started") or ""),
-        "recipes": list(info.get("recipes") or {}),
+        "dataset": "",
+        "started": "",
+        "recipes": [],
         "report": None,
         "facts": [],
         "opening": [],
+        "problem": None,
     }
-    if (run / "report.html").is_file() and (run / "summary.json").is_file():
+    try:
+        info = read_info(run)
+        entry["dataset"] = (info.get("dataset") or {}).get("name") or ""
+        entry["started"] = str(info.get("started") or "")
+        entry["recipes"] = list(info.get("recipes") or {})
         summary = read_summary(run)
-        entry |= {
-            "report": link(f"{place}/report.html"),
-            "facts": facts(summary, read_rows(run)),
-            "opening": opening(summary),
-        }
+        entry["facts"] = facts(summary, read_rows(run))
+        entry["opening"] = opening(summary)
+        entry["report"] = link(f"{place}/report.html")
+    except UsageError as error:  # one such run must not hide the others
+        entry["problem"] = f"{error.message}: {error.hint}" if error.hint else error.message
     return entry

@@ -225,12 +225,16 @@ def test_the_index_lists_runs_the_newest_first(tmp_path: Path) -> None:
         (tmp_path / name / "run.json").write_text(json.dumps(info | {"started": started}))
     (tmp_path / "deep" / "unfinished").mkdir(parents=True)
     (tmp_path / "deep" / "unfinished" / "run.json").write_text(json.dumps(info | {"started": "2025"}))
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "run.json").write_text("{")
     path, runs = write_index(tmp_path)
-    assert [run.relative_to(tmp_path).as_posix() for run in runs] == ["new", "old & good", "deep/unfinished"]
+    names = [run.relative_to(tmp_path).as_posix() for run in runs]
+    assert names == ["new", "old & good", "deep/unfinished", "damaged"]
     page = path.read_text(encoding="utf-8")
     assert re.findall(r'<a href="([^"]+)', page) == ["./new/report.html", "./old%20%26%20good/report.html"]
     assert "fastface against baseline: ID (dlib)" in words(page)
-    assert page.count("Unfinished") == 1
+    assert "deep/unfinished is not finished: it has no summary.json" in words(page)
+    assert page.count("caution") - page.split("</style>")[0].count("caution") == 2
 
 
 def test_a_folder_without_runs_has_no_index(tmp_path: Path) -> None:
