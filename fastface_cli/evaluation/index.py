@@ -32,7 +32,7 @@ def write_index(folder: Path) -> tuple[Path, list[Path]]:
 
 
 def _entry(folder: Path, run: Path) -> Mapping[str, Any]:
-    """The variables of one run; an unfinished or unreadable one has a problem instead of numbers and a link."""
+    """The variables of one run; an unfinished or unreadable one has a problem instead of a link."""
     place = run.relative_to(folder).as_posix()
     entry = {
         "run": run,

@@ -10,10 +10,12 @@ import pytest
 import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from benchmarks import adapter_files
 from fastface_cli.adapters.base import DecoupledAdapter
 from fastface_cli.adapters.instantid import InstantID
+from fastface_cli.adapters.plus_face import PlusFace
 from fastface_cli.adapters.plus_projection import empty_plus
 from fastface_cli.adapters.pulid import ENCODER, Pulid, empty_pulid
 from fastface_cli.benchmark.sdxl import PUBLISHED
@@ -57,7 +59,14 @@ def pulid(layout: TensorLayout, zero_tokens: int) -> DecoupledAdapter:
     return replace(Pulid(encoder), zero_tokens=zero_tokens, orthogonal="ortho_v2")
 
 
+def plus_face() -> DecoupledAdapter:
+    with META:
+        encoder = CLIPVisionModelWithProjection(CLIPVisionConfig(**PUBLISHED.image_encoder)).half().eval()
+    return PlusFace(encoder, resampler(1280))
+
+
 ADAPTERS = {
+    "plus_face": (plus_face, 16),
     "instantid": (instantid, 16),
     "pulid_v1": (lambda: pulid(adapter_files.pulid_v1_layout(), 8), 10),
     "pulid_v1.1": (lambda: pulid(adapter_files.pulid_v11_layout(), 20), 32),
