@@ -75,7 +75,7 @@ class ResolvedRuntime:
         if self.device.type != "cuda" or not is_full_size(recipe):
             return OFF
         free, _ = torch.cuda.mem_get_info(self.device)
-        # The sizes of the levels are FaceID's. A ControlNet comes on top; the image tower of PuLID (0.3 billion
+        # The sizes of the levels are FaceID's. A ControlNet comes on top; PuLID's image tower (0.3 billion
         # numbers in float32) takes the place of FaceID's (0.6 billion in half precision).
         free -= sum(artifact.bytes for role, artifact in artifacts_of(recipe).items() if role == "controlnet")
         sampling = recipe.sampling
