@@ -36,10 +36,9 @@ RANK = 6
 ADAPTER_SCALE = 0.8
 LORA_SCALE = 0.6
 """Scales of the adapter in the recipes; training uses the same scales."""
-VIEWS = 12
-"""Reference views per portrait: two with its own mouth, the others with another's; odd indices are mirrored.
-The last six have the light, colors and crops of photos from elsewhere (``vary``)."""
-VIEW_CHANCES = (0.08, 0.08, 0.1, 0.1, 0.1, 0.1, *6 * (0.44 / 6,))
+VIEWS = 6
+"""Reference views per portrait: two with its own mouth, four with another's; odd indices are mirrored."""
+VIEW_CHANCES = (0.08, 0.08, 0.21, 0.21, 0.21, 0.21)
 MOUTH = ((112, 186), (54, 34))
 """Center and half axes of the mouth in an aligned crop of 224 pixels."""
 STRONGEST = 0.4
@@ -89,31 +88,6 @@ def with_mouth(crop: np.ndarray, donor: np.ndarray) -> np.ndarray:
     return np.asarray(np.clip(base + mask * (mouth - base), 0, 255), np.uint8)
 
 
-def vary(crop: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """Return a crop as from another photo: color cast, saturation, side light or a shadow, squeezed, sheared.
-
-    The portraits have neutral light and frontal faces. An adapter trained on these alone reads a warm photo
-    of a turned head as another person.
-    """
-    side = crop.shape[0]
-    squeeze, shear = generator.uniform(0.86, 1.04), generator.normal(0, 0.06)
-    linear = np.array([[squeeze, shear], [0, generator.uniform(0.96, 1.06)]])
-    center = np.array([side / 2, side / 2])
-    matrix = np.concatenate([linear, (center - linear @ center)[:, None]], axis=1)
-    image = cv2.warpAffine(crop, matrix, (side, side), borderMode=cv2.BORDER_REPLICATE).astype(np.float32)
-    gray = image.mean(axis=2, keepdims=True)
-    image = gray + (image - gray) * generator.uniform(0.4, 1.8)
-    warmth, green = generator.normal(0.05, 0.13), generator.normal(0, 0.05)
-    image *= np.array([1 + warmth, 1 + green, 1 - warmth])
-    y, x = np.mgrid[0:side, 0:side] / (side - 1) - 0.5
-    angle = generator.uniform(0, 2 * np.pi)
-    across = np.cos(angle) * x + np.sin(angle) * y
-    sharpness = np.exp(generator.uniform(np.log(1.5), np.log(20)))
-    light = 1 / (1 + np.exp(-sharpness * (across - generator.uniform(-0.3, 0.3))))
-    image *= 1 - generator.uniform(0, 0.55) * light[..., None]
-    return np.asarray(np.clip(image, 0, 255), np.uint8)
-
-
 def views(settings: Options, portraits: data.Portraits) -> tuple[np.ndarray, np.ndarray]:
     """Return embeddings [n, views, 512] and states [n, views, 65, 96] of all reference views, cached.
 
@@ -140,11 +114,9 @@ def views(settings: Options, portraits: data.Portraits) -> tuple[np.ndarray, np.
             for view in range(VIEWS):
                 image = aligned(index)
                 if view >= 2:
-                    kind = (facts[index].sex, facts[index].group, view // 2 % 2 == 1)
+                    kind = (facts[index].sex, facts[index].group, view < 4)
                     image = with_mouth(image, aligned(int(generator.choice(donors[kind]))))
                 if view:
-                    if view >= VIEWS // 2:
-                        image = vary(image, generator)
                     image = recognizer.degrade(image, generator, 0.6)
                 if view % 2 == 1:
                     image = image[:, ::-1]
