@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -21,9 +21,6 @@ from ..output.images import encode_png
 from . import flops, hardware
 from .sides import WEIGHTS, BenchmarkEngine, Side, Source, build, photo_reader
 from .timing import Stopwatch, interleaved, ratio_of_medians, spread, synchronize
-
-if TYPE_CHECKING:
-    from ..identity.identity import Identity
 
 VERSION = 1
 """Version of the report's format."""
@@ -112,11 +109,10 @@ def one_round(engine: BenchmarkEngine, number: int, batch: int, read: Callable[[
     """
     watch = Stopwatch(engine.device)
     engine.watch = watch
-    identity = None if read else engine.example_identity()
+    identity = engine.example_identity()
     synchronize(engine.device)
     began = time.perf_counter()
-    if identity is None:
-        assert read is not None
+    if read is not None:
         with watch("face"):
             identity = read()
     requests = requests_of(number, batch, identity, engine.recipe.negative_prompt)

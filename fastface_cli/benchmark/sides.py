@@ -145,8 +145,8 @@ def photo_reader(sides: Sequence[Side], source: Source, photo: Path) -> Callable
 
     models, recipes = _models(source), [side.recipe for side in sides]
     features = {name for recipe in recipes for name in NEEDED[recipe.adapter.kind]}
-    encoders = [models.face_encoder(r) for r in recipes if "eva_hidden" in NEEDED[r.adapter.kind]]
-    analyzer, encoder = models.analyzer(recipes[0]), encoders[0] if encoders else None
+    with_tower = (recipe for recipe in recipes if "eva_hidden" in NEEDED[recipe.adapter.kind])
+    analyzer, encoder = models.analyzer(recipes[0]), next(map(models.face_encoder, with_tower), None)
     return lambda: make_identity([photo], analyzer, features=features, encoder=encoder)
 
 
