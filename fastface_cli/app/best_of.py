@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from ..errors import ModelUnavailableError
+from .. import pocket
+from ..errors import ModelUnavailableError, UsageError
+from ..identity.yunet import has_recognizer
 from ..scorers.dlib_recognizer import DlibRecognizer, similarities
 
 if TYPE_CHECKING:
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 
     from ..identity.analyzer import FaceAnalyzer
     from ..identity.identity import Identity
-    from ..recipe.schema import Recipe
+    from ..recipe.schema import AdapterName, Recipe
     from ..scorers.clip import Clip
     from .pipeline import GeneratedImage, Pipeline, Request
 
@@ -140,20 +142,35 @@ class DlibJudge:
         return float(similarities(embedding[None], reference[None])[0, 0])
 
 
-class ConditioningJudge:
-    """The recognizer that conditioned the image: cosine of its embeddings."""
+class RecipeJudge:
+    """The recognizer of the recipe's face models: cosine of its embeddings.
 
-    name = "the conditioning recognizer"
+    Args:
+        analyzer: the face models.
+        conditions: whether the adapter reads the embedding.
+    """
 
-    def __init__(self, analyzer: FaceAnalyzer) -> None:
+    def __init__(self, analyzer: FaceAnalyzer, *, conditions: bool) -> None:
         self._analyzer = analyzer
+        self.name = "the conditioning recognizer" if conditions else "the recipe's recognizer"
 
     def describe(self, image: np.ndarray, crop: np.ndarray, face: Any) -> np.ndarray:
         """See `Judge`: [512] float32, unit norm."""
         return self._analyzer.embed(image, face)
 
     def reference(self, identity: Identity) -> np.ndarray:
-        """The embedding that conditions."""
+        """The embedding of the identity.
+
+        Raises:
+            UsageError: it was made by another recognizer.
+        """
+        own = getattr(self._analyzer, "recognizer", None)
+        if None not in (own, identity.recognizer) and identity.recognizer != own:
+            raise UsageError(
+                f"the identity was made with the recognizer {identity.recognizer}, and --best-of compares "
+                f"images by {own}",
+                "make the identity again from the photo, or install dlib: pip install 'fastface-cli[dlib]'",
+            )
         return identity.mean()
 
     def likeness(self, embedding: np.ndarray, reference: np.ndarray) -> float:
@@ -161,20 +178,31 @@ class ConditioningJudge:
         return float(embedding.astype(np.float64) @ reference.astype(np.float64))
 
 
-def pick_judge(analyzer: FaceAnalyzer) -> Judge:
-    """dlib if it is installed, otherwise the conditioning recognizer, with a warning.
+def pick_judge(analyzer: FaceAnalyzer, kind: AdapterName) -> Judge:
+    """dlib if it is installed, otherwise the recipe's recognizer, with a warning if it conditions the image.
 
     Args:
         analyzer: the face models of the stack.
+        kind: of the adapter.
+
+    Raises:
+        ModelUnavailableError: dlib is not installed, and the face models contain no recognizer.
     """
     try:
         return DlibJudge()
-    except ModelUnavailableError:
+    except ModelUnavailableError as error:
+        if not has_recognizer(analyzer):
+            raise ModelUnavailableError(
+                "--best-of compares faces, and this recipe has no face recognizer",
+                "pip install 'fastface-cli[dlib]'",
+            ) from error
+    conditions = kind != "plus_face"  # it reads the crop alone
+    if conditions:
         log.warning(
             "likeness is scored by the recognizer that conditions the image, which favors copies; "
             "for an independent recognizer: pip install 'fastface-cli[dlib]'"
         )
-        return ConditioningJudge(analyzer)
+    return RecipeJudge(analyzer, conditions=conditions)
 
 
 def has_own_clip(recipe: Recipe) -> bool:
@@ -183,7 +211,7 @@ def has_own_clip(recipe: Recipe) -> bool:
     The second text encoder and the image encoder of the pocket stack are. SDXL's text encoders are CLIP
     ViT-L/14 and ViT-bigG/14, FaceID's image encoder is a ViT-H/14: no two of them share an embedding space.
     """
-    return (recipe.model.base, recipe.model.image_encoder) == ("pocket-base", "pocket-clip")
+    return (recipe.model.base, recipe.model.image_encoder) == (pocket.BASE, pocket.IMAGE_ENCODER)
 
 
 @dataclass

@@ -138,6 +138,9 @@ class Session:
                 identity = stack.posed(plan.recipe, identity, request.pose)
             if plan.cells:
                 check_features(identity, plan.recipe.adapter.kind)
+            if request.best_of > 1:
+                yield from self._stream(lambda emit: stack.face_models(plan.recipe, emit))
+                stack.judge(plan.recipe).reference(identity)
             saved = None
             if request.output is not None and request.output.save_identity is not None:
                 saved = identity.save(request.output.save_identity, force=request.output.force)
@@ -177,7 +180,9 @@ class Session:
 
     def _warn_if_far(self, plan: RunPlan, pipeline: Pipeline, identity: Identity) -> None:
         """Log once if the pocket stack was not trained with photos like that of this person."""
-        if plan.recipe.model.base != pocket.BASE or plan.recipe.adapter.kind != "faceid_plusv2":
+        from .best_of import has_own_clip
+
+        if not has_own_clip(plan.recipe):
             return
         digest = identity.digest()
         if digest in self._reported:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ..identity.photos import Photo
     from ..identity.yunet import YuNetAnalyzer
     from ..scorers.clip import Clip
-    from .best_of import Scorer
+    from .best_of import Judge, Scorer
     from .pipeline import Pipeline
 
 log = logging.getLogger(__name__)
@@ -61,6 +61,7 @@ class ModelStack:
         self.fused_cache = fused_cache
         self.remember = remember
         self._pipeline: Pipeline | None = None
+        self._judge: Judge | None = None
         self._scorer: Scorer | None = None
         self._analyzer: tuple[str, InsightFaceAnalyzer | YuNetAnalyzer] | None = None
         self._face_encoder: tuple[Path, GrayFaceEncoder] | None = None
@@ -69,7 +70,7 @@ class ModelStack:
 
     def clear(self) -> None:
         """Free the memory of all models and identities."""
-        self._pipeline = self._scorer = self._analyzer = self._face_encoder = None
+        self._pipeline = self._judge = self._scorer = self._analyzer = self._face_encoder = None
         self._identities.clear()
         _free_device_memory()
 
@@ -186,13 +187,29 @@ class ModelStack:
             self._face_encoder = tower, load_face_encoder(paths, device)
         return self._face_encoder[1]
 
+    def judge(self, recipe: Recipe) -> Judge:
+        """What scores the likeness of candidates; logs a warning if it is not independent.
+
+        Raises:
+            ModelUnavailableError: there is none.
+        """
+        from .best_of import pick_judge
+
+        if self._judge is None:
+            self._judge = pick_judge(self.analyzer(recipe), recipe.adapter.kind)
+        return self._judge
+
     def scorer(self, recipe: Recipe) -> Scorer:
-        """The scorer of candidates; logs a warning for each score that is unavailable."""
-        from .best_of import Scorer, pick_judge
+        """The scorer of candidates; logs a warning for each score that is unavailable.
+
+        Raises:
+            ModelUnavailableError: nothing can score the likeness.
+        """
+        from .best_of import Scorer
 
         if self._scorer is None:
-            analyzer, pipeline = self.analyzer(recipe), self.pipeline(recipe)
-            self._scorer = Scorer(analyzer, pick_judge(analyzer), self._clip(recipe, pipeline))
+            judge, pipeline = self.judge(recipe), self.pipeline(recipe)
+            self._scorer = Scorer(self.analyzer(recipe), judge, self._clip(recipe, pipeline))
         return self._scorer
 
     def _clip(self, recipe: Recipe, pipeline: Pipeline) -> Clip | None:
@@ -292,11 +309,11 @@ def load_analyzer(path: Path, device: str) -> InsightFaceAnalyzer | YuNetAnalyze
     Raises:
         ModelUnavailableError: they cannot be loaded.
     """
-    if path.is_file():
-        from ..identity.yunet import YuNetAnalyzer
-
-        return YuNetAnalyzer(path)
     from ..identity.analyzer import load_face_models
+    from ..identity.yunet import YuNetAnalyzer, is_detector
+
+    if is_detector(path):
+        return YuNetAnalyzer(path)
 
     return load_face_models(path, device=device)
 

@@ -17,13 +17,14 @@ from ..app.stack import fetch, load_analyzer, load_face_encoder
 from ..errors import UsageError
 from ..files import content_mark
 from ..identity.features import NEEDED
+from ..identity.yunet import is_detector
 from ..output.metadata import installed_versions
 from ..settings import Settings
 from ..store import ProgressObserver
-from ..store.manifest import resolve
+from ..store.manifest import Artifact, resolve
 from .engines import LocalPool, Pool, RayPool, local_devices
 from .maker import MakerFactory
-from .metrics.base import Context, Metric, Rules, make_metrics, missing_modules, registry
+from .metrics.base import Context, Metric, Needs, Rules, make_metrics, missing_modules, registry
 from .people import Features, People, identity_key
 from .runner import EvaluationPlan, Scoring
 
@@ -102,13 +103,36 @@ def hardware() -> dict[str, Any]:
 
 
 def default_metrics(recipes: Mapping[str, Recipe], rules: Rules) -> list[str]:
-    """Return the default metrics: the installed ones of the set that fits the models."""
+    """Return the default metrics: those of the set for these models that are installed and can score them."""
     packaged = all(
         artifact.packaged for recipe in recipes.values() for artifact in artifacts_of(recipe).values()
     )
     chosen = POCKET if packaged else PUBLISHED if rules == "published" else FULL
     known = registry()
-    return [name for name in chosen if name in known and not missing_modules(known[name])]
+    installed = [name for name in chosen if name in known and not missing_modules(known[name])]
+    return [name for name in installed if _scores(known[name].needs, recipes)]
+
+
+def _scores(needs: Needs, recipes: Mapping[str, Recipe]) -> bool:
+    """Whether a metric can score the images of all recipes."""
+    try:
+        _check_recognizer("", needs, _roles(set(needs.roles), recipes))
+    except UsageError:
+        return False
+    return True
+
+
+def _check_recognizer(metric: str, needs: Needs, roles: Mapping[str, Artifact]) -> None:
+    """Refuse a metric that compares embeddings of a face detector, which has none."""
+    if not needs.recognizer:
+        return
+    face = roles["face"]
+    files = [face.local] if face.local is not None else [Path(file.path) for file in face.files]
+    if len(files) == 1 and is_detector(files[0]):
+        raise UsageError(
+            f"the metric {metric} needs a face recognizer, and {face.name} contains only a detector",
+            "choose other metrics, for example --metrics dlib or --metrics adaface",
+        )
 
 
 def check_machine(recipes: Mapping[str, Recipe], worker_setup: WorkerSetup) -> None:
@@ -186,8 +210,9 @@ def scoring(
     from ..store import Store
 
     metrics = make_metrics(names)
-    roles = {role for metric in metrics for role in metric.needs.roles}
-    by_role = _roles(roles, recipes)
+    by_role = _roles({role for metric in metrics for role in metric.needs.roles}, recipes)
+    for metric in metrics:
+        _check_recognizer(metric.name, metric.needs, by_role)
     artifacts = {name: resolve(name) for metric in metrics for name in metric.needs.artifacts} | by_role
     store = Store(settings, offline=worker_setup.offline)
     paths = store.ensure(list(artifacts.values()), progress=progress)
@@ -197,7 +222,7 @@ def scoring(
     return Scoring(metrics, functools.partial(_load, list(names), context, worker_setup.threads))
 
 
-def _roles(roles: set[str], recipes: Mapping[str, Recipe]) -> dict[str, Any]:
+def _roles(roles: set[str], recipes: Mapping[str, Recipe]) -> dict[str, Artifact]:
     """Return the artifacts that all recipes share, by role: a metric scores all recipes with one model."""
     shared = {}
     for role in sorted(roles):

@@ -10,8 +10,8 @@ WEIGHTS = Path(__file__).parent / "weights"
 WORD = re.compile(r"[a-z0-9]+(?:-[a-z0-9]+)*")
 """A word of a caption, in lower case."""
 
-BASE = "pocket-base"
-"""The base model in recipes of the pocket stack."""
+BASE, IMAGE_ENCODER = "pocket-base", "pocket-clip"
+"""Models in recipes of the pocket stack."""
 
 STYLES = ("photo", "comic", "pencil drawing", "watercolour", "black and white", "sepia", "pixel art")
 """Styles that the pocket stack generates well."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,8 @@ from support.face_stand_ins import SquareAnalyzer
 
 from fastface_cli.app.best_of import (
     Candidates,
-    ConditioningJudge,
     DlibJudge,
+    RecipeJudge,
     Score,
     Scorer,
     choose,
@@ -24,7 +25,8 @@ from fastface_cli.app.best_of import (
     pick_judge,
     standing,
 )
-from fastface_cli.errors import UsageError
+from fastface_cli.errors import ModelUnavailableError, UsageError
+from fastface_cli.identity.yunet import NO_RECOGNIZER
 from fastface_cli.recipe.files import load_recipe
 from fastface_cli.scorers.clip import Clip
 
@@ -103,14 +105,13 @@ class TestChoice:
 
 class TestJudges:
     def test_the_conditioning_recognizer_gives_cosines(self, person) -> None:
-        judge = ConditioningJudge(SquareAnalyzer())
+        judge = RecipeJudge(SquareAnalyzer(), conditions=True)
         mean = judge.reference(person)
         assert judge.likeness(mean, mean) == pytest.approx(1)
         assert judge.likeness(-mean, mean) == pytest.approx(-1)
 
-    def test_without_dlib_a_dependent_score_is_reported(
-        self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-    ) -> None:
+    @pytest.fixture
+    def without_dlib(self, monkeypatch: pytest.MonkeyPatch) -> None:
         real = builtins.__import__
 
         def without(name: str, *rest: object, **more: object) -> object:
@@ -119,10 +120,39 @@ class TestJudges:
             return real(name, *rest, **more)
 
         monkeypatch.setattr(builtins, "__import__", without)
-        judge = pick_judge(SquareAnalyzer())
+
+    @pytest.mark.usefixtures("without_dlib")
+    def test_without_dlib_a_dependent_score_is_reported(self, caplog: pytest.LogCaptureFixture) -> None:
+        judge = pick_judge(SquareAnalyzer(), "faceid_plusv2")
         assert judge.name == "the conditioning recognizer"
         (record,) = caplog.records
         assert "fastface-cli[dlib]" in record.getMessage()
+
+    @pytest.mark.usefixtures("without_dlib")
+    def test_recognizer_that_conditions_nothing_needs_no_warning(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        judge = pick_judge(SquareAnalyzer(), "plus_face")
+        assert judge.name == "the recipe's recognizer"
+        assert not caplog.records
+
+    @pytest.mark.usefixtures("without_dlib")
+    def test_detector_without_a_recognizer_cannot_score(self) -> None:
+        class Detector(SquareAnalyzer):
+            recognizer = NO_RECOGNIZER
+
+        with pytest.raises(ModelUnavailableError, match="has no face recognizer") as refused:
+            pick_judge(Detector(), "plus_face")
+        assert "fastface-cli[dlib]" in str(refused.value.hint)
+
+    def test_embedding_of_another_recognizer_is_refused(self, person) -> None:
+        class Other(SquareAnalyzer):
+            recognizer = "w600k_r50"
+
+        judge = RecipeJudge(Other(), conditions=False)
+        assert judge.reference(replace(person, recognizer="w600k_r50")) is not None
+        with pytest.raises(UsageError, match="made with the recognizer none"):
+            judge.reference(replace(person, recognizer=NO_RECOGNIZER))
 
     def test_dlib_knows_a_face_again_at_another_size(self, pocket) -> None:
         """The example is drawn, but a face all the same; the crop of a scaled copy stays near it."""
@@ -140,7 +170,7 @@ class TestJudges:
         assert mirrored.likeness is None or mirrored.likeness < same.likeness
 
     def test_image_without_a_face_has_no_likeness(self, person) -> None:
-        scorer = Scorer(SquareAnalyzer(), ConditioningJudge(SquareAnalyzer()), constant_clip(0.6))
+        scorer = Scorer(SquareAnalyzer(), RecipeJudge(SquareAnalyzer(), conditions=True), constant_clip(0.6))
         blank = Image.new("RGB", (64, 64), "grey")
         assert scorer.score(blank, identity=person, prompt="x", seed=4) == Score(4, None, pytest.approx(0.6))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -9,16 +10,22 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
 from support.methods import recipe_of
 
 from fastface_cli.app.licensing import artifacts_of, check_commercial
 from fastface_cli.app.pipeline import Pipeline, Request
-from fastface_cli.errors import ModelUnavailableError, NoFaceError
+from fastface_cli.errors import ModelUnavailableError, NoFaceError, UsageError
+from fastface_cli.evaluation import setup
+from fastface_cli.evaluation.metrics.base import Context
+from fastface_cli.evaluation.metrics.faces import faces_of
 from fastface_cli.identity.features import check_features
 from fastface_cli.identity.identity import Identity, make_identity
 from fastface_cli.identity.photos import open_photo
 from fastface_cli.identity.yunet import YuNetAnalyzer
 from fastface_cli.recipe.files import load_recipe, load_recipe_data
+from fastface_cli.recipe.schema import Recipe
+from fastface_cli.settings import load_settings
 
 PORTRAIT = Path(__file__).parents[2] / "examples" / "portrait.png"
 STRIDE, COLUMN, ROW = 32, 7, 5
@@ -90,6 +97,37 @@ def test_an_identity_without_a_recognizer(detector: Path, tmp_path: Path) -> Non
     check_features(again, "plus_face")
     with pytest.raises(NoFaceError, match="not trained with"):
         check_features(again, "faceid_plusv2")
+
+
+class TestEvaluation:
+    """Without a recognizer, similarity by the recipe's own face models would be 1 for everyone."""
+
+    RECIPES: Mapping[str, Recipe] = {
+        name: load_recipe(name).recipe for name in ("lightning-plusface", "lightning-plusface-dcg")
+    }
+
+    def test_default_metrics_need_no_recognizer(self) -> None:
+        defaults = setup.default_metrics(self.RECIPES, "fastface")
+        assert "id" not in defaults
+        assert {"adaface", "clip-l14", "cost"} <= set(defaults)
+
+    def test_default_metrics_of_recipes_with_other_face_models_need_none(self) -> None:
+        recipes = {**self.RECIPES, "faceid": load_recipe("lightning-fastface").recipe}
+        defaults = setup.default_metrics(recipes, "fastface")
+        assert not {"id", "adaface"} & set(defaults)
+        assert "cost" in defaults
+
+    def test_similarity_by_a_detector_is_refused(self) -> None:
+        with pytest.raises(UsageError, match="metric id needs a face recognizer, and yunet contains only"):
+            setup.scoring(
+                ["id"], self.RECIPES, setup.WorkerSetup(), "fastface", load_settings(), lambda _: None
+            )
+
+    def test_detector_finds_the_faces_that_other_metrics_align(self, detector: Path) -> None:
+        faces = faces_of(Context({"face": detector}))
+        face = faces.find(Image.open(PORTRAIT).convert("RGB"))
+        assert face is not None
+        assert face.score == pytest.approx(0.95, abs=0.01)
 
 
 def test_no_part_of_the_stack_forbids_commercial_use() -> None:

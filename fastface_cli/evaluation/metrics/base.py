@@ -51,6 +51,8 @@ class Needs:
     """Manifest names or `hub:` references; keys of `Context.paths`."""
     roles: tuple[str, ...] = ()
     """Model roles of the recipes, such as `face`; keys of `Context.paths`."""
+    recognizer: bool = False
+    """The role `face` must contain a recognizer, not only a detector."""
     extras: tuple[str, ...] = ()
     """Extras of fastface-cli, such as `dlib`."""
     modules: tuple[str, ...] = ()

@@ -5,7 +5,8 @@ from __future__ import annotations
 from cachetools import LRUCache, cachedmethod
 from PIL import Image
 
-from ...identity.analyzer import Face, FaceAnalyzer, load_face_models
+from ...app.stack import load_analyzer
+from ...identity.analyzer import Face, FaceAnalyzer
 from ...identity.search import SIZES, bgr, find_faces
 from ...scorers.cache import CACHE_SIZE, method_key
 from .base import Context, Rules
@@ -61,5 +62,5 @@ class Faces:
 def faces_of(context: Context) -> Faces:
     """Return the face finder that all metrics of a context share; needs the role `face`."""
     return context.once(
-        "faces", lambda: Faces(load_face_models(context.paths["face"], device=context.device), context.rules)
+        "faces", lambda: Faces(load_analyzer(context.paths["face"], context.device), context.rules)
     )

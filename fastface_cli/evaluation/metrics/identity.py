@@ -202,7 +202,7 @@ class ConditioningIdentity(IdentityMetric):
 
     name = "id"
     summary = "ID similarity by the conditioning recognizer, detection rate, face ratio"
-    needs = Needs(roles=("face",))
+    needs = Needs(roles=("face",), recognizer=True)
     columns = (
         *identity_columns("id", "ID", "cosine of the embeddings that also condition the images"),
         Column("face_found", "face found", True, "share", "Images in which a face is found."),
