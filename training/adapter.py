@@ -14,8 +14,9 @@ not need to provide it.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -60,9 +61,9 @@ def image_processor() -> CLIPImageProcessor:
 
 
 @torch.no_grad()
-def crop_states(towers: clip.Clip, crops_bgr: list[np.ndarray]) -> Tensor:
-    """Return hidden_states[-2], [n, 65, 96], of 224x224 crops, in BGR order as in the published code."""
-    images = [Image.fromarray(crop) for crop in crops_bgr]
+def crop_states(towers: clip.Clip, crops: list[np.ndarray]) -> Tensor:
+    """Return hidden_states[-2], [n, 65, 96], of 224x224 crops, in the color order of the adapter."""
+    images = [Image.fromarray(crop) for crop in crops]
     pixels = image_processor()(images, return_tensors="pt").pixel_values.to(device())
     states: Tensor = towers.vision(pixels, output_hidden_states=True).hidden_states[-2]
     return states
@@ -88,12 +89,16 @@ def with_mouth(crop: np.ndarray, donor: np.ndarray) -> np.ndarray:
     return np.asarray(np.clip(base + mask * (mouth - base), 0, 255), np.uint8)
 
 
-def views(settings: Options, portraits: data.Portraits) -> tuple[np.ndarray, np.ndarray]:
+def views(
+    settings: Options, portraits: data.Portraits, order: Literal["bgr", "rgb"] = "bgr"
+) -> tuple[np.ndarray, np.ndarray]:
     """Return embeddings [n, views, 512] and states [n, views, 65, 96] of all reference views, cached.
 
     Mouth donors have the sex and group of the person; half of them smile, independently of the person.
+    The image encoder reads the crops in BGR order for FaceID, as the published code does.
     """
-    ids_path, states_path = settings.work / "view_embeddings.npy", settings.work / "view_states.npy"
+    ids_path = settings.work / "view_embeddings.npy"
+    states_path = settings.work / ("view_states.npy" if order == "bgr" else "view_states_rgb.npy")
     if not states_path.exists():
         network = recognizer.trained(settings.work)
         towers, _ = clip.trained(settings.work)
@@ -123,11 +128,49 @@ def views(settings: Options, portraits: data.Portraits) -> tuple[np.ndarray, np.
                 crops.append(np.ascontiguousarray(image))
             small = np.stack([cv2.resize(crop, (112, 112), interpolation=cv2.INTER_AREA) for crop in crops])
             embeddings[index] = recognizer.embed_all(network, small)
-            reversed_crops = [np.ascontiguousarray(crop[:, :, ::-1]) for crop in crops]
-            states[index] = crop_states(towers, reversed_crops).cpu().numpy()
+            ordered = crops if order == "rgb" else [np.ascontiguousarray(crop[:, :, ::-1]) for crop in crops]
+            states[index] = crop_states(towers, ordered).cpu().numpy()
         np.save(ids_path, embeddings)
         np.save(states_path, states)
     return np.asarray(np.load(ids_path)), np.asarray(np.load(states_path, mmap_mode="r"))
+
+
+class IdentityAttention(nn.ModuleDict):
+    """Keys and values for identity tokens in every cross-attention layer of a base, by processor number.
+
+    Initializing with the keys and values of the text converges much faster than random numbers.
+    """
+
+    def __init__(self, base: Any, tokens: int, scale: float) -> None:
+        super().__init__()
+        width = 2 * clip.TEXT_WIDTH
+        processors = {}
+        self.names = list(base.attn_processors)
+        for number, (name, processor) in enumerate(base.attn_processors.items()):
+            processors[name] = processor
+            if name.endswith("attn2.processor"):
+                attention = base.get_submodule(name.removesuffix(".processor"))
+                own = IPAdapterAttnProcessor(attention.inner_dim, width, num_tokens=(tokens,), scale=scale)
+                for added, text in ((own.to_k_ip[0], attention.to_k), (own.to_v_ip[0], attention.to_v)):
+                    added.weight.data.copy_(getattr(text, "layer", text).weight.data)
+                processors[name] = self[str(number)] = own
+        # diffusers empties the dictionary that it receives.
+        base.set_attn_processor(dict(processors))
+
+    def strengthen(self, scale: float) -> None:
+        """Set the scale of the identity attention."""
+        processor: Any
+        for processor in self.values():
+            processor.scale = [scale]
+
+    def by_key(self) -> dict[str, list[Tensor]]:
+        """Return the parameters under the keys of ``ip_adapter`` in published files."""
+        table = {}
+        for number, module in self.items():
+            own: Any = module
+            table[f"{number}.to_k_ip.weight"] = [own.to_k_ip[0].weight]
+            table[f"{number}.to_v_ip.weight"] = [own.to_v_ip[0].weight]
+        return table
 
 
 class Adapter(nn.Module):
@@ -142,28 +185,11 @@ class Adapter(nn.Module):
         self.projection.shortcut = True
         self.wrapped = [low_rank.inject(base, ENDINGS, RANK, lora_scale)]
         self.additions = low_rank.Additions(self.wrapped[0])
-        processors = {}
-        for name, processor in base.attn_processors.items():
-            if name.endswith("attn2.processor"):
-                attention = base.get_submodule(name.removesuffix(".processor"))
-                own = IPAdapterAttnProcessor(attention.inner_dim, width, num_tokens=(TOKENS,), scale=scale)
-                # Initializing with the keys and values of the text converges much faster.
-                for added, text in ((own.to_k_ip[0], attention.to_k), (own.to_v_ip[0], attention.to_v)):
-                    added.weight.data.copy_(text.layer.weight.data)
-                processors[name] = own
-            else:
-                processors[name] = processor
-        # diffusers empties the dictionary that it receives.
-        base.set_attn_processor(dict(processors))
-        self.names = list(processors)
-        crossing = [number for number, name in enumerate(self.names) if name.endswith("attn2.processor")]
-        self.attention = nn.ModuleDict({str(number): processors[self.names[number]] for number in crossing})
+        self.attention = IdentityAttention(base, TOKENS, scale)
 
     def strengthen(self, scale: float) -> None:
         """Set the scale of the identity attention."""
-        processor: Any
-        for processor in self.attention.values():
-            processor.scale = [scale]
+        self.attention.strengthen(scale)
 
     def tokens(self, embeddings: Tensor, states: Tensor) -> Tensor:
         """Return identity tokens [n, 4, 128] of embeddings [n, 512] and states [n, 65, 96]."""
@@ -184,28 +210,27 @@ class Adapter(nn.Module):
                 projection[published_name(key.replace("to_k", "to_kv"))] = pair
             else:
                 projection[published_name(key)] = [value]
-        table: dict[str, list[Tensor]] = {}
+        table = self.attention.by_key()
         tensors = self.additions.tensors()
-        for number, name in enumerate(self.names):
+        for number, name in enumerate(self.attention.names):
             layer = name.removesuffix(".processor")
             for short, long in (("to_q", "to_q"), ("to_k", "to_k"), ("to_v", "to_v"), ("to_out", "to_out.0")):
                 down, up = tensors[f"{layer}.{long}"]
                 table[f"{number}.{short}_lora.down.weight"] = [down]
                 table[f"{number}.{short}_lora.up.weight"] = [up]
-            if name.endswith("attn2.processor"):
-                own: Any = self.attention[str(number)]
-                table[f"{number}.to_k_ip.weight"] = [own.to_k_ip[0].weight]
-                table[f"{number}.to_v_ip.weight"] = [own.to_v_ip[0].weight]
         return {"image_proj": projection, "ip_adapter": table}
 
     def file_layout(self) -> dict[str, dict[str, Tensor]]:
         """Return the content of the published file, in half precision."""
-        return {
-            part: {
-                key: torch.cat(tensors).detach().half().cpu().contiguous() for key, tensors in table.items()
-            }
-            for part, table in self.parameters_by_key().items()
-        }
+        return halved(self.parameters_by_key())
+
+
+def halved(parameters: dict[str, dict[str, list[Tensor]]]) -> dict[str, dict[str, Tensor]]:
+    """Return the tensors of a file in half precision; parameters of one key are concatenated."""
+    return {
+        part: {key: torch.cat(tensors).detach().half().cpu().contiguous() for key, tensors in table.items()}
+        for part, table in parameters.items()
+    }
 
 
 def published_name(key: str) -> str:
@@ -245,19 +270,27 @@ def trained(work: Path, size: int) -> Adapter:
     return adapter
 
 
-def main() -> None:
-    """Train within the time budget."""
-    settings = options("adapter", 30)
+def train(
+    settings: Options, create: Callable[[Any], Any], checkpoint: str, order: Literal["bgr", "rgb"] = "bgr"
+) -> None:
+    """Train an adapter within the time budget.
+
+    Args:
+        settings: of the stage.
+        create: returns a module with the methods `tokens` and `strengthen` of `Adapter` for a base.
+        checkpoint: name of the file in the work folder.
+        order: color order in which the image encoder reads the crops.
+    """
     portraits = data.load(settings)
-    embeddings, states = views(settings, portraits)
+    embeddings, states = views(settings, portraits, order)
     base: Any = unet.trained(settings.work, settings.size)
-    adapter = Adapter(base).to(device())
+    adapter = create(base).to(device())
     conditions = unet.Conditions(settings)
     no_identity = empty_states(conditions.towers)
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01)
     ema = Ema(adapter, 0.998)
     parts = {"model": adapter, "ema": ema, "optimizer": optimizer}
-    run = Run(settings.work / "adapter.pt", settings.minutes, parts, save_every=90)
+    run = Run(settings.work / checkpoint, settings.minutes, parts, save_every=90)
     images = unet.CaptionedLatents(settings, portraits, 900_000 + run.step)
     scheduler = unet.schedule()
     torch.manual_seed(settings.seed + 3 + run.step)
@@ -305,6 +338,11 @@ def main() -> None:
         for name, value in (("loss", loss), ("identity", identity_loss), ("expression", expression_loss)):
             smooth[name] = 0.98 * smooth.get(name, value.item()) + 0.02 * value.item()
         run.log(50, **smooth)
+
+
+def main() -> None:
+    """Train within the time budget."""
+    train(options("adapter", 30), Adapter, "adapter.pt")
 
 
 if __name__ == "__main__":
