@@ -116,23 +116,10 @@ def default_metrics(recipes: Mapping[str, Recipe], rules: Rules) -> list[str]:
 def _scores(needs: Needs, recipes: Mapping[str, Recipe]) -> bool:
     """Whether a metric can score the images of all recipes."""
     try:
-        _check_recognizer("", needs, _roles(set(needs.roles), recipes))
+        _roles(needs, recipes)
     except UsageError:
         return False
     return True
-
-
-def _check_recognizer(metric: str, needs: Needs, roles: Mapping[str, Artifact]) -> None:
-    """Refuse a metric that compares embeddings of a face detector, which has none."""
-    if not needs.recognizer:
-        return
-    face = roles["face"]
-    files = [face.local] if face.local is not None else [Path(file.path) for file in face.files]
-    if len(files) == 1 and is_detector(files[0]):
-        raise UsageError(
-            f"the metric {metric} needs a face recognizer, and {face.name} contains only a detector",
-            "choose other metrics, for example --metrics dlib or --metrics adaface",
-        )
 
 
 def check_machine(recipes: Mapping[str, Recipe], worker_setup: WorkerSetup) -> None:
@@ -210,9 +197,9 @@ def scoring(
     from ..store import Store
 
     metrics = make_metrics(names)
-    by_role = _roles({role for metric in metrics for role in metric.needs.roles}, recipes)
-    for metric in metrics:
-        _check_recognizer(metric.name, metric.needs, by_role)
+    by_role = {
+        role: artifact for metric in metrics for role, artifact in _roles(metric.needs, recipes).items()
+    }
     artifacts = {name: resolve(name) for metric in metrics for name in metric.needs.artifacts} | by_role
     store = Store(settings, offline=worker_setup.offline)
     paths = store.ensure(list(artifacts.values()), progress=progress)
@@ -222,24 +209,42 @@ def scoring(
     return Scoring(metrics, functools.partial(_load, list(names), context, worker_setup.threads))
 
 
-def _roles(roles: set[str], recipes: Mapping[str, Recipe]) -> dict[str, Artifact]:
-    """Return the artifacts that all recipes share, by role: a metric scores all recipes with one model."""
+def _roles(needs: Needs, recipes: Mapping[str, Recipe]) -> dict[str, Artifact]:
+    """Return the artifacts that a metric needs of the recipes, by role. It scores all recipes with one model.
+
+    Faces are located with the models of the first recipe.
+
+    Raises:
+        UsageError: the recipes have different models, or none that compares faces.
+    """
     shared = {}
-    for role in sorted(roles):
+    for role in needs.roles:
         choices = {
             artifact.name: artifact
             for recipe in recipes.values()
             for name, artifact in artifacts_of(recipe).items()
             if name == role
         }
-        if len(choices) != 1:
+        only_located = role == "face" and not needs.recognizer
+        if len(choices) != 1 and not only_located:
             raise UsageError(
                 f"the recipes have {len(choices)} different models for '{role}' ({', '.join(choices)}), "
                 "but a metric scores all images with one model",
-                "evaluate the recipes in separate runs, or choose other metrics",
+                "evaluate the recipes in separate runs, or choose other metrics, such as adaface or dlib",
             )
         shared[role] = next(iter(choices.values()))
+    if needs.recognizer and not _recognizes(shared["face"]):
+        raise UsageError(
+            f"{shared['face'].name} detects faces but cannot compare them, which a metric requires",
+            "choose other metrics, such as adaface or dlib",
+        )
     return shared
+
+
+def _recognizes(face: Artifact) -> bool:
+    """Whether face models contain a recognizer, and not only a detector."""
+    files = [face.local] if face.local is not None else [Path(file.path) for file in face.files]
+    return not (len(files) == 1 and is_detector(files[0]))
 
 
 def _load(names: Sequence[str], context: Context, threads: int) -> list[Metric]:

@@ -111,14 +111,15 @@ class TestEvaluation:
         assert "id" not in defaults
         assert {"adaface", "clip-l14", "cost"} <= set(defaults)
 
-    def test_default_metrics_of_recipes_with_other_face_models_need_none(self) -> None:
-        recipes = {**self.RECIPES, "faceid": load_recipe("lightning-fastface").recipe}
+    def test_other_adapters_are_compared_by_an_independent_recognizer(self) -> None:
+        """The conditioning recognizers of FaceID and InstantID are different models."""
+        recipes = {name: load_recipe(name).recipe for name in ("hyper-fastface", "hyper-instantid-fastface")}
         defaults = setup.default_metrics(recipes, "fastface")
-        assert not {"id", "adaface"} & set(defaults)
-        assert "cost" in defaults
+        assert "id" not in defaults
+        assert "adaface" in defaults
 
     def test_similarity_by_a_detector_is_refused(self) -> None:
-        with pytest.raises(UsageError, match="metric id needs a face recognizer, and yunet contains only"):
+        with pytest.raises(UsageError, match="yunet detects faces but cannot compare them"):
             setup.scoring(
                 ["id"], self.RECIPES, setup.WorkerSetup(), "fastface", load_settings(), lambda _: None
             )
