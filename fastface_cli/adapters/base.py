@@ -36,21 +36,21 @@ class IdentityAdapter(Protocol):
     """Identity tokens, which attention manipulation selects by number."""
 
     def configured(self, settings: Adapter) -> IdentityAdapter:
-        """The same models under a recipe's adapter settings."""
+        """Return the adapter with the settings of a recipe."""
 
     def example(self) -> Identity:
-        """An arbitrary identity with everything that the adapter reads, for warm-up and benchmarks."""
+        """Return an arbitrary identity with everything that the adapter reads, for warm-up and benchmarks."""
 
     def tokens(self, identity: Identity, on_device: OnDevice) -> tuple[Tensor, Tensor]:
         """Encode no identity and a person: [num_tokens, width] each."""
 
     def attention(self, unet: torch.nn.Module) -> tuple[Layers, list[IdentityAttnProcessor]]:
-        """The layers of a UNet that attend to the tokens, and a processor for each."""
+        """Return the layers of a UNet that attend to the tokens, and a processor for each."""
 
     def extra_conditioning(
         self, identities: Sequence[Identity], size: tuple[int, int], on_device: OnDevice
     ) -> Extra | None:
-        """Further conditioning of a batch in every step, such as a ControlNet; None where there is none.
+        """Return further conditioning of a batch in every step, such as a ControlNet; None if there is none.
 
         Args:
             identities: of each image of the batch.
@@ -60,7 +60,7 @@ class IdentityAdapter(Protocol):
 
 
 class DecoupledAdapter:
-    """What most adapters share: decoupled cross-attention in every such layer, and nothing else."""
+    """Defaults of most adapters: identity enters through decoupled cross-attention in every such layer."""
 
     def example(self) -> Identity:
         """See `IdentityAdapter`."""
@@ -76,5 +76,5 @@ class DecoupledAdapter:
     def extra_conditioning(
         self, identities: Sequence[Identity], size: tuple[int, int], on_device: OnDevice
     ) -> Extra | None:
-        """None: identity enters by attention alone."""
+        """Return None: identity enters through attention alone."""
         return None

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from ..identity.identity import Identity
 
 HEAD_WIDTH = 64
-"""Of the identity projection's attention, in every FaceID-PlusV2 file."""
+"""Width of the attention heads of the identity projection, in every FaceID-PlusV2 file."""
 LORA = "faceid_0"
-"""The name that diffusers gives the LoRA inside the adapter file."""
+"""diffusers' name for the LoRA inside the adapter file."""
 
 
 @dataclass
@@ -44,7 +44,7 @@ class FaceIDPlusV2(DecoupledAdapter):
         self.processor = crop_processor(self.image_encoder)
 
     def configured(self, settings: Adapter) -> FaceIDPlusV2:
-        """The same models under a recipe's adapter settings."""
+        """See `IdentityAdapter`."""
         return replace(self, crop_order=settings.crop_order)
 
     def tokens(self, identity: Identity, on_device: OnDevice) -> tuple[Tensor, Tensor]:
@@ -63,16 +63,16 @@ class FaceIDPlusV2(DecoupledAdapter):
 
 
 def crop_processor(image_encoder: Any) -> CLIPImageProcessorPil:
-    """Resize and normalize a crop for an image encoder."""
+    """Return the processor that resizes and normalizes a crop for an image encoder."""
     size = image_encoder.config.image_size
-    # The PIL one by name: with torchvision installed the plain class would resize differently.
+    # The plain class would resize differently if torchvision is installed.
     return CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=size)
 
 
 def crop_features(
     identity: Identity, encoder: Any, processor: CLIPImageProcessorPil, order: str, on_device: OnDevice
 ) -> Tensor:
-    """The features of a zero image and of a person's crop: `hidden_states[-2]`, [2, patches + 1, width].
+    """Encode a zero image and a person's crop: `hidden_states[-2]`, [2, patches + 1, width].
 
     Args:
         identity: the person.
@@ -93,7 +93,7 @@ def crop_features(
 
 
 def empty_projection(state: Mapping[str, Tensor]) -> IPAdapterFaceIDPlusImageProjection:
-    """The projection without numbers, with the shapes of a state."""
+    """Create the projection on the meta device, with the shapes of a state."""
     into = state["proj_in.weight"].shape
     with torch.device("meta"):
         projection = IPAdapterFaceIDPlusImageProjection(
@@ -110,14 +110,14 @@ def empty_projection(state: Mapping[str, Tensor]) -> IPAdapterFaceIDPlusImagePro
 def load_adapter(
     pipe: StableDiffusionXLPipeline, file: Path, lora_scale: float, *, fuse: bool = True
 ) -> torch.nn.Module:
-    """Put the FaceID-PlusV2 adapter of a file into the pipeline's UNet; see `settle_adapter`."""
+    """Load a FaceID-PlusV2 file into the UNet of a pipeline; see `settle_adapter`."""
     with loading_errors("identity adapter", file):
         read_adapter(pipe, file)
         return settle_adapter(pipe, lora_scale, fuse=fuse)
 
 
 def read_adapter(pipe: StableDiffusionXLPipeline, file: Path) -> None:
-    """Put the adapter of a file into the pipeline's UNet as diffusers does, its LoRA beside the weights."""
+    """Load an adapter file into the UNet of a pipeline with diffusers, which keeps its LoRA unfused."""
     pipe.load_ip_adapter(
         str(file.parent),
         subfolder="",

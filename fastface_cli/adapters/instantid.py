@@ -1,7 +1,7 @@
 """InstantID: a face embedding gives sixteen identity tokens, and key points condition a ControlNet.
 
 Source: InstantX/InstantID. The ControlNet runs in every branch that is computed, with the identity tokens of
-the branch in place of a text; its residuals enter the UNet.
+the branch instead of text; its residuals are added in the UNet.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ class InstantID(DecoupledAdapter):
     """The adapter's projection and ControlNet; its keys and values are in the UNet."""
 
     projection: torch.nn.Module
-    """From an embedding that is not normalized to identity tokens."""
+    """From the unnormalized embedding to identity tokens."""
     controlnet: torch.nn.Module
     controlnet_scale: float = 0.8
     num_tokens: int = 16
 
     def configured(self, settings: Adapter) -> InstantID:
-        """The same models under a recipe's adapter settings."""
+        """See `IdentityAdapter`."""
         return replace(self, controlnet_scale=settings.controlnet_scale)
 
     def tokens(self, identity: Identity, on_device: OnDevice) -> tuple[Tensor, Tensor]:
@@ -55,7 +55,7 @@ class InstantID(DecoupledAdapter):
     def extra_conditioning(
         self, identities: Sequence[Identity], size: tuple[int, int], on_device: OnDevice
     ) -> Extra | None:
-        """The ControlNet, under the key points of each person."""
+        """Return the ControlNet, conditioned on the key points of each person."""
         if self.controlnet_scale == 0:
             return None
         controlnet: Any = self.controlnet
@@ -64,7 +64,7 @@ class InstantID(DecoupledAdapter):
 
         def extra(latents: Tensor, time: Tensor, rows: Rows) -> Mapping[str, Any]:
             nonlocal condition
-            condition = condition.to(latents.device, latents.dtype)  # copied in the first step alone
+            condition = condition.to(latents.device, latents.dtype)  # only copied in the first step
             branches = len(latents) // len(identities)
             with on_device(controlnet):
                 down, mid = controlnet(
@@ -82,7 +82,7 @@ class InstantID(DecoupledAdapter):
 
 
 def _key_point_image(identity: Identity, size: tuple[int, int]) -> np.ndarray:
-    """The key points of the best photo, [height, width, 3] uint8, RGB."""
+    """Draw the key points of the best photo, [height, width, 3] uint8, RGB."""
     best = identity.best()
     points, photo = identity.features["key_points"][best], identity.features["photo_size"][best]
     return drawn(placed(points, (float(photo[0]), float(photo[1])), size), size)
@@ -102,9 +102,9 @@ def load_controlnet(paths: Mapping[str, Path], dtype: torch.dtype, unet: Any) ->
         if report["missing_keys"] or report["mismatched_keys"]:
             raise ValueError(f"it lacks {len(report['missing_keys'])} tensors")
         for name in ("block_out_channels", "cross_attention_dim", "in_channels"):
-            own, wanted = controlnet.config[name], unet.config[name]
+            own, expected = controlnet.config[name], unet.config[name]
             if (list(own) if isinstance(own, tuple | list) else own) != (
-                list(wanted) if isinstance(wanted, tuple | list) else wanted
+                list(expected) if isinstance(expected, tuple | list) else expected
             ):
-                raise ValueError(f"its {name} is {own}, but that of the UNet is {wanted}")
+                raise ValueError(f"its {name} is {own}, but that of the UNet is {expected}")
     return {"controlnet": controlnet.eval().requires_grad_(False)}

@@ -1,4 +1,4 @@
-"""LoRA files fused into loaded models."""
+"""Fuse LoRA files into loaded models."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def fuse_lora(pipe: StableDiffusionXLPipeline, file: Path, scale: float) -> set[
 
 
 def fuse_loaded(pipe: StableDiffusionXLPipeline, adapter: str, scale: float) -> set[str]:
-    """Fuse a LoRA that diffusers has loaded under the name `adapter`; the names of the changed models."""
-    touched = [
+    """Fuse a LoRA that diffusers has loaded as `adapter`; return the names of the changed models."""
+    changed = [
         name
         for name in ("unet", *TEXT_ENCODERS)
         if adapter in getattr(getattr(pipe, name), "peft_config", {})
     ]
-    if not touched:
+    if not changed:
         raise ValueError("no tensor of it fits this model")
-    pipe.fuse_lora(components=touched, lora_scale=scale, adapter_names=[adapter])
+    pipe.fuse_lora(components=changed, lora_scale=scale, adapter_names=[adapter])
     pipe.unload_lora_weights()
-    return set(touched)
+    return set(changed)

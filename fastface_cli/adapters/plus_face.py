@@ -32,7 +32,7 @@ class PlusFace(DecoupledAdapter):
         self.processor = crop_processor(self.image_encoder)
 
     def configured(self, settings: Adapter) -> PlusFace:
-        """The same models under a recipe's adapter settings."""
+        """See `IdentityAdapter`."""
         return replace(self, crop_order=settings.crop_order)
 
     def tokens(self, identity: Identity, on_device: OnDevice) -> tuple[Tensor, Tensor]:

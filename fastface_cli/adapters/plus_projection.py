@@ -1,4 +1,4 @@
-"""The projection of "plus" adapters, and how diffusers reads their files: plus-face and InstantID."""
+"""Load the projection of "plus" adapters: plus-face and InstantID."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from ..quiet import loading_errors
 from .faceid_plusv2 import read_adapter
 
 HEAD_WIDTH = 64
-"""Of the projection's attention, in every published file."""
+"""Width of the attention heads, in every published file."""
 
 
 def load_plus(
     pipe: StableDiffusionXLPipeline, file: Path, lora_scale: float, *, fuse: bool = True
 ) -> torch.nn.Module:
-    """Put the keys and values of a file into the pipeline's UNet; return its projection.
+    """Load the keys and values of a file into the UNet of a pipeline; return its projection.
 
-    These files have no LoRA: `lora_scale` and `fuse` change nothing.
+    These files have no LoRA: `lora_scale` and `fuse` have no effect.
 
     Raises:
         ModelUnavailableError: the file has another layout.
@@ -33,14 +33,14 @@ def load_plus(
         unet: Any = pipe.unet
         projection = unet.encoder_hid_proj.image_projection_layers[0]
         if not isinstance(projection, IPAdapterPlusImageProjection):
-            raise ValueError("it has no projection of the 'plus' kind")
+            raise ValueError("it has no projection with the layout of plus-face or InstantID")
         unet.encoder_hid_proj = None
         module: torch.nn.Module = projection.eval()
         return module
 
 
 def empty_plus(state: Mapping[str, Tensor]) -> torch.nn.Module:
-    """The projection without numbers, with the shapes of a state."""
+    """Create the projection on the meta device, with the shapes of a state."""
     depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("layers."))
     hidden, features = state["proj_in.weight"].shape
     with torch.device("meta"):

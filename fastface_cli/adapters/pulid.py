@@ -1,6 +1,6 @@
 """PuLID: identity tokens from an embedding and image features, with attention orthogonal to that of the text.
 
-Source: ToTheBeginning/PuLID, for SDXL. Zero tokens beside those of the identity only take attention away.
+Source: ToTheBeginning/PuLID, for SDXL. Additional zero tokens reduce the attention to the identity.
 """
 
 from __future__ import annotations
@@ -48,16 +48,16 @@ class Pulid(DecoupledAdapter):
         self.num_tokens = self.encoder.queries
 
     def configured(self, settings: Adapter) -> Pulid:
-        """The same models under a recipe's adapter settings."""
+        """See `IdentityAdapter`."""
         return replace(self, zero_tokens=settings.zero_tokens, orthogonal=settings.orthogonal)
 
     def tokens(self, identity: Identity, on_device: OnDevice) -> tuple[Tensor, Tensor]:
         """Encode no identity (zeros for all inputs) and a person: [tokens, width] each.
 
-        v1.1 reads all photos together; of v1 the mean of the photos' tokens is taken.
+        v1.1 encodes all photos together; with v1, the tokens of the photos are averaged.
 
         Raises:
-            NoFaceError: the features are of another image tower.
+            NoFaceError: the features were computed by another image tower.
         """
         norms = identity.features["embedding_norm"][:, None]
         embedding = np.concatenate(
@@ -88,7 +88,7 @@ class Pulid(DecoupledAdapter):
         return random_identity(eva=(embedding - EMBEDDING, hidden))
 
     def attention(self, unet: torch.nn.Module) -> tuple[Layers, list[IdentityAttnProcessor]]:
-        """Decoupled cross-attention in every cross-attention layer, made orthogonal."""
+        """See `IdentityAdapter`: with the orthogonal projection."""
         layers, plain = super().attention(unet)
         return layers, [PulidAttnProcessor(each, self.zero_tokens, self.orthogonal) for each in plain]
 
@@ -108,7 +108,7 @@ class PulidAttnProcessor(IdentityAttnProcessor):
 
     def identity_term(self, query: Tensor, key: Tensor, value: Tensor, text: Tensor, rows: Rows) -> Tensor:
         """See `IdentityAttnProcessor`."""
-        if self.zero_tokens:  # keys and values have no bias: those of a zero token are zero
+        if self.zero_tokens:  # keys and values have no bias, so those of a zero token are zero
             none = key.new_zeros(*key.shape[:2], self.zero_tokens, key.shape[-1])
             key, value = torch.cat([key, none], dim=2), torch.cat([value, none], dim=2)
         out = attention.identity_attention(query, key, value, rows.chains.get(self.block), rows.images)
@@ -122,7 +122,7 @@ class PulidAttnProcessor(IdentityAttnProcessor):
 
 
 def along(vector: Tensor, direction: Tensor) -> Tensor:
-    """The part of `vector` along `direction`, over positions and per channel; 0 where the direction is 0.
+    """Project `vector` on `direction`, over positions and per channel; 0 where the direction is 0.
 
     Args:
         vector, direction: [rows, heads, positions, d] float32.
@@ -133,7 +133,7 @@ def along(vector: Tensor, direction: Tensor) -> Tensor:
 
 
 def first_tokens_share(query: Tensor, key: Tensor) -> Tensor:
-    """Attention of each position to the first five tokens, mean over heads: [rows, 1, positions, 1] float32.
+    """Return the attention to the first five tokens, mean over heads: [rows, 1, positions, 1] float32.
 
     The scores are not divided by sqrt(d), as in the published code.
     """
@@ -144,9 +144,9 @@ def first_tokens_share(query: Tensor, key: Tensor) -> Tensor:
 def load_pulid(
     pipe: StableDiffusionXLPipeline, file: Path, lora_scale: float, *, fuse: bool = True
 ) -> torch.nn.Module:
-    """Put the keys and values of a file into the pipeline's UNet; return its encoder.
+    """Load the keys and values of a file into the UNet of a pipeline; return its encoder.
 
-    These files have no LoRA: `lora_scale` and `fuse` change nothing.
+    These files have no LoRA: `lora_scale` and `fuse` have no effect.
 
     Raises:
         ModelUnavailableError: the file has another layout.
@@ -172,7 +172,7 @@ def load_pulid(
 
 
 def empty_pulid(state: Mapping[str, Tensor]) -> EncoderV1 | EncoderV11:
-    """The encoder without numbers, with the shapes of a state."""
+    """Create the encoder on the meta device, with the shapes of a state."""
     with torch.device("meta"):
         return EncoderV11(state) if "latents" in state else EncoderV1(state)
 

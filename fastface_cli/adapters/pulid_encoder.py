@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 LEVELS = 5
-"""Hidden states of the image tower that are read."""
+"""Number of hidden states of the image tower."""
 ID_TOKENS = 5
 """Tokens made from the embedding."""
 HEAD_WIDTH = 64
@@ -36,7 +36,7 @@ class EncoderV1(nn.Module):
     """Five tokens from the embedding, and one from each hidden state."""
 
     queries = ID_TOKENS + LEVELS
-    """Tokens that leave."""
+    """Number of tokens returned."""
 
     def __init__(self, state: Mapping[str, Tensor]) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ class _Attention(nn.Module):
 
 
 class EncoderV11(nn.Module):
-    """Learned tokens that read the embedding and, in five groups of layers, one hidden state each."""
+    """Learned tokens that attend to the embedding and, in five groups of layers, to one hidden state each."""
 
     def __init__(self, state: Mapping[str, Tensor]) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The identity adapters that fastface knows: one entry each."""
+"""The supported identity adapters, one entry each."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Extras = Mapping[str, torch.nn.Module]
 
 @dataclass(frozen=True)
 class AdapterKind:
-    """How an adapter is loaded."""
+    """The functions that load an adapter."""
 
     load: Callable[..., torch.nn.Module]
     """(pipeline of the base, file, lora_scale, fuse=...): put the attention weights into the UNet and return
@@ -32,7 +32,7 @@ class AdapterKind:
     build: Callable[[Any, Any, Extras], IdentityAdapter]
     """(pipeline of the base, projection, further models): the adapter."""
     empty_projection: Callable[[Mapping[str, Tensor]], torch.nn.Module]
-    """The projection without numbers, with the shapes of a state: for the cache of fused models."""
+    """Create the projection on the meta device, with the shapes of a state: for the cache of fused models."""
     load_extras: Callable[[Mapping[str, Path], torch.dtype, Any], Extras] = lambda *_: {}
     """(paths of the recipe, dtype, UNet): further models, on the CPU."""
 

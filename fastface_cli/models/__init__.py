@@ -1,1 +1,1 @@
-"""Model files to loaded, fused and placed models."""
+"""Load models, fuse LoRAs, and place models on devices."""

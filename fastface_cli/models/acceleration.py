@@ -39,8 +39,8 @@ class Acceleration:
     channels_last: bool = False
     """Store convolution inputs channels-last, the layout of tensor cores."""
     vae: VaePrecision = "auto"
-    """`auto`: the type of the other models, or float32 where the VAE says that it overflows in float16.
-    `half`: bfloat16 there instead, which is faster and rounds colors more coarsely. `float32`: always."""
+    """`auto`: the dtype of the other models, or float32 for a VAE that overflows in float16. `half`: bfloat16
+    instead of float32, which is faster and rounds colors more coarsely. `float32`: always."""
     fp8: bool = False
     """Lossy: large linear layers of the UNet multiply in 8-bit floats, scaled by row (torchao, CUDA only)."""
 
@@ -65,16 +65,16 @@ LOSSY = ("fp8", "vae")
 
 
 def parse(changes: Iterable[str], base: Acceleration = DEFAULT) -> Acceleration:
-    """`base` with some items changed, each as "channels_last=on" or "vae=half".
+    """Return `base` with some items changed, such as "channels_last=on" or "vae=half".
 
     Raises:
-        UsageError: no such item or value.
+        UsageError: unknown item or value.
     """
     known, changed = DEFAULT.describe(), dict[str, Any]()
     for change in changes:
         name, _, text = change.partition("=")
         if name not in known:
-            raise UsageError(f"--accelerate {name}: there is no such item", f"items are {', '.join(known)}")
+            raise UsageError(f"--accelerate {name}: unknown item", f"items are {', '.join(known)}")
         choices = ("on", "off") if isinstance(known[name], bool) else get_args(VaePrecision)
         if text not in choices:
             raise UsageError(
@@ -86,58 +86,57 @@ def parse(changes: Iterable[str], base: Acceleration = DEFAULT) -> Acceleration:
 
 
 SMALL = 512
-"""Linear layers narrower than this stay as they are: quantising their input costs more than it saves."""
+"""Narrower linear layers are unchanged: quantizing their input costs more than it saves."""
 FP8_CAPABILITY = (8, 9)
 """CUDA compute capability of the first cards that multiply 8-bit floats."""
 
 
-def check(faster: Acceleration, device: torch.device, number: torch.dtype) -> None:
-    """Refuse what a device cannot do, before any model is loaded.
+def check(acceleration: Acceleration, device: torch.device, dtype: torch.dtype) -> None:
+    """Refuse optimizations that a device does not support, before any model is loaded.
 
     Raises:
-        DeviceError: fp8 is asked for and the card has none.
-        UsageError: fp8 is asked for in another type than bfloat16, or without torchao; self-attention is to
-            be fused around an unfused LoRA.
+        DeviceError: the device does not support fp8.
+        UsageError: fp8 without bfloat16 or torchao; fuse_qkv with an unfused LoRA.
     """
     import importlib.util
 
     import torch
 
-    if faster.fuse_qkv and not faster.fuse_lora:
-        raise UsageError("fuse_qkv=on needs fuse_lora=on", "leave out one of them")
-    if not faster.fp8:
+    if acceleration.fuse_qkv and not acceleration.fuse_lora:
+        raise UsageError("fuse_qkv=on needs fuse_lora=on", "omit one of them")
+    if not acceleration.fp8:
         return
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
-        raise DeviceError(f"{device} cannot multiply 8-bit floats", "leave out --accelerate fp8=on")
-    if number is not torch.bfloat16:
-        raise UsageError("8-bit floats are scaled from bfloat16 alone", "add --dtype bfloat16")
+        raise DeviceError(f"{device} cannot multiply 8-bit floats", "omit --accelerate fp8=on")
+    if dtype is not torch.bfloat16:
+        raise UsageError("fp8=on requires bfloat16", "add --dtype bfloat16")
     if importlib.util.find_spec("torchao") is None:
         raise UsageError(
             "--accelerate fp8=on needs torchao", "install it: pip install 'fastface-cli[lowbit]'"
         )
 
 
-def arrange(unet: torch.nn.Module, vae: torch.nn.Module, faster: Acceleration) -> None:
-    """Bring loaded models into the form that is asked for: precision, memory layout."""
+def arrange(unet: torch.nn.Module, vae: torch.nn.Module, acceleration: Acceleration) -> None:
+    """Apply the optimizations that change loaded models: precision, memory layout, fused projections."""
     import torch
 
-    if faster.vae == "float32":
+    if acceleration.vae == "float32":
         vae.to(torch.float32)
-    elif faster.vae == "half" and vae.dtype == torch.float32:
+    elif acceleration.vae == "half" and vae.dtype == torch.float32:
         vae.to(torch.bfloat16)
-    if faster.fuse_qkv:
+    if acceleration.fuse_qkv:
         _fuse_self_attention(unet)
-    if faster.channels_last:
+    if acceleration.channels_last:
         for model in (unet, vae):
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if faster.fp8:
+    if acceleration.fp8:
         from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
 
         quantize_(unet, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()), _is_large)
 
 
 def _fuse_self_attention(unet: torch.nn.Module) -> None:
-    """Stack the projections of every self-attention layer, and free the single ones."""
+    """Fuse the projections of every self-attention layer, and free the separate ones."""
     from diffusers.models.attention_processor import Attention, FusedAttnProcessor2_0
 
     for name, layer in unet.named_modules():
@@ -148,7 +147,7 @@ def _fuse_self_attention(unet: torch.nn.Module) -> None:
 
 
 def _is_large(layer: torch.nn.Module, name: str) -> bool:
-    """Whether a layer is multiplied in 8 bits: what runs in every step and over every position."""
+    """Return whether a layer is multiplied in 8 bits: those that run in every step, at every position."""
     import torch
 
     once = name.endswith(("attn2.to_k", "attn2.to_v")) or "_ip" in name

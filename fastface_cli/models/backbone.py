@@ -1,4 +1,4 @@
-"""The base model behind the sampling loop: text encoders, latents, VAE. Another base is one more class."""
+"""The base model: text encoders, latents and VAE. Another base is another class."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ log = logging.getLogger(__name__)
 
 
 class Backbone(Protocol):
-    """What the pipeline needs to know about a base model."""
+    """The interface of a base model to the pipeline."""
 
     unet: torch.nn.Module
     device: torch.device
-    """Where it runs; offloaded modules are elsewhere between their uses."""
+    """The device it runs on; offloaded modules are in CPU memory between uses."""
     dtype: torch.dtype
     level: Level
     latent_channels: int
@@ -33,13 +33,13 @@ class Backbone(Protocol):
     """Parts of the UNet that a recipe can manipulate."""
 
     def encode_prompt(self, text: str | None) -> tuple[Tensor, Tensor]:
-        """Text conditioning [tokens, width] and pooled [width]; None is the absence of a text."""
+        """Return text embeddings [tokens, width] and pooled [width]; None means no text."""
 
     def time_ids(self, width: int, height: int) -> Tensor:
-        """Conditioning on the image size, [1, numbers]."""
+        """Return the conditioning on the image size, [1, numbers]."""
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents [channels, h, w] to an image [3, H, W] float32 in [0, 1]."""
+        """Decode latents [channels, h, w] to an image [3, H, W] float32 in [0, 1]."""
 
     def on_device(self, *modules: torch.nn.Module, offloaded: bool) -> AbstractContextManager[None]:
         """Move modules to the device inside the context if they are `offloaded`."""
@@ -51,8 +51,8 @@ class SDXL:
     Args:
         parts: the loaded models.
         level: which of them are offloaded.
-        device: to run on; None is where the UNet is.
-        decode: `vae_decode`, or its compiled form.
+        device: to run on; None is the device of the UNet.
+        decode: `vae_decode` or its compiled form.
     """
 
     latent_channels = 4
@@ -102,7 +102,7 @@ class SDXL:
             )
 
     def time_ids(self, width: int, height: int) -> Tensor:
-        """Original size, crop corner and target size, each as (height, width): [1, 6]."""
+        """See `Backbone`: original size, crop corner and target size, each as (height, width), [1, 6]."""
         return torch.tensor([[height, width, 0, 0, height, width]], device=self.device, dtype=self.dtype)
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -117,6 +117,6 @@ class SDXL:
 
 
 def vae_decode(vae: Any, scaled: Tensor) -> Tensor:
-    """Scaled latents [1, 4, h, w] to an image [3, H, W] float32 in [0, 1]; this is what is compiled."""
+    """Decode scaled latents [1, 4, h, w] to an image [3, H, W] float32 in [0, 1]; this can be compiled."""
     decoded: Tensor = vae.decode(scaled, return_dict=False)[0][0]
     return (decoded.float() / 2 + 0.5).clamp(0, 1)

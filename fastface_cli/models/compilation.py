@@ -1,4 +1,4 @@
-"""Static graphs: a function is compiled once per shape, cached on disk, and replayed as a CUDA graph."""
+"""Compile functions to static graphs: once per shape, cached on disk, replayed as CUDA graphs."""
 
 from __future__ import annotations
 
@@ -15,33 +15,33 @@ from torch import Tensor
 from ..errors import DeviceError
 
 GRAPHS = 64
-"""Graphs of one function that a process may hold: image sizes times branches times recipes."""
+"""Maximum number of graphs of one function: image sizes times branches times recipes."""
 
 
 def keep_graphs(folder: Path) -> Path:
-    """Keep what is compiled from now on under `folder`, so that the next process need not do it again.
+    """Cache compiled code in a folder, for the next process.
 
-    TORCHINDUCTOR_CACHE_DIR, where the user set it, wins. The compiler checks what it finds there against its
-    own version, the device and the graph.
+    TORCHINDUCTOR_CACHE_DIR takes precedence if the user has set it. The compiler only uses entries of its own
+    version, the same device and the same graph.
 
     Returns:
         The folder in use.
     """
-    named = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", ""))
-    # torch sets this to a temporary folder when it first needs it.
-    if named == Path() or (named.parent == Path(gettempdir()) and named.name.startswith("torchinductor_")):
+    chosen = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", ""))
+    # torch sets the variable to a temporary folder when it first needs one.
+    if chosen == Path() or (chosen.parent == Path(gettempdir()) and chosen.name.startswith("torchinductor_")):
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
         return folder
-    return named
+    return chosen
 
 
 class Compiled:
     """A function as one graph without breaks.
 
     Args:
-        function: of tensors, to one tensor; whatever else it takes is part of the graph.
-        cuda_graphs: replay the kernels as a CUDA graph; nothing happens on other devices.
-        autotune: measure several kernels for every product, which takes minutes.
+        function: of tensors, to one tensor; other arguments are constants of the graph.
+        cuda_graphs: replay the kernels as a CUDA graph; no effect on other devices.
+        autotune: choose the fastest of several kernels for every product, which takes minutes.
         backend: of torch.compile.
     """
 
@@ -54,21 +54,21 @@ class Compiled:
         backend: str = "inductor",
     ) -> None:
         self.cuda_graphs = cuda_graphs
-        # With fullgraph=True, exceeding the limit is an error and not only slow.
+        # With fullgraph=True, exceeding the limit is an error.
         torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
         options: dict[str, Any] = {"triton.cudagraphs": True} if cuda_graphs else {}
         if autotune:
             options |= {"max_autotune": True, "coordinate_descent_tuning": True, "conv_1x1_as_mm": True}
-        # Sizes are exact: one graph that fits several would be slower in each.
+        # A graph for several sizes would be slower for each of them.
         self._function = torch.compile(
             function, fullgraph=True, dynamic=False, backend=backend, options=options or None
         )
 
     def __call__(self, *args: Any, **named: Any) -> Tensor:
-        """The function's result, in memory of its own.
+        """Return the result of the function, in its own memory.
 
         Raises:
-            DeviceError: it cannot be compiled here.
+            DeviceError: this machine cannot compile it.
         """
         if self.cuda_graphs:
             mark: Any = torch.compiler.cudagraph_mark_step_begin
@@ -78,10 +78,10 @@ class Compiled:
         except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
             reason = str(error).strip().splitlines()
             raise DeviceError(
-                f"the models cannot be compiled here: {reason[0] if reason else type(error).__name__}",
-                "leave out --compile; a compiler needs g++ on a CPU, Triton on a GPU",
+                f"this machine cannot compile the models: {reason[0] if reason else type(error).__name__}",
+                "omit --compile; compiling requires g++ on a CPU, Triton on a GPU",
             ) from error
-        # A CUDA graph writes every result to the same place.
+        # A CUDA graph writes every result to the same memory.
         return result.clone() if self.cuda_graphs else result
 
 
@@ -93,5 +93,5 @@ def compiled(
     autotune: bool = False,
     backend: str = "inductor",
 ) -> Compiled:
-    """The one `Compiled` of a function: graphs are shared by all pipelines of a process."""
+    """Return the `Compiled` of a function, which all pipelines of a process share."""
     return Compiled(function, cuda_graphs=cuda_graphs, autotune=autotune, backend=backend)

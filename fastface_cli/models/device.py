@@ -1,4 +1,4 @@
-"""The device and the number type to run on, and what running out of memory looks like there."""
+"""Choose the device and the dtype, and report errors of memory."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 def pick_device(name: str) -> torch.device:
-    """The device to run on.
+    """Return the device to run on.
 
     Args:
         name: `auto` (CUDA, then MPS, then the CPU) or a torch device name.
 
     Raises:
-        DeviceError: no such device here.
+        DeviceError: this machine has no such device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -32,20 +32,20 @@ def pick_device(name: str) -> torch.device:
         raise UsageError(f"'{name}' is not a device", "use auto, cpu, cuda, cuda:1 or mps") from error
     if device.type == "cuda":
         if not torch.cuda.is_available():
-            raise DeviceError("there is no CUDA device here", "try --device cpu, or --recipe pocket")
+            raise DeviceError("this machine has no CUDA device", "try --device cpu, or --recipe pocket")
         if (device.index or 0) >= torch.cuda.device_count():
             raise DeviceError(
-                f"there is no {device}; this machine has {torch.cuda.device_count()} CUDA devices"
+                f"this machine has no {device}; it has {torch.cuda.device_count()} CUDA devices"
             )
     elif device.type == "mps" and not torch.backends.mps.is_available():
-        raise DeviceError("there is no MPS device here", "try --device cpu, or --recipe pocket")
+        raise DeviceError("this machine has no MPS device", "try --device cpu, or --recipe pocket")
     elif device.type not in ("cpu", "mps"):
         raise UsageError(f"device '{name}' is not supported", "use auto, cpu, cuda, cuda:1 or mps")
     return device
 
 
 def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
-    """float16 on a GPU, float32 on a CPU, unless a dtype is given."""
+    """Return the dtype of a name; None is float16 on a GPU and float32 on a CPU."""
     if name is None:
         return torch.float32 if device.type == "cpu" else torch.float16
     if name not in DTYPES:
@@ -55,7 +55,7 @@ def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
 
 @contextmanager
 def memory_errors(device: torch.device, level: Level = OFF) -> Iterator[None]:
-    """Out of memory becomes one sentence and exit code 4, and names the level of saving that is left."""
+    """Turn running out of memory into a DeviceError that names the next offload level."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:

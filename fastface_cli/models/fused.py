@@ -1,8 +1,8 @@
-"""The fused models of a stack as one file: written after the first build, read in place of a build.
+"""Store fused models in one file, so that the next start does not fuse them again.
 
-A file holds the UNet with every LoRA fused in and the adapter's keys and values in its processors
-(`unet.NAME`), the identity projection (`projection.NAME`), and a text encoder that a LoRA spoke to. Its
-metadata holds the UNet's configuration, so that nothing but the file is needed.
+A file contains the UNet with all LoRAs fused and the keys and values of the adapter (`unet.NAME`), the
+identity projection (`projection.NAME`), and the text encoders that a LoRA changed. Its metadata contains the
+configuration of the UNet.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from .tensor_file import TensorLayout, safetensors_length, safetensors_pieces
 
 @dataclass
 class FusedModels:
-    """What fusing gives."""
+    """Models with all LoRAs fused."""
 
     unet: UNet2DConditionModel
     projection: torch.nn.Module
     text_encoders: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    """State of those that a LoRA changed, by name."""
+    """State of the text encoders that a LoRA changed, by name."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """All numbers, by the name that they have in the file."""
+        """Return all tensors by their name in the file."""
         parts: dict[str, Mapping[str, Tensor]] = {
             "unet": self.unet.state_dict(),
             "projection": self.projection.state_dict(),
@@ -48,12 +48,12 @@ class FusedModels:
 def keep(
     cache: FusedCache, key: str, recipe: Recipe, inputs: Mapping[str, list[Path]], models: FusedModels
 ) -> Path | None:
-    """Save fused models for the next start; a failure is logged and changes nothing else.
+    """Store fused models for the next start; a failure is only logged.
 
     Args:
-        cache: where.
-        key, inputs: of `store.fused`.
-        recipe: what they were fused for.
+        cache: stores the file.
+        key, inputs: see `store.fused_cache`.
+        recipe: whose models they are.
         models: on any device.
     """
     tensors = models.tensors()
@@ -77,23 +77,23 @@ def keep(
 
 @dataclass
 class Content:
-    """What a file holds."""
+    """The content of a file."""
 
     config: dict[str, object]
-    """Of the UNet."""
+    """Configuration of the UNet."""
     adapter: str
     """Kind of the adapter."""
     parts: dict[str, dict[str, Tensor]]
     """State of each part, by name."""
 
 
-def read(path: Path, where: torch.device) -> Content:
-    """A file's content, straight to its device; on the CPU it stays in the file until it is used.
+def read(path: Path, device: torch.device) -> Content:
+    """Read a file to a device; on the CPU it is memory-mapped.
 
     Raises:
-        Exception: the file is not one of ours.
+        Exception: the file is damaged or has another layout.
     """
-    with safe_open(path, framework="pt", device=str(where)) as file:
+    with safe_open(path, framework="pt", device=str(device)) as file:
         metadata = file.metadata()
         config = json.loads(metadata["unet"])
         parts: dict[str, dict[str, Tensor]] = {}
@@ -104,13 +104,13 @@ def read(path: Path, where: torch.device) -> Content:
 
 
 def build(content: Content) -> FusedModels:
-    """Models from a file's content.
+    """Create models from the content of a file.
 
-    Not for a thread beside another one that loads models: the loaders of diffusers put every parameter that
-    is registered meanwhile, by whomever, on the meta device (`accelerate.init_empty_weights`).
+    Must not run while another thread loads models: diffusers' loaders put every parameter that any thread
+    creates meanwhile on the meta device (`accelerate.init_empty_weights`).
 
     Raises:
-        Exception: the content is not that of one of our files.
+        Exception: the content has another layout.
     """
     parts = dict(content.parts)
     unet = _filled(_empty_unet(content.config, parts["unet"]), parts.pop("unet"))
@@ -125,7 +125,7 @@ def _filled(module: torch.nn.Module, state: Mapping[str, Tensor]) -> torch.nn.Mo
 
 
 def _empty_unet(config: Mapping[str, object], state: Mapping[str, Tensor]) -> UNet2DConditionModel:
-    """The UNet without numbers, with the adapter's processors where the state has them."""
+    """Create the UNet on the meta device, with the adapter's processors for the keys of the state."""
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(dict(config))
         processors = dict(unet.attn_processors)

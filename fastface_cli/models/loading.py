@@ -1,7 +1,7 @@
-"""Recipe to loaded models: every part from its files, LoRAs fused, the identity adapter in the UNet.
+"""Load the models of a recipe: fuse LoRAs, and put the identity adapter into the UNet.
 
-The loaders are diffusers' and transformers'; what is ours is to refuse what does not fill a model, and to say
-in one sentence which file is at fault.
+The loaders are those of diffusers and transformers. This module also refuses incomplete weights, and its
+errors name the file.
 """
 
 from __future__ import annotations
@@ -41,19 +41,19 @@ from .schedulers import build_scheduler
 logger = logging.getLogger(__name__)
 
 DIFFUSION, TRANSFORMER = "diffusion_pytorch_model", "model"
-"""How the weight files of diffusers and of transformers are called."""
+"""Stems of the weight files of diffusers and of transformers."""
 
 
 def _variant(folder: Path, stem: str) -> str | None:
-    """`fp16` where the folder holds that variant of its weights, else None.
+    """`fp16` if the folder contains that variant of the weights, else None.
 
-    In a Hub cache that other programs share, a plain file may lie beside it that was never verified.
+    A Hub cache that other programs share may also contain the plain file, which was never verified.
     """
     return "fp16" if (folder / f"{stem}.fp16.safetensors").exists() else None
 
 
 def _strict(report: Mapping[str, Any], what: str, allowed: tuple[str, ...] = ()) -> None:
-    """Refuse weights that do not fill the model: a loader would otherwise leave random numbers in it."""
+    """Refuse incomplete weights: the loaders would leave random numbers in the model."""
     missing = [key for key in report.get("missing_keys", ()) if not key.endswith(allowed)]
     wrong = [key if isinstance(key, str) else key[0] for key in report.get("mismatched_keys", ())]
     if missing or wrong:
@@ -65,7 +65,7 @@ def _strict(report: Mapping[str, Any], what: str, allowed: tuple[str, ...] = ())
 
 def _from_folder(kind: Any, folder: Path, stem: str, dtype: torch.dtype, what: str) -> Any:
     """Load a model from a folder, and refuse incomplete weights; `stem` selects the library."""
-    # Told to ignore mismatched sizes, transformers leaves naming them to _strict instead of writing a page.
+    # transformers then reports mismatched sizes to _strict, instead of logging a page about them.
     ours = {"ignore_mismatched_sizes": True} if stem == TRANSFORMER else {}
     model, report = kind.from_pretrained(
         folder,
@@ -81,11 +81,11 @@ def _from_folder(kind: Any, folder: Path, stem: str, dtype: torch.dtype, what: s
 
 
 def load_unet(base: Path, unet: Path | None, dtype: torch.dtype) -> UNet2DConditionModel:
-    """The UNet on the CPU.
+    """Load the UNet, on the CPU.
 
     Args:
         base: diffusers SDXL folder, for the UNet itself or for its configuration.
-        unet: a folder holding `unet/`, one state-dict file (as SDXL-Lightning's), or None for the base's own.
+        unet: a folder with `unet/`, one state-dict file (such as SDXL-Lightning's), or None for the base's.
         dtype: of the weights.
     """
     with loading_errors("UNet", unet or base):
@@ -95,7 +95,7 @@ def load_unet(base: Path, unet: Path | None, dtype: torch.dtype) -> UNet2DCondit
 
 
 def load_unet_file(base: Path, file: Path, dtype: torch.dtype) -> UNet2DConditionModel:
-    """A UNet from one state-dict file, configured like the base's."""
+    """Load a UNet from one state-dict file, with the configuration of the base."""
     from accelerate import init_empty_weights
     from safetensors.torch import load_file
 
@@ -110,7 +110,7 @@ def load_unet_file(base: Path, file: Path, dtype: torch.dtype) -> UNet2DConditio
 def load_text_encoders(
     base: Path, dtype: torch.dtype
 ) -> tuple[CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, CLIPTokenizer]:
-    """Both text encoders and their tokenizers."""
+    """Load both text encoders and their tokenizers."""
     with loading_errors("text encoders", base):
         models = [
             _from_folder(kind, base / name, TRANSFORMER, dtype, name)
@@ -126,17 +126,17 @@ def load_text_encoders(
 
 
 def _check_tokenizer(tokenizer: CLIPTokenizer, config: Any) -> None:
-    """Refuse one whose files are not all there: it would load all the same, and make other tokens."""
+    """Refuse an incomplete tokenizer: it would load without an error, and give other tokens."""
     if tokenizer.model_max_length != config.max_position_embeddings:
-        raise ValueError("the tokenizer does not cut prompts at the length that its encoder reads")
+        raise ValueError("the tokenizer does not truncate prompts to the length of its text encoder")
     if max(tokenizer("a")["input_ids"]) >= config.vocab_size:
-        raise ValueError("the tokenizer makes tokens that its encoder does not know")
+        raise ValueError("the tokenizer has tokens that its text encoder does not have")
 
 
 def load_vae(base: Path, vae: Path | None, dtype: torch.dtype) -> AutoencoderKL | AutoencoderTiny:
-    """The VAE: of the base, or a folder that holds another one.
+    """Load the VAE: that of the base, or another one from its own folder.
 
-    A VAE that says `force_upcast` overflows in float16 and is kept in float32 then.
+    A VAE with `force_upcast` overflows in float16, and is loaded in float32 instead.
     """
     folder = vae or base / "vae"
     with loading_errors("VAE", folder):
@@ -148,32 +148,32 @@ def load_vae(base: Path, vae: Path | None, dtype: torch.dtype) -> AutoencoderKL 
 
 
 def load_image_encoder(folder: Path, dtype: torch.dtype) -> CLIPVisionModelWithProjection:
-    """The CLIP vision tower that sees the aligned face."""
+    """Load the CLIP vision tower that encodes the aligned face."""
     with loading_errors("image encoder", folder):
         return _from_folder(CLIPVisionModelWithProjection, folder, TRANSFORMER, dtype, "image encoder")
 
 
 def load_scheduler(recipe: Recipe, base: Path, config: Path | None) -> Any:
-    """A fresh scheduler, from a published configuration and the recipe's spacing."""
+    """Create the scheduler from a published configuration and the settings of the recipe."""
     folder = config or base
     with loading_errors("scheduler configuration", folder):
         settings = DDIMScheduler.load_config(folder, subfolder="scheduler", local_files_only=True)
         if "beta_schedule" not in settings:
-            # The class's own defaults would step in, and with them other noise levels.
-            raise ValueError("it does not say its beta_schedule")
+            # The defaults of the class would be used instead, with other noise levels.
+            raise ValueError("it has no beta_schedule")
         return build_scheduler(recipe.model.scheduler, settings)
 
 
 def load_single_file(
     file: Path, config: Path | None, dtype: torch.dtype, **models: Any
 ) -> StableDiffusionXLPipeline:
-    """Any SDXL checkpoint in the original one-file layout.
+    """Load an SDXL checkpoint in the original single-file layout.
 
     Args:
         file: the .safetensors file.
         config: a diffusers SDXL folder with the configurations and tokenizers.
         dtype: of the weights.
-        models: taken in place of those in the file, by name.
+        models: replace those in the file, by name.
     """
     with loading_errors("checkpoint", file):
         pipe = StableDiffusionXLPipeline.from_single_file(
@@ -186,7 +186,7 @@ def load_single_file(
 
 @dataclass(frozen=True)
 class Homes:
-    """The device that each part is loaded to and stays on while it is not used."""
+    """The device of each part while it is not in use; parts are loaded there."""
 
     unet: torch.device
     encoders: torch.device
@@ -195,17 +195,17 @@ class Homes:
 
     @classmethod
     def of(cls, device: torch.device, level: Level) -> Homes:
-        """On the device, but for what visits it only while it is used."""
-        away = torch.device("cpu")
-        models = away if level.models else device
-        return cls(models, away if level.encoders else device, models)
+        """Return the device for everything except the parts that a level offloads."""
+        cpu = torch.device("cpu")
+        models = cpu if level.models else device
+        return cls(models, cpu if level.encoders else device, models)
 
 
 def load_parts(
     recipe: Recipe,
     paths: Mapping[str, Path],
     homes: Homes,
-    number: torch.dtype,
+    dtype: torch.dtype,
     cache: FusedCache | None = None,
     *,
     fuse: bool = True,
@@ -215,48 +215,48 @@ def load_parts(
     Args:
         recipe: what to load.
         paths: path of each of `recipe.references()`.
-        homes: where to load to.
-        number: type of the weights.
-        cache: keeps what was fused, and gives it back the next time; None always fuses.
-        fuse: also the LoRA inside the adapter; where False it stays beside the weights, and nothing is kept.
+        homes: the device of each part.
+        dtype: of the weights.
+        cache: stores fused models for the next start; None fuses at every start.
+        fuse: also fuse the LoRA inside the adapter; False keeps it as separate layers, and stores nothing.
 
     Returns:
-        The diffusers pipeline that holds the models, the identity projection of the adapter, and further
-        models of the adapter.
+        The diffusers pipeline with the models, the identity projection of the adapter, and further models of
+        the adapter.
     """
     inputs = fused_inputs(recipe, paths)
     key = None
     if fuse and cache is not None and cache.worthwhile(inputs):
-        key = fused_key(recipe, inputs, homes.unet.type, str(number))
+        key = fused_key(recipe, inputs, homes.unet.type, str(dtype))
     with _Kept(cache, key, homes.unet) as kept:
         if paths["base"].is_file():
-            pipe = _single_file_models(paths, number, kept)
+            pipe = _single_file_models(paths, dtype, kept)
         else:
-            pipe = _folder_models(recipe, paths, number, kept)
+            pipe = _folder_models(recipe, paths, dtype, kept)
         if "image_encoder" in paths.keys() - recipe.photo_roles():
-            encoder = load_image_encoder(paths["image_encoder"], number)
+            encoder = load_image_encoder(paths["image_encoder"], dtype)
             pipe.register_modules(image_encoder=encoder.to(homes.encoders).requires_grad_(False))
-        # Everything is moved before it is fused: a GPU adds the LoRA matrices in a moment.
+        # Models are moved before LoRAs are fused, because fusing is much faster on a GPU.
         for name in TEXT_ENCODERS:
             getattr(pipe, name).to(homes.encoders).requires_grad_(False)
         pipe.vae.to(homes.vae).requires_grad_(False)
         models = kept.models()
     if models is None:
-        models = _fused(recipe, paths, pipe, homes, number, fuse=fuse)
+        models = _fused(recipe, paths, pipe, homes, dtype, fuse=fuse)
         if cache is not None and key is not None:
             fused.keep(cache, key, recipe, inputs, models)
     else:
         pipe.unet = models.unet
         for name, state in models.text_encoders.items():
             getattr(pipe, name).load_state_dict(state)
-    extras = ADAPTERS[recipe.adapter.kind].load_extras(paths, number, pipe.unet)
+    extras = ADAPTERS[recipe.adapter.kind].load_extras(paths, dtype, pipe.unet)
     for model in extras.values():
         model.to(homes.unet)
-    return pipe, models.projection.to(homes.encoders, number), extras
+    return pipe, models.projection.to(homes.encoders, dtype), extras
 
 
 class _Kept:
-    """What was fused before, read in a thread while the other models are built; or nothing."""
+    """Fused models of an earlier start, if any; a thread reads them while the other models load."""
 
     def __init__(self, cache: FusedCache | None, key: str | None, where: torch.device) -> None:
         self._cache, self._key = cache, key
@@ -272,7 +272,7 @@ class _Kept:
         self._pool.shutdown()
 
     def models(self) -> FusedModels | None:
-        """The models; None where they are missing or unreadable: then they are fused again."""
+        """The models; None if they are missing or unreadable, and must be fused again."""
         if self._reading is None or self._models is not None:
             return self._models
         try:
@@ -289,39 +289,39 @@ class _Kept:
 
     @property
     def expected(self) -> bool:
-        """Whether there is a file to read."""
+        """Whether there is a readable file."""
         return self._reading is not None
 
 
 def _folder_models(
-    recipe: Recipe, paths: Mapping[str, Path], number: torch.dtype, kept: _Kept
+    recipe: Recipe, paths: Mapping[str, Path], dtype: torch.dtype, kept: _Kept
 ) -> StableDiffusionXLPipeline:
     base = paths["base"]
-    encoder, encoder_2, tokenizer, tokenizer_2 = load_text_encoders(base, number)
+    encoder, encoder_2, tokenizer, tokenizer_2 = load_text_encoders(base, dtype)
     return StableDiffusionXLPipeline(
-        vae=load_vae(base, paths.get("vae"), number),
+        vae=load_vae(base, paths.get("vae"), dtype),
         text_encoder=encoder,
         text_encoder_2=encoder_2,
         tokenizer=tokenizer,
         tokenizer_2=tokenizer_2,
-        unet=None if kept.expected else load_unet(base, paths.get("unet"), number),
+        unet=None if kept.expected else load_unet(base, paths.get("unet"), dtype),
         scheduler=load_scheduler(recipe, base, paths.get("scheduler")),
         add_watermarker=False,
     )
 
 
 def _single_file_models(
-    paths: Mapping[str, Path], number: torch.dtype, kept: _Kept
+    paths: Mapping[str, Path], dtype: torch.dtype, kept: _Kept
 ) -> StableDiffusionXLPipeline:
     models: dict[str, Any] = {}
     fused_models = kept.models()
     if fused_models is not None:
         models["unet"] = fused_models.unet
     elif "unet" in paths:
-        models["unet"] = load_unet(paths["config"], paths["unet"], number)
+        models["unet"] = load_unet(paths["config"], paths["unet"], dtype)
     if "vae" in paths:
-        models["vae"] = load_vae(paths["base"], paths["vae"], number)
-    return load_single_file(paths["base"], paths.get("config"), number, **models)
+        models["vae"] = load_vae(paths["base"], paths["vae"], dtype)
+    return load_single_file(paths["base"], paths.get("config"), dtype, **models)
 
 
 def _fused(
@@ -329,16 +329,15 @@ def _fused(
     paths: Mapping[str, Path],
     pipe: StableDiffusionXLPipeline,
     homes: Homes,
-    number: torch.dtype,
+    dtype: torch.dtype,
     *,
     fuse: bool,
 ) -> FusedModels:
-    """Every LoRA fused into the pipeline's models, and the adapter put into its UNet."""
-    if pipe.unet is None:  # what was kept could not be read
-        pipe.unet = load_unet(paths["base"], paths.get("unet"), number)
-    # MPS gets complete models: there, a layer that is replaced after the move keeps its old weights.
-    workshop = torch.device("cpu") if homes.unet.type == "mps" else homes.unet
-    pipe.unet.to(workshop).requires_grad_(False)
+    """Fuse every LoRA into the models of the pipeline, and put the adapter into its UNet."""
+    if pipe.unet is None:  # the stored models are unreadable
+        pipe.unet = load_unet(paths["base"], paths.get("unet"), dtype)
+    # Models are completed before they are moved to MPS: a layer replaced there keeps its old weights.
+    pipe.unet.to("cpu" if homes.unet.type == "mps" else homes.unet).requires_grad_(False)
     touched: set[str] = set()
     if "distillation" in paths:
         touched |= fuse_lora(pipe, paths["distillation"], 1.0)
@@ -346,12 +345,12 @@ def _fused(
         touched |= fuse_lora(pipe, paths[f"lora.{index}"], lora.scale)
     load = ADAPTERS[recipe.adapter.kind].load
     projection = load(pipe, paths["adapter"], recipe.adapter.lora_scale, fuse=fuse)
-    pipe.unet.to(homes.unet, number).requires_grad_(False)  # an unfused LoRA comes in float32, on the CPU
-    projection = projection.to(homes.encoders, number).requires_grad_(False)
+    pipe.unet.to(homes.unet, dtype).requires_grad_(False)  # an unfused LoRA is in float32, on the CPU
+    projection = projection.to(homes.encoders, dtype).requires_grad_(False)
     encoders = {name: getattr(pipe, name).state_dict() for name in TEXT_ENCODERS if name in touched}
     return FusedModels(pipe.unet, projection, encoders)
 
 
 def configured(paths: Mapping[str, Path]) -> Path:
-    """The folder with the base's configurations."""
+    """Return the folder with the configurations of the base."""
     return paths["base"] if paths["base"].is_dir() else paths["config"]

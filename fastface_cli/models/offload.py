@@ -1,7 +1,7 @@
-"""Offload to CPU, so that the stack fits into a small card: each level is exact, and slower than the last.
+"""Offload models to CPU memory, for GPUs with little memory. Each level is exact and slower than the last.
 
-A level defines which models are on the device only while they are used; between two uses they are in CPU
-memory. No level changes a pixel beyond rounding.
+A level defines which models are on the device only while they are used. No level changes the image beyond
+rounding.
 """
 
 from __future__ import annotations
@@ -47,35 +47,35 @@ LEVELS: Mapping[LevelName, Level] = {
     "off": Level("off"),
     "12": Level("12", encoders=True),
     "8": Level("8", encoders=True, models=True, projections=True, one_branch=True),
-    # One visit of a block serves all branches: to move it takes longer than to compute them together.
+    # All branches share one transfer of a block, because the transfer takes longer than the computation.
     "6": Level("6", encoders=True, models=True, projections=True, blocks=True),
 }
 """By name, from the fastest to the smallest."""
 OFF = LEVELS["off"]
 
 PEAKS: Mapping[LevelName, float] = {"off": 10.1, "12": 7.1, "8": 4.4, "6": 2.4}
-"""GiB of tensors on the device at most: the published stack, one image of 1024x1024, half precision.
-Counted without numbers (`python benchmarks/footprint.py`), not measured."""
+"""Peak GiB of tensors on the device: the published stack, one image of 1024x1024, half precision.
+Calculated from shapes (`python benchmarks/footprint.py`), not measured."""
 DECODING = 1.5
-"""GiB that decoding takes for each further 1024x1024 pixels of an image, counted likewise."""
+"""GiB that decoding takes for each additional 1024x1024 pixels of an image, calculated the same way."""
 HEADROOM = 1.6
 """GiB in addition to tensors: CUDA's context, estimated at 0.6, and workspaces, measured at up to 1.0."""
 
 
 def need(level: Level, pixels: int, *, half: bool = True) -> int:
-    """Bytes of device memory that the published stack takes, estimated.
+    """Return the estimated bytes of device memory that the published stack needs.
 
     Args:
-        level: of saving.
-        pixels: of all images that are made at once.
-        half: 16-bit numbers; else 32-bit ones.
+        level: the offload level.
+        pixels: of all images of a batch.
+        half: 16-bit weights instead of 32-bit ones.
     """
     tensors = PEAKS[level.name] + DECODING * max(0.0, pixels / 1024**2 - 1)
     return int((tensors * (1 if half else 2) + HEADROOM) * GIB)
 
 
 def choose(free: int, pixels: int, *, half: bool = True) -> Level:
-    """The fastest level that fits into `free` bytes, or the smallest level."""
+    """Return the fastest level that fits into `free` bytes, or the smallest level."""
     for level in LEVELS.values():
         if need(level, pixels, half=half) <= free:
             return level
@@ -83,10 +83,10 @@ def choose(free: int, pixels: int, *, half: bool = True) -> Level:
 
 
 def level_of(name: str) -> Level:
-    """A level by its name.
+    """Return a level by its name.
 
     Raises:
-        UsageError: there is none of that name.
+        UsageError: unknown name.
     """
     for known, level in LEVELS.items():
         if name == known:
@@ -97,49 +97,49 @@ def level_of(name: str) -> Level:
 
 
 def next_smaller(level: Level) -> Level | None:
-    """The next level, which needs less memory; None after the last one."""
+    """Return the next level, which needs less memory; None after the last one."""
     names = list(LEVELS)
     following = names[names.index(level.name) + 1 :]
     return LEVELS[following[0]] if following else None
 
 
-Absent: TypeAlias = Collection[torch.nn.Module]
+Excluded: TypeAlias = Collection[torch.nn.Module]
 
 
 @contextmanager
-def visiting(device: torch.device, *modules: torch.nn.Module, without: Absent = ()) -> Iterator[None]:
-    """Keep modules on the device within the context. Offloaded tensors are copied there and dropped
-    afterwards: its own numbers stay where they are, so that nothing is ever copied back.
+def visiting(device: torch.device, *modules: torch.nn.Module, without: Excluded = ()) -> Iterator[None]:
+    """Keep modules on a device inside the context. Their tensors are copied there and the copies are dropped
+    afterwards; the originals stay in CPU memory, so that nothing is copied back.
 
     Args:
-        device: where to.
-        modules: who, with all parts of theirs.
-        without: parts that stay where they are.
+        device: the device.
+        modules: to move, with their submodules.
+        without: submodules that are not moved.
     """
-    away: list[tuple[dict[str, Any], str, torch.Tensor]] = []
+    offloaded: list[tuple[dict[str, Any], str, torch.Tensor]] = []
     try:
         for part in (part for module in modules for part in module.modules() if part not in without):
             tables: tuple[Any, Any] = (part._parameters, part._buffers)
             for table in tables:
                 for name, tensor in table.items():
                     if tensor is not None and tensor.device != device:
-                        away.append((table, name, tensor))
+                        offloaded.append((table, name, tensor))
                         table[name] = _copied(tensor, device)
         yield
     finally:
-        for table, name, tensor in away:
+        for table, name, tensor in offloaded:
             table[name] = tensor
 
 
 def _copied(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    # On MPS a copy that does not block may be read before it is complete.
+    # On MPS, a non-blocking copy may be read before it is complete.
     copy = tensor.detach().to(device, non_blocking=device.type == "cuda")
     return torch.nn.Parameter(copy, requires_grad=False) if isinstance(tensor, torch.nn.Parameter) else copy
 
 
 @contextmanager
-def in_blocks(device: torch.device, unet: torch.nn.Module, *, without: Absent = ()) -> Iterator[None]:
-    """For the time of the context every block of a UNet visits the device when its turn comes."""
+def in_blocks(device: torch.device, unet: torch.nn.Module, *, without: Excluded = ()) -> Iterator[None]:
+    """Move each block of a UNet to the device during its call, inside the context."""
     with ExitStack() as hooks:
         for block in blocks_of(unet):
             hooks.enter_context(_visits_when_called(device, block, without))
@@ -147,7 +147,7 @@ def in_blocks(device: torch.device, unet: torch.nn.Module, *, without: Absent = 
 
 
 def blocks_of(unet: torch.nn.Module) -> list[torch.nn.Module]:
-    """The parts of a UNet that are called one after the other, and together hold all its weights."""
+    """Return the modules of a UNet that are called one after another and together contain all its weights."""
     blocks: list[torch.nn.Module] = []
     for child in unet.children():
         blocks += list(child) if isinstance(child, torch.nn.ModuleList) else [child]
@@ -155,20 +155,20 @@ def blocks_of(unet: torch.nn.Module) -> list[torch.nn.Module]:
 
 
 @contextmanager
-def _visits_when_called(device: torch.device, block: torch.nn.Module, without: Absent) -> Iterator[None]:
-    staying: list[AbstractContextManager[None]] = []
+def _visits_when_called(device: torch.device, block: torch.nn.Module, without: Excluded) -> Iterator[None]:
+    active: list[AbstractContextManager[None]] = []
 
-    def come(*_: Any) -> None:
+    def onload(*_: Any) -> None:
         visit = visiting(device, block, without=without)
         visit.__enter__()
-        staying.append(visit)
+        active.append(visit)
 
-    def go(*_: Any) -> None:
-        staying.pop().__exit__(None, None, None)
+    def offload(*_: Any) -> None:
+        active.pop().__exit__(None, None, None)
 
     hooks = [
-        block.register_forward_pre_hook(come),
-        block.register_forward_hook(go, always_call=True),
+        block.register_forward_pre_hook(onload),
+        block.register_forward_hook(offload, always_call=True),
     ]
     try:
         yield

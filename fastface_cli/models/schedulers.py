@@ -40,7 +40,7 @@ def _count(_scheduler: Any, steps: int) -> dict[str, Any]:
 
 
 class SchedulerKind(NamedTuple):
-    """A scheduler class and what the sampling loop must know of it."""
+    """A scheduler class, and what the sampling loop needs to know about it."""
 
     scheduler: Any
     stochastic: bool = False
@@ -61,7 +61,7 @@ SCHEDULERS = {
 
 
 def build_scheduler(settings: Scheduler, config: Mapping[str, Any]) -> Any:
-    """A scheduler from a published configuration and a recipe's settings."""
+    """Create a scheduler from a published configuration and the settings of a recipe."""
     changes = {} if settings.spacing is None else {"timestep_spacing": settings.spacing}
     scheduler = SCHEDULERS[settings.kind].scheduler.from_config(dict(config), **changes)
     setattr(scheduler, SETTINGS, settings)
@@ -69,31 +69,31 @@ def build_scheduler(settings: Scheduler, config: Mapping[str, Any]) -> Any:
 
 
 def settings_of(scheduler: Any) -> Scheduler | None:
-    """The recipe's settings of a scheduler; None if it was not made by `build_scheduler`."""
+    """Return the recipe's settings of a scheduler; None if `build_scheduler` did not create it."""
     return getattr(scheduler, SETTINGS, None)
 
 
 def kind_of(scheduler: Any) -> SchedulerKind:
-    """The table's entry of a scheduler."""
+    """Return the entry of a scheduler in `SCHEDULERS`."""
     return next(kind for kind in SCHEDULERS.values() if type(scheduler) is kind.scheduler)
 
 
 def is_stochastic(scheduler: Any) -> bool:
-    """Whether a scheduler's step draws noise from a generator."""
+    """Return whether a step of the scheduler draws noise from a generator."""
     return kind_of(scheduler).stochastic
 
 
 def with_steps(scheduler: Any, steps: int, device: torch.device | None = None) -> Any:
-    """Copy a scheduler and set its timesteps, by default on the CPU: reading them does not wait then."""
+    """Copy a scheduler and set its timesteps, by default on the CPU, where reading them never waits."""
     scheduler = copy.deepcopy(scheduler)
     scheduler.set_timesteps(device=device, **kind_of(scheduler).step_arguments(scheduler, steps))
     return scheduler
 
 
 def model_times(scheduler: Any) -> Tensor:
-    """What the UNet gets as time in each step, [steps] float32: the timesteps, or shifted ones."""
+    """Return the timesteps that the UNet receives, [steps] float32: shifted if the recipe says so."""
     settings, times = settings_of(scheduler), scheduler.timesteps
     if settings is not None and settings.shift is not None:
-        times = (times * settings.shift / TIMESTEPS).long()  # cut to whole numbers, as published
-    shown: Tensor = times.to(torch.float32)
-    return shown
+        times = (times * settings.shift / TIMESTEPS).long()  # truncated to integers, as published
+    model_input: Tensor = times.to(torch.float32)
+    return model_input

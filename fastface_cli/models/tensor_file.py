@@ -1,4 +1,4 @@
-"""The layout of a safetensors file, and the file written piece by piece without holding it in memory."""
+"""The layout of a safetensors file, and writing one without holding it in memory."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def nbytes_of(shape: Shape, dtype: torch.dtype) -> int:
 
 
 def ordered(layout: TensorLayout) -> list[tuple[str, Shape, torch.dtype]]:
-    """The order in the file: wider types first, then by name."""
+    """Return the tensors in the order of the file: wider types first, then by name."""
     items = [(name, shape, dtype) for name, (shape, dtype) in layout.tensors.items()]
     return sorted(items, key=lambda item: (-_ORDER.index(item[2]), item[0].encode()))
 

@@ -27,15 +27,15 @@ from ..recipe.schema import (
 )
 
 LEAST_QUANTILE = 17 * 2.0**-24
-"""1e-6, as float16 has it."""
+"""1e-6, rounded to float16."""
 
 Number: TypeAlias = float | Tensor
-"""A number of a schedule: a float, or a tensor [] where a compiled step must not be bound to its value."""
+"""A number of a schedule: a float, or in compiled steps a tensor [], so that the graph fits other values."""
 
 
 @dataclass(frozen=True)
 class Chain:
-    """Attention manipulation of one kind of block at one step, with every number resolved."""
+    """Attention manipulation of one block type at one step, with all numbers resolved."""
 
     transforms: tuple[tuple[Power | Scale | Softmask | AdaptiveSoftmask, Mapping[str, Number]], ...]
     tokens: tuple[int, ...]
@@ -46,12 +46,12 @@ class Chain:
 
 
 def resolve(attention: Attention, block: Block, step: int, steps: int, tokens: int = 4) -> Chain | None:
-    """Resolve the manipulation in `block` at `step` of `steps`; None where attention is unchanged.
+    """Resolve the manipulation in `block` at `step` of `steps`; None if attention is unchanged.
 
     `tokens` is the number of identity tokens of the adapter.
     """
-    acts = attention.steps == "all" or step in attention.steps
-    if not (attention.active and acts and block in attention.blocks):
+    is_applied = attention.steps == "all" or step in attention.steps
+    if not (attention.active and is_applied and block in attention.blocks):
         return None
     transforms = []
     for transform in attention.transforms:
@@ -76,7 +76,7 @@ Chains: TypeAlias = dict[Block, Chain | None]
 
 
 def as_tensors(steps: Sequence[Chains], device: torch.device) -> list[Chains]:
-    """Move the numbers of every step's chains to `device` as tensors, in one transfer."""
+    """Move the numbers of the chains of all steps to `device` as tensors, in one transfer."""
     numbers = [
         number
         for chains in steps
@@ -104,26 +104,26 @@ def _at(value: PerBlock, block: Block, step: int, steps: int) -> float:
 
 
 def normalize(attention: Tensor, images: int, *, joint: bool) -> Tensor:
-    """Min-max normalisation per token, over branches (`joint`), heads and positions.
+    """Min-max normalization per token, over heads and positions, and with `joint` over branches.
 
     Args:
         attention: [rows, heads, positions, tokens], rows = branches x images, branch-major.
-        images: images in the rows; one image never sees another.
-        joint: over the branches of an image together, or each branch separately.
+        images: number of images in the rows; each image is normalized separately.
+        joint: normalize the branches of an image together, not separately.
     """
     split = attention.reshape(-1, images, *attention.shape[1:])
     over = (0, 2, 3) if joint else (2, 3)
     low, high = split.amin(dim=over, keepdim=True), split.amax(dim=over, keepdim=True)
-    # A constant map has no range; it becomes zero and not NaN.
+    # A constant map has no range; it becomes zero instead of NaN.
     spread = (high - low).clamp_min(torch.finfo(attention.dtype).tiny)
     return ((split - low) / spread).reshape(attention.shape)
 
 
 def quantile(attention: Tensor, level: Number) -> Tensor:
-    """Quantile over positions, interpolated linearly, rounded to float16 as published, at least 1e-6.
+    """Return the quantile over positions, interpolated linearly and rounded to float16, at least 1e-6.
 
-    torch.quantile is not used: it refuses large tensors, and looks at the value of `level`, which no compiled
-    graph can.
+    torch.quantile is not used: it refuses large tensors, and reads the value of `level`, which compiled code
+    cannot do.
 
     Args:
         attention: [rows, heads, positions, tokens], float32.
@@ -141,17 +141,17 @@ def quantile(attention: Tensor, level: Number) -> Tensor:
 
 
 def round_to_half(x: Tensor) -> Tensor:
-    """`x.half().float()` for numbers below 65504, by arithmetic: compilers drop a cast there and back."""
-    if x.device.type == "mps":  # it has no frexp, and nothing is compiled there
+    """Return `x.half().float()` for numbers below 65504, by arithmetic: compilers omit two opposite casts."""
+    if x.device.type == "mps":  # it has no frexp, and nothing is compiled for it
         return x.half().float()
-    # A half has 11 bits from the first that is set, and none below 2^-24.
+    # float16 has 11 significant bits, and none below 2^-24.
     lowest_bit = (torch.frexp(x).exponent - 11).clamp_min(-24)
     unit = torch.ldexp(torch.ones_like(x), lowest_bit)
     return (x / unit).round() * unit
 
 
 def manipulate(attention: Tensor, chain: Chain, images: int) -> Tensor:
-    """A' from A: inversion, chain and inversion back, on the chosen tokens; the blend is applied later.
+    """Return the manipulated attention: inversion, chain and inversion back, on the chosen tokens.
 
     Args:
         attention: [rows, heads, positions, tokens], float32; not changed.
@@ -200,7 +200,7 @@ def _apply(
 
 
 def blend(changed: Tensor, original: Tensor, weight: float, eps: float) -> Tensor:
-    """w X' + (1 - w) X', the latter moved to the mean and unbiased std of X over the last dimension."""
+    """Return w X' + (1 - w) Y, where Y is X' with the mean and unbiased std of X over the last dimension."""
     mean, std = original.mean(-1, keepdim=True), original.std(-1, keepdim=True)
     moved = (changed - changed.mean(-1, keepdim=True)) * (std / (changed.std(-1, keepdim=True) + eps)) + mean
     out: Tensor = weight * changed + (1 - weight) * moved
@@ -208,7 +208,7 @@ def blend(changed: Tensor, original: Tensor, weight: float, eps: float) -> Tenso
 
 
 def identity_attention(query: Tensor, key: Tensor, value: Tensor, chain: Chain | None, images: int) -> Tensor:
-    """The identity half of decoupled cross-attention.
+    """Return the identity part of decoupled cross-attention.
 
     Args:
         query: [rows, heads, positions, d].
@@ -217,8 +217,8 @@ def identity_attention(query: Tensor, key: Tensor, value: Tensor, chain: Chain |
         images: images in the rows.
 
     Returns:
-        [rows, heads, positions, d] in the dtype of `query`. Manipulation runs in float32: the maps are
-        four tokens wide, so this costs nothing and spares the quantile and the spread half precision.
+        [rows, heads, positions, d] in the dtype of `query`. Manipulation runs in float32, which costs
+        little with few tokens: quantile and range would lose precision in float16.
     """
     if chain is None:
         return F.scaled_dot_product_attention(query, key, value)
@@ -231,7 +231,7 @@ def identity_attention(query: Tensor, key: Tensor, value: Tensor, chain: Chain |
     weight, eps = chain.blend
     out = blend(changed, original, weight, eps) @ value
     moved = blend(out, original @ value, weight, eps)
-    # Skipped for an image in which it produced a NaN, never for its neighbours in the batch.
+    # Skipped for images in which it gives NaN; other images of the batch are not affected.
     broken = moved.isnan().reshape(-1, images, moved[0].numel()).any(-1).any(0)
     broken = broken.repeat(query.shape[0] // images)[:, None, None, None]
     return torch.where(broken, out, moved).to(query.dtype)

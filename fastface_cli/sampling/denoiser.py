@@ -26,10 +26,10 @@ def denoise(
     *,
     renorm: bool,
 ) -> Tensor:
-    """Call the UNet over all branches of all images and combine its predictions; this is what is compiled.
+    """Call the UNet over all branches of all images and combine its predictions; this function is compiled.
 
     Args:
-        unet: with `processor.installed`.
+        unet: inside `processor.installed`.
         latents: [images, C, h, w], as scaled by the scheduler.
         time: [], float32.
         rows: conditions of the [branches x images] rows.
@@ -42,7 +42,7 @@ def denoise(
 
 
 def predict(unet: torch.nn.Module, latents: Tensor, time: Tensor, rows: Rows) -> Tensor:
-    """Call the UNet over the branches of `rows`: [branches, images, C, h, w]; arguments as of `denoise`."""
+    """Call the UNet over the branches of `rows`: [branches, images, C, h, w]; arguments as in `denoise`."""
     branches = len(rows.pooled) // len(latents)
     sample = latents.to(rows.pooled.dtype).repeat(branches, 1, 1, 1)
     extra = {} if rows.extra is None else rows.extra(sample, time, rows)
@@ -72,13 +72,13 @@ class GuidedDenoiser:
     call: Callable[..., Tensor] = denoise
     """`denoise`, or its compiled form."""
     one_branch: bool = False
-    """Branches that do not see each other run one after another, which saves memory."""
+    """Run independent branches one after another, which saves memory."""
     tensor_numbers: bool = False
-    """Guidance weights are tensors: a compiled step must not be bound to their values."""
+    """Pass guidance weights as tensors: the graph of a compiled step must not depend on their values."""
     _selected: tuple[tuple[Branch, ...], Rows] | None = field(default=None, init=False)
 
     def __call__(self, latents: Tensor, step: Step) -> Tensor:
-        """The guided prediction [images, C, h, w] of a step, in float32."""
+        """Return the guided prediction of a step, [images, C, h, w] float32."""
         weights, time = self.guidance, self.times[step.index]
         branches = [guidance.BRANCHES[weights.order][index] for index in step.branches]
         numbers: Sequence[float] | Tensor = guidance.mixing(step, weights)
@@ -96,7 +96,7 @@ class GuidedDenoiser:
         )
 
     def _rows(self, branches: Sequence[Branch], step: Step) -> Rows:
-        """The rows of a UNet call; those of the previous call are reused where the branches are the same."""
+        """Return the rows of a UNet call, reusing those of the previous call if the branches are the same."""
         chains = self.chains[step.index]
         if self._selected is not None and self._selected[0] == tuple(branches):
             rows = replace(

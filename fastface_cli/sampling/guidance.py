@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 
 class Branch(NamedTuple):
-    """What one UNet sample is conditioned on."""
+    """The conditions of one UNet sample."""
 
     identity: bool
-    """The person, or no identity."""
+    """Conditioned on the person, or on no identity."""
     prompt: bool
-    """The prompt, or the negative prompt."""
+    """Conditioned on the prompt, or on the negative prompt."""
 
 
 BRANCHES: Mapping[Order, tuple[Branch, Branch, Branch]] = {
@@ -38,7 +38,7 @@ ALL = (0, 1, 2)
 
 @dataclass(frozen=True)
 class Step:
-    """What one step does."""
+    """The weights and branches of one step."""
 
     index: int
     timestep: float
@@ -51,7 +51,7 @@ class Step:
 
 
 def weight_at(weight: WeightFunction, timestep: float) -> float:
-    """Value of a guidance weight function at a timestep in [0, 1000]."""
+    """Return the value of a guidance weight function at a timestep in [0, 1000]."""
     t = TIMESTEPS - timestep if weight.inverse else timestep
     share, w = t / TIMESTEPS, weight.scale
     match weight.function:
@@ -62,7 +62,7 @@ def weight_at(weight: WeightFunction, timestep: float) -> float:
         case "cosine":
             value = w * (math.cos(math.pi * share) + 1)
         case "power_cosine":
-            # Rounding may carry 1 - share a hair below zero, where a fractional power is complex.
+            # By rounding, 1 - share may be slightly negative, and a fractional power of it is complex.
             value = 0.5 * w * (1 - math.cos(math.pi * max(1 - share, 0.0) ** weight.power))
         case "cap":
             value = w * (1 - share) if share > 0.5 else w * share
@@ -70,14 +70,14 @@ def weight_at(weight: WeightFunction, timestep: float) -> float:
 
 
 def weights(weight: Weight, timesteps: Sequence[float]) -> list[float]:
-    """A weight at every step."""
+    """Return a weight at every step."""
     if isinstance(weight, WeightFunction):
         return [weight_at(weight, t) for t in timesteps]
     return per_step(weight, len(timesteps))
 
 
 def coefficients(order: Order, identity: float, text: float) -> tuple[float, float, float]:
-    """Coefficients of e0, e1, e2 in the guided prediction, without renorm.
+    """Return the coefficients of e0, e1, e2 in the guided prediction, without renorm.
 
     `identity_first` and `text_first`: (1 - a) e0 + (a - b) e1 + b e2;
     `independent`: (1 - a - b) e0 + a e1 + b e2.
@@ -87,14 +87,14 @@ def coefficients(order: Order, identity: float, text: float) -> tuple[float, flo
 
 
 def couples_branches(attention: Attention, step: int) -> bool:
-    """Whether attention manipulation makes the branches of an image see each other at this step."""
-    acts = attention.steps == "all" or step in attention.steps
+    """Return whether attention manipulation mixes the branches of an image at this step."""
+    is_applied = attention.steps == "all" or step in attention.steps
     masks = any(t.kind in ("softmask", "adaptive_softmask") for t in attention.transforms)
-    return attention.active and acts and masks and attention.normalisation == "joint"
+    return attention.active and is_applied and masks and attention.normalisation == "joint"
 
 
 def needed_branches(guidance: Guidance, identity: float, text: float) -> tuple[int, ...]:
-    """The branches that the guided result depends on, as long as they do not see each other."""
+    """Return the branches that the guided result depends on, if attention does not mix them."""
     second = text if guidance.order == "identity_first" else identity
     if guidance.renorm and second != 0:
         return ALL
@@ -107,13 +107,13 @@ def needed_branches(guidance: Guidance, identity: float, text: float) -> tuple[i
 def plan(
     guidance: Guidance, attention: Attention, timesteps: Sequence[float], *, prune: bool = True
 ) -> list[Step]:
-    """The branches and weights of every step.
+    """Return the branches and weights of every step.
 
     Args:
         guidance: weights and order.
-        attention: asked only whether it couples the branches, which forbids pruning.
-        timesteps: of the scheduler, one a step.
-        prune: leave out branches that cannot change the result.
+        attention: if it couples the branches, none is omitted.
+        timesteps: of the scheduler, one per step.
+        prune: omit branches that cannot change the result.
     """
     identity, text = weights(guidance.identity, timesteps), weights(guidance.text, timesteps)
     steps = []
@@ -125,12 +125,12 @@ def plan(
 
 
 def is_renormed(step: Step, guidance: Guidance) -> bool:
-    """Whether `mix` renorms; a step that is to be renormed has all branches."""
+    """Return whether `mix` renorms, which requires all branches."""
     return guidance.renorm and step.branches == ALL
 
 
 def mixing(step: Step, guidance: Guidance) -> tuple[float, ...]:
-    """The numbers that `mix` takes: a and b where it renorms, else the coefficient of every branch."""
+    """Return the numbers for `mix`: a and b with renorm, otherwise the coefficient of every branch."""
     if is_renormed(step, guidance):
         first, second = step.identity, step.text
         return (first, second) if guidance.order == "identity_first" else (second, first)
@@ -141,16 +141,14 @@ def mixing(step: Step, guidance: Guidance) -> tuple[float, ...]:
 def mix(
     predictions: Tensor, numbers: Sequence[float] | Tensor, order: Order, rescale: float, *, renorm: bool
 ) -> Tensor:
-    """The guided prediction, [images, C, H, W] float32.
-
-    Numbers are a tensor where a compiled step must not be bound to their values.
+    """Return the guided prediction, [images, C, H, W] float32.
 
     Args:
-        predictions: [branches, images, C, H, W]; e1 and e2 come last where there is a rescale.
-        numbers: of `mixing`.
+        predictions: [branches, images, C, H, W]; with a rescale, the last two are e1 and e2.
+        numbers: see `mixing`; a tensor in compiled steps, whose graph must not depend on the values.
         order: of the branches.
         rescale: phi.
-        renorm: the second term takes the norm of the first.
+        renorm: scale the second term to the norm of the first.
     """
     e = predictions.float()
     if renorm:
@@ -166,12 +164,12 @@ def mix(
 
 
 def _renormed(e: Tensor, a: float | Tensor, b: float | Tensor, order: Order) -> Tensor:
-    """The second term scaled to the norm of the first, per image, before the weights."""
+    """Return the guided prediction with the second term scaled to the norm of the first, per image."""
     term1 = e[1] - e[0]
     term2 = e[2] - (e[0] if order == "independent" else e[1])
     norm1 = term1.flatten(1).norm(dim=1)[:, None, None, None]
     norm2 = term2.flatten(1).norm(dim=1)[:, None, None, None]
-    # Two equal branches have no direction to scale: zero stays zero.
+    # If two branches are equal, their difference stays zero.
     term2 = term2 * (norm1 / norm2.clamp_min(1e-12))
     guided: Tensor = e[0] + a * term1 + b * term2
     return guided

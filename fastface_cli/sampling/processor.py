@@ -1,4 +1,4 @@
-"""Decoupled cross-attention inside the UNet: the attention processor, and the conditions it attends to."""
+"""Decoupled cross-attention in the UNet: the attention processor and its conditions."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Rows:
     identity: Tensor
     """[rows, identity tokens, width]"""
     projected: Projected
-    """Empty where every layer projects its own keys and values."""
+    """Empty if every layer projects its own keys and values."""
     scale: Tensor
     """[rows, 1, 1, 1]: adapter scale."""
     images: int
@@ -63,10 +63,10 @@ class Conditions:
     scale: Tensor
     """[steps, images]: adapter scale of each image."""
     has_identity: Sequence[bool]
-    """For each step, False where every adapter scale is 0: identity attention can be skipped."""
+    """For each step, False if every adapter scale is 0: identity attention is then skipped."""
     images: int
     projected: Projected = ()
-    """Result of `project`; empty where every UNet call projects again."""
+    """Result of `project`; empty if every UNet call projects again."""
     extra: Extra | None = None
     """Further conditioning of the adapter in every step."""
 
@@ -92,7 +92,7 @@ class Conditions:
         )
 
     def row_scale(self, step: int, branches: int) -> Tensor:
-        """The adapter scale of each row in a step, [rows, 1, 1, 1]."""
+        """Return the adapter scale of each row in a step, [rows, 1, 1, 1]."""
         return self.scale[step].repeat(branches)[:, None, None, None]
 
 
@@ -102,14 +102,14 @@ def _split_heads(x: Tensor, heads: int) -> Tensor:
 
 
 class IdentityAttnProcessor(IPAdapterAttnProcessor2_0):  # type: ignore[misc]
-    """Decoupled cross-attention whose conditions and manipulation come with the call, as `Rows`.
+    """Decoupled cross-attention that receives conditions and manipulation with each call, as `Rows`.
 
     Shares the adapter's projections with a loaded `IPAdapterAttnProcessor2_0`: no weight is copied, and no
     state is kept. `group` and `index` locate the layer's keys and values in `Rows.projected`.
     """
 
     def __init__(self, loaded: IPAdapterAttnProcessor2_0, block: Block, group: int, index: int) -> None:
-        # Not the parent's constructor: it would allocate projections only to have them replaced.
+        # The constructor of the parent class would allocate projections.
         torch.nn.Module.__init__(self)
         self.hidden_size, self.cross_attention_dim = loaded.hidden_size, loaded.cross_attention_dim
         self.num_tokens, self.scale = loaded.num_tokens, loaded.scale
@@ -118,7 +118,7 @@ class IdentityAttnProcessor(IPAdapterAttnProcessor2_0):  # type: ignore[misc]
         self.group, self.index = group, index
 
     def project(self, attn: AttentionLayer, text: Tensor, identity: Tensor) -> list[list[Tensor]]:
-        """Key and value of the text, key and value of the identity: [rows, heads, tokens, d] each."""
+        """Return key and value of the text, and of the identity: [rows, heads, tokens, d] each."""
         return [
             [_split_heads(to(text), attn.heads) for to in (attn.to_k, attn.to_v)],
             [_split_heads(to(identity), attn.heads) for to in (self.to_k_ip[0], self.to_v_ip[0])],
@@ -144,7 +144,7 @@ class IdentityAttnProcessor(IPAdapterAttnProcessor2_0):  # type: ignore[misc]
         """
         rows = encoder_hidden_states
         if rows is None or attention_mask is not None:
-            raise ValueError("identity attention takes rows and no attention mask")
+            raise ValueError("identity attention requires rows and no attention mask")
         query = _split_heads(attn.to_q(hidden_states), attn.heads)
         if rows.projected:
             text, identity = rows.projected[self.group]
@@ -160,7 +160,7 @@ class IdentityAttnProcessor(IPAdapterAttnProcessor2_0):  # type: ignore[misc]
         return projected
 
     def identity_term(self, query: Tensor, key: Tensor, value: Tensor, text: Tensor, rows: Rows) -> Tensor:
-        """What the identity adds to text attention, before the adapter scale.
+        """Return the term that is added to text attention, before the adapter scale.
 
         Args:
             query: [rows, heads, positions, d].
@@ -175,12 +175,12 @@ Layers: TypeAlias = Sequence[tuple[Block, AttentionLayer]]
 
 
 def block_of(name: str) -> Block:
-    """The part of the UNet that a layer belongs to, by its dotted name."""
+    """Return the part of the UNet that contains a layer, by its dotted name."""
     return "down" if name.startswith("down") else "up" if name.startswith("up") else "mid"
 
 
 def identity_layers(unet: torch.nn.Module) -> Layers:
-    """The cross-attention layers that hold an adapter, each with its part of the UNet."""
+    """Return the cross-attention layers with an adapter, each with its part of the UNet."""
     return [
         (block_of(name), layer)
         for name, layer in unet.named_modules()
@@ -189,7 +189,7 @@ def identity_layers(unet: torch.nn.Module) -> Layers:
 
 
 def identity_processors(layers: Layers) -> list[IdentityAttnProcessor]:
-    """Make a processor for each layer from the adapter loaded there; layers of one shape form a group."""
+    """Create a processor for each layer from the adapter in it; layers of equal shape form a group."""
     sizes: dict[tuple[int, int], int] = {}
     processors = []
     for block, layer in layers:
@@ -201,7 +201,7 @@ def identity_processors(layers: Layers) -> list[IdentityAttnProcessor]:
 
 
 def projections(layer: AttentionLayer, processor: IdentityAttnProcessor) -> list[torch.nn.Module]:
-    """The weights of a layer's keys and values, which only `project` needs."""
+    """Return the weights of the keys and values of a layer, which only `project` needs."""
     return [layer.to_k, layer.to_v, processor.to_k_ip, processor.to_v_ip]
 
 

@@ -83,7 +83,7 @@ def test_cold_start_runs_in_a_new_process(capfd: pytest.CaptureFixture[str]) -> 
     [
         (["--against", "nothing"], "the only choice is: reference"),
         (["--weights", "some"], "choose one of real, random, random-small"),
-        (["--accelerate", "warp=on"], "there is no such item"),
+        (["--accelerate", "warp=on"], "unknown item"),
         (["--accelerate", "prune=maybe"], "prune is one of on, off"),
         (["--weights", "random-small", "--face", "x.png"], "random weights have no face models"),
     ],

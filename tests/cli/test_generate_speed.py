@@ -74,7 +74,7 @@ def test_lossy_optimization_is_recorded_in_the_image(generate, stack, me, tmp_pa
     ("flags", "code", "message"),
     [
         (["--low-memory", "10"], 2, "--low-memory '10' is not a level"),
-        (["--accelerate", "warp=on"], 2, "--accelerate warp: there is no such item"),
+        (["--accelerate", "warp=on"], 2, "--accelerate warp: unknown item"),
         (["--accelerate", "prune=maybe"], 2, "prune is one of on, off"),
         (["--accelerate", "vae=int8"], 2, "vae is one of auto, half, float32"),
         (["--accelerate", "fp8=on"], 4, "cannot multiply 8-bit floats"),

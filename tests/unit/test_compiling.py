@@ -134,7 +134,7 @@ def test_compilation_failure_is_reported():
 
     from fastface_cli.errors import DeviceError
 
-    with pytest.raises(DeviceError, match="cannot be compiled here"):
+    with pytest.raises(DeviceError, match="cannot compile the models"):
         Compiled(breaks, backend="eager")(torch.ones(2))
 
 
