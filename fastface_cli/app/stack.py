@@ -163,7 +163,7 @@ class ModelStack:
             analyzer = load_analyzer(self.face_models(recipe), device)
             if analyzer.note:
                 log.debug("%s", analyzer.note)  # `fastface doctor` reports it
-            self._analyzer = name, analyzer
+            self._analyzer, self._judge, self._scorer = (name, analyzer), None, None
         return self._analyzer[1]
 
     def face_encoder(self, recipe: Recipe) -> GrayFaceEncoder:
@@ -195,8 +195,9 @@ class ModelStack:
         """
         from .best_of import pick_judge
 
+        analyzer = self.analyzer(recipe)
         if self._judge is None:
-            self._judge = pick_judge(self.analyzer(recipe), recipe.adapter.kind)
+            self._judge = pick_judge(analyzer, recipe.adapter.kind)
         return self._judge
 
     def scorer(self, recipe: Recipe) -> Scorer:
@@ -207,9 +208,9 @@ class ModelStack:
         """
         from .best_of import Scorer
 
+        analyzer, judge = self.analyzer(recipe), self.judge(recipe)
         if self._scorer is None:
-            judge, pipeline = self.judge(recipe), self.pipeline(recipe)
-            self._scorer = Scorer(self.analyzer(recipe), judge, self._clip(recipe, pipeline))
+            self._scorer = Scorer(analyzer, judge, self._clip(recipe, self.pipeline(recipe)))
         return self._scorer
 
     def _clip(self, recipe: Recipe, pipeline: Pipeline) -> Clip | None:

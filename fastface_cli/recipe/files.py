@@ -302,7 +302,8 @@ def _parents(extends: Node | None, path: Path) -> Iterator[tuple[Mark, Path]]:
             continue
         shipped = _shipped(name)
         if shipped is None:
-            parts = [f"{part}/{file.stem}" for part in ("models", "methods") for file in _part(part)]
+            layers = ("models", "methods", "adapters")
+            parts = [f"{layer}/{file.stem}" for layer in layers for file in _layer_files(layer)]
             near = nearest(name, [*recipe_names(), *parts])
             hint = (
                 f"did you mean '{near}'?"
@@ -313,7 +314,7 @@ def _parents(extends: Node | None, path: Path) -> Iterator[tuple[Mark, Path]]:
         yield item.mark, shipped
 
 
-def _part(name: str) -> list[Path]:
+def _layer_files(name: str) -> list[Path]:
     return sorted((recipes_folder() / name).glob("*.yaml"))
 
 
