@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,32 +14,9 @@ from support.run_folder import build_run
 
 from fastface_cli.evaluation.report import write_report
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = (
-    "--no-sandbox",  # root in a container has no other way
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--use-fake-device-for-media-stream",  # a camera, for the page of `fastface serve`
-    "--use-fake-ui-for-media-stream",
-)
 HOSTILE_PROMPT = "</script><script>window.hacked=1</script> a <b>bold</b> prompt"
 HOSTILE_NAME = 'o\'Neil "50%" #1?&amp;é<img src=x onerror=window.hacked=1>'
 NO_FACE, FAILED = "am1/bob/0002-0", "fastface/cai/0001-0"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    if CHROMIUM is None:
-        pytest.skip("Chromium is not installed: apt-get install chromium")
-    playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
-    with playwright.sync_playwright() as started:
-        running = started.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
-        yield running
-        running.close()
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser.test_report_page import browser  # noqa: F401  a fixture
 from PIL import Image
-from server.conftest import PHOTO, Server, serving
+from support.served import PHOTO, Server, serving
 
 SIZES = {"desktop": (1440, 900), "phone": (390, 844)}
 FINISHED = ".tile .frame:not([disabled])"
@@ -23,7 +22,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @pytest.fixture(params=SIZES)
-def page(request: pytest.FixtureRequest, browser: Any, server: Server) -> Iterator[Any]:  # noqa: F811
+def page(request: pytest.FixtureRequest, browser: Any, server: Server) -> Iterator[Any]:
     width, height = SIZES[request.param]
     page = browser.new_page(viewport={"width": width, "height": height})
     problems: list[str] = []
@@ -181,6 +180,33 @@ def test_comparing_leaves_connections_for_cancel(page, server):
     assert 1 <= most < 6, "two, and those whose end was not reported yet"
 
 
+def test_a_pose_is_sent_with_instantid_alone(page):
+    page.set_input_files("#file", str(PHOTO))
+    page.locator(".face").first.wait_for()
+    page.fill("#prompt", "a portrait")
+    assert page.locator("#pose").is_hidden()
+    page.select_option("#family", "hyper-instantid")
+    page.set_input_files("#pose", str(PHOTO))
+    assert page.locator("#pose").is_visible()
+    assert accessibility_problems(page) == []
+    bodies: list[bytes] = []
+
+    def refused(route: Any) -> None:
+        if route.request.method != "POST":
+            route.continue_()
+            return
+        bodies.append(route.request.post_data_buffer)
+        route.fulfill(status=429, json={"error": {"message": "the queue is full", "hint": None}})
+
+    page.route("**/api/runs", refused)
+    page.click("#generate")
+    page.get_by_text("the queue is full").wait_for()
+    page.select_option("#family", "hyper-pulid")
+    with page.expect_response(lambda response: response.request.method == "POST"):
+        page.click("#generate")
+    assert [b'name="pose"' in body for body in bodies] == [True, False]
+
+
 def test_a_photo_without_a_face_is_reported(page, tmp_path):
     blank = tmp_path / "blank.png"
     Image.new("RGB", (200, 200), "white").save(blank)
@@ -189,7 +215,7 @@ def test_a_photo_without_a_face_is_reported(page, tmp_path):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_both_color_schemes_are_readable(browser, server, scheme):  # noqa: F811
+def test_both_color_schemes_are_readable(browser, server, scheme):
     page = browser.new_page(color_scheme=scheme)
     page.goto(server.address)
     page.locator("#methods input").first.wait_for(state="attached")
@@ -197,7 +223,7 @@ def test_both_color_schemes_are_readable(browser, server, scheme):  # noqa: F811
     page.close()
 
 
-def test_a_token_opens_the_page(browser, tmp_path):  # noqa: F811
+def test_a_token_opens_the_page(browser, tmp_path):
     with serving(tmp_path, "--token", "secret-token") as server:
         address, _, _ = server.address.partition("/#")
         page = browser.new_page()
@@ -216,7 +242,7 @@ def test_a_token_opens_the_page(browser, tmp_path):  # noqa: F811
         page.close()
 
 
-def test_camera_paste_and_identity_files(browser, server, tmp_path):  # noqa: F811
+def test_camera_paste_and_identity_files(browser, server, tmp_path):
     with server.client() as client, PHOTO.open("rb") as photo:
         client.post("/api/identities", data={"name": "first"}, files={"photos": photo}).raise_for_status()
         (tmp_path / "me.safetensors").write_bytes(client.get("/api/identities/first").content)

@@ -13,7 +13,7 @@ import httpx2
 import pytest
 import torch
 from PIL import Image
-from server.conftest import PHOTO, events, serving, submit
+from support.served import PHOTO, events, serving, submit
 
 
 def test_killed_under_load_and_started_again(tmp_path):

@@ -8,7 +8,7 @@ import io
 import openai
 import pytest
 from PIL import Image
-from server.conftest import PHOTO
+from support.served import PHOTO
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 from PIL import Image
-from server.conftest import PHOTO, events, serving, submit
+from support.served import PHOTO, events, serving, submit
 
 from fastface_cli import FastFace, cli
 

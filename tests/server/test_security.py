@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from PIL import Image
-from server.conftest import PHOTO, events, serving, submit
+from support.served import PHOTO, events, serving, submit
 
 from fastface_cli.server.limits import Limits
 from fastface_cli.server.security import HEADERS, Guard, is_loopback

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from server.conftest import PHOTO, Server
 from support.doc_pages import ROOT, blocks
+from support.served import PHOTO, Server
 
 
 def test_the_schema_is_up_to_date():

@@ -108,3 +108,14 @@ def test_functions_take_at_most_eight_parameters():
             if count > 8 and node.name != "__init__":
                 wide.append(f"{path.relative_to(PACKAGE)}:{node.name} {count}")
     assert wide == []
+
+
+def test_no_test_module_imports_another():
+    tests = PACKAGE.parent / "tests"
+    wrong = []
+    for path in sorted(tests.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            module = node.module or "" if isinstance(node, ast.ImportFrom) else ""
+            if module.rpartition(".")[2].startswith(("test_", "conftest")):
+                wrong.append(f"{path.relative_to(tests)} imports {module}")
+    assert wrong == []

@@ -98,6 +98,7 @@ function describe() {
   const use = recipe.commercial === "yes" ? "" : recipe.commercial === "no" ? "; no commercial use" : "; commercial use unclear";
   const summary = recipe.summary.charAt(0).toUpperCase() + recipe.summary.slice(1);
   $("family-summary").textContent = `${summary}. ${size}${missing}${use}.`;
+  $("pose-row").hidden = recipe.adapter !== "instantid"; // the other adapters do not read key points
   const scale = Array.isArray(recipe.adapter_scale) ? recipe.adapter_scale[0] : recipe.adapter_scale;
   if (!strengthChanged) $("strength").value = scale;
   $("strength-value").textContent = strengthChanged ? Number($("strength").value).toFixed(2) : `${scale} (recipe)`;
@@ -140,11 +141,13 @@ async function generate(event) {
     adapter_scales: strengthChanged ? [Number($("strength").value)] : [],
     aspect: $("aspect").value ? $("aspect").value.split(":").map(Number) : null,
   };
+  const pose = $("pose-row").hidden ? undefined : $("pose").files[0];
   const group = `${Date.now()}-${Math.random()}`;
   $("generate").disabled = true;
   try {
     for (const recipe of recipes) {
-      await submit({ ...request, recipe: recipe.name }, photos, group, comparing ? NAMES[recipe.method] : "");
+      const run = { ...request, recipe: recipe.name };
+      await submit(run, photos, pose, group, comparing ? NAMES[recipe.method] : "");
     }
     if ($("lock").checked) $("seed").value = seed;
     if (matchMedia("(max-width: 900px)").matches) $("results").scrollIntoView();

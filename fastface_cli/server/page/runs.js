@@ -27,10 +27,11 @@ async function withStream(work) {
 
 export const ENDED = ["finished", "failed", "cancelled"];
 
-export async function submit(request, files, group, label) {
+export async function submit(request, files, pose, group, label) {
   const form = new FormData();
   form.append("request", JSON.stringify({ ...request, previews: true }));
   for (const file of files) form.append("photos", file);
+  if (pose) form.append("pose", pose);
   const key = crypto.randomUUID?.() ?? String(Math.random());
   const run = await json("/api/runs", { method: "POST", body: form, headers: { "Idempotency-Key": key } });
   remember(run.id, group, label);
