@@ -355,7 +355,7 @@ BROKEN = {
     "cut text encoder": (TEXT, cut, "cannot load the text encoders"),
     "text encoder of another shape": (TEXT, swap, "0 tensors are missing, 1 have another shape"),
     "tensor missing": (TEXT, lose, "1 tensors are missing, 0 have another shape"),
-    "no tokenizer": ("pipe/tokenizer/tokenizer_config.json", Path.unlink, "the tokenizer does not cut"),
+    "no tokenizer": ("pipe/tokenizer/tokenizer_config.json", Path.unlink, "the tokenizer does not truncate"),
     "no encoder": ("clip/model.safetensors", Path.unlink, "cannot load the image encoder"),
     "empty scheduler": ("pipe/scheduler/scheduler_config.json", become_empty, "beta_schedule"),
     "cut adapter": (ADAPTER, cut, "cannot load the identity adapter"),
