@@ -94,8 +94,8 @@ def main() -> None:
 
         def checked(seed: int) -> bool:
             with httpx2.Client(base_url=address, timeout=600) as own:
-                made = generate(own, seed)
-            return made["seed"] == seed and made["prompt"] == f"a portrait, take {seed}"
+                image = generate(own, seed)
+            return image["seed"] == seed and image["prompt"] == f"a portrait, take {seed}"
 
         began = time.perf_counter()
         with ThreadPoolExecutor(options.clients) as pool:

@@ -37,8 +37,8 @@ def watercolour(image: ImageArray) -> ImageArray:
     colored = cv2.cvtColor(hsv.astype(np.uint8), cv2.COLOR_HSV2RGB).astype(np.float32)
     height, width = image.shape[:2]
     y, x = np.mgrid[0:height, 0:width]
-    away = np.hypot((x / width - 0.5) / 0.62, (y / height - 0.5) / 0.66)
-    paper = np.clip((away - 0.72) * 4, 0, 1)[..., None]
+    radius = np.hypot((x / width - 0.5) / 0.62, (y / height - 0.5) / 0.66)
+    paper = np.clip((radius - 0.72) * 4, 0, 1)[..., None]
     return np.asarray(colored * (1 - paper) + 250 * paper).astype(np.uint8)
 
 
@@ -87,8 +87,8 @@ def sepia(image: ImageArray) -> ImageArray:
     toned = (0.15 + 0.85 * gray) * np.array([240.0, 205.0, 160.0])
     height, width = image.shape[:2]
     y, x = np.mgrid[0:height, 0:width]
-    away = np.hypot(x / width - 0.5, y / height - 0.5)
-    return np.asarray(toned * np.clip(1.35 - 1.1 * away, 0, 1)[..., None]).astype(np.uint8)
+    radius = np.hypot(x / width - 0.5, y / height - 0.5)
+    return np.asarray(toned * np.clip(1.35 - 1.1 * radius, 0, 1)[..., None]).astype(np.uint8)
 
 
 STYLES: dict[str, tuple[Callable[[ImageArray], ImageArray], tuple[str, ...]]] = {

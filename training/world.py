@@ -41,16 +41,16 @@ def main() -> None:
         return person(Image.fromarray(np.asarray(portraits.originals[index])))
 
     chosen = np.random.default_rng(settings.seed).choice(portraits.train, COUNT, replace=False)
-    known = torch.stack([features(encoder, found) for i in chosen if (found := of(int(i))) is not None])
+    known = torch.stack([features(encoder, identity) for i in chosen if (identity := of(int(i))) is not None])
     covariance = torch.cov(known.T)
     covariance += RIDGE * covariance.diagonal().mean() * torch.eye(len(covariance))
     save_file({"mean": known.mean(0), "inverse_covariance": torch.linalg.inv(covariance).contiguous()}, FILE)
 
-    held = [distance(encoder, found) for i in portraits.held_out if (found := of(int(i))) is not None]
+    held = [distance(encoder, identity) for i in portraits.held_out if (identity := of(int(i))) is not None]
     print("held-out portraits: percentiles 50, 99, 100:", np.percentile(held, [50, 99, 100]).round(1))
     group = Image.fromarray(insightface.data.get_image("t1")[:, :, ::-1])
     faces = [person(group, index) for index in range(6)]
-    print("t1:", [round(distance(encoder, found), 1) for found in faces if found is not None])
+    print("t1:", [round(distance(encoder, identity), 1) for identity in faces if identity is not None])
     astronaut = person(Image.fromarray(skimage.data.astronaut()))  # type: ignore[no-untyped-call]
     assert astronaut is not None
     print("astronaut:", round(distance(encoder, astronaut), 1))

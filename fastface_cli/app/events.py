@@ -86,13 +86,13 @@ class ImageFinished:
 
     def record(self) -> dict[str, Any]:
         """The image as `--json` and job records describe it."""
-        made = self.provenance
+        provenance = self.provenance
         record: dict[str, Any] = {
             "path": None if self.path is None else str(self.path),
-            "prompt": made.prompt,
-            "seed": made.seed,
-            "adapter_scale": made.adapter_scale,
-            "unet_samples": made.unet_samples,
+            "prompt": provenance.prompt,
+            "seed": provenance.seed,
+            "adapter_scale": provenance.adapter_scale,
+            "unet_samples": provenance.unet_samples,
             "seconds": round(self.seconds, 3),
         }
         if self.candidates is not None:

@@ -19,6 +19,7 @@ from typing import Any, Literal, get_args
 
 from ..app.jobs import prompts_file
 from ..errors import UsageError, nearest
+from ..identity.photos import SUFFIXES
 from .stress import STRESSES
 
 Split = Literal["full", "realistic", "style"]
@@ -29,7 +30,6 @@ PROMPTS: dict[Split, str] = {
     "style": "prompts_style.txt",
 }
 PHOTOS = "id_photos"
-PHOTO_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 LONGEST = 110
 """Maximum bytes of the name of a person or a recipe: files are called RECIPE~PERSON~PROMPT-SEED.npz."""
 _RESERVED = ("identity", "photos", "held_out")
@@ -118,10 +118,10 @@ def load_dataset(
 
 def _photos(folder: Path) -> list[Subject]:
     """Return one person per photo, named after the file."""
-    files = [file for file in folder.iterdir() if file.suffix.lower() in PHOTO_SUFFIXES and file.is_file()]
+    files = [file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file()]
     files = [file for file in files if not file.name.startswith(".")]
     if not files:
-        raise UsageError(f"no photos in {folder}", f"photos end in {', '.join(PHOTO_SUFFIXES)}")
+        raise UsageError(f"no photos in {folder}", f"photos end in {', '.join(SUFFIXES)}")
     return [Subject(file.stem, (file,)) for file in files]
 
 

@@ -12,9 +12,10 @@ from pathlib import Path
 
 from ..app.jobs import prompts_file
 from ..errors import FastFaceError, UsageError, nearest
+from ..identity.photos import SUFFIXES
 from ..output.metadata import installed_versions
 from ..recipe.schema import Recipe
-from .dataset import PHOTO_SUFFIXES, Dataset
+from .dataset import Dataset
 from .maker import error_record
 from .metrics.base import Rules
 from .people import People
@@ -37,7 +38,7 @@ def read_order(file: Path, dataset: Dataset) -> list[str]:
     order = []
     for line in prompts_file(file):
         name = Path(line).name
-        if name not in known and Path(name).suffix.lower() in PHOTO_SUFFIXES:
+        if name not in known and Path(name).suffix.lower() in SUFFIXES:
             name = Path(name).stem
         if name not in known:
             near = nearest(name, known)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,8 +188,9 @@ class People:
 
 
 def _folder(face: str) -> str:
-    """Return a folder name for an identity key."""
-    return "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in face)[-80:]
+    """Return a folder name for an identity key; a long one ends in its hash, because only a part is shown."""
+    name = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in face)
+    return name if len(name) <= 80 else f"{name[-63:]}-{hashlib.sha256(face.encode()).hexdigest()[:16]}"
 
 
 def _is_readable(photo: Path) -> bool:

@@ -100,7 +100,7 @@ class RunObserver:
     """Callbacks that report the progress of a run."""
 
     log: Callable[[str], None] = lambda _: None
-    made: Callable[[int], None] = lambda _: None
+    generated: Callable[[int], None] = lambda _: None
     """Called with the number of newly generated (or failed) rows."""
     scored: Callable[[int], None] = lambda _: None
     """Called with the number of newly scored rows."""
@@ -158,7 +158,7 @@ def generate(
     try:
         for row in done.values():
             chunks.add(row)
-        observer.made(len(done))
+        observer.generated(len(done))
         known = set(done)
         del done  # large runs: do not keep the rows in memory twice
         left = (row for row in plan.rows() if row.key not in known)
@@ -259,7 +259,7 @@ class _Tasks:
     def finished(self, row: Row, image: bytes | None) -> None:
         """Write a row and its image, and pass the row on to scoring."""
         self._chunks.add(self._run.add(row, image))
-        self._observer.made(1)
+        self._observer.generated(1)
 
 
 def score(run: Run, scoring: Scoring, observer: RunObserver | None = None, *, again: bool = False) -> None:

@@ -66,7 +66,7 @@ def check_shape(name: str, array: np.ndarray, n: int) -> str | None:
     """Return what is wrong with a feature of n photos, or None."""
     expected = (n, *SHAPES[name])
     fits = len(array.shape) == len(expected) and all(
-        wanted in (None, side) for side, wanted in zip(array.shape, expected, strict=True)
+        required in (None, side) for side, required in zip(array.shape, expected, strict=True)
     )
     if array.dtype != np.float32 or not fits:
         sides = ", ".join("any" if side is None else str(side) for side in expected)

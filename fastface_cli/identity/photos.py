@@ -44,6 +44,9 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "TIFF", "BMP", "DIB", "PPM", "T
 """Formats that are read, beside HEIC. Pillow knows more: some run external programs, and the decoder of
 JPEG 2000 uses a hundred times the memory of the image."""
 
+SUFFIXES = (".png", ".jpg", ".jpeg", ".heic", ".heif", ".avif", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+"""Usual endings of photos, which tell them from other files of a folder."""
+
 _URL = re.compile(r"(https?|ftp|data|file):/?", re.IGNORECASE)
 """The start of an address; a path object has lost the second slash."""
 

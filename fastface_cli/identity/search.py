@@ -57,8 +57,10 @@ def turns_upright(image: np.ndarray, faces: list[Face], analyzer: FaceAnalyzer) 
         return 0
     for turns in (1, 2, 3):
         turned = np.ascontiguousarray(np.rot90(image, turns))
-        found = [face for size in (SIZES[0], SIZES[-1]) for face in _detect(turned, analyzer, 0.0, size)]
-        scores.append(max((face.score for face in found), default=0.0))
+        sizes = (SIZES[0], SIZES[-1])
+        scores.append(
+            max((face.score for size in sizes for face in _detect(turned, analyzer, 0.0, size)), default=0.0)
+        )
     best = int(np.argmax(scores))
     return best if scores[best] > scores[0] + CLEARLY else 0
 

@@ -228,19 +228,19 @@ async def _events(
     sent = 0
     size = f"{run.recipe.sampling.width}x{run.recipe.sampling.height}"
     common = {"background": "opaque", "quality": "auto", "output_format": call.output_format}
-    wanted = _partial_steps(run.recipe.sampling.steps, call.partial_images)
+    preview_steps = _partial_steps(run.recipe.sampling.steps, call.partial_images)
     try:
         async for event in run.events():
-            made = {"created_at": int(time.time()), "size": size, **common}
-            if event.name == "step" and event.data["step"] in wanted and event.data["previews"]:
+            properties = {"created_at": int(time.time()), "size": size, **common}
+            if event.name == "step" and event.data["step"] in preview_steps and event.data["previews"]:
                 for preview in event.data["previews"]:
                     partial = _partial(preview, call.output_format)
-                    data = {"b64_json": partial, "partial_image_index": sent, **made}
+                    data = {"b64_json": partial, "partial_image_index": sent, **properties}
                     yield _event(f"{kind}.partial_image", data)
                     sent += 1
             elif event.name == "image":
                 image = _encoded(run.images[event.data["index"]], call.output_format)
-                data = {"b64_json": image, "usage": USAGE, **made}
+                data = {"b64_json": image, "usage": USAGE, **properties}
                 yield _event(f"{kind}.completed", data)
             elif event.name == "failed":
                 yield _event("error", {"error": as_openai(event.data["error"])})

@@ -181,8 +181,8 @@ class Studio:
 
             name = self.options.recipe
             # Without the network: a page must not wait for a server that does not answer.
-            found = examine(self.recipe(), name, self.settings, inspect_machine(), offline=True)
-            self._findings = [finding.record() for finding in found if finding.level != "ok"]
+            findings = examine(self.recipe(), name, self.settings, inspect_machine(), offline=True)
+            self._findings = [finding.record() for finding in findings if finding.level != "ok"]
         return self._findings
 
     def recipes(self) -> list[dict[str, Any]]:

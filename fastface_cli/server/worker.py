@@ -189,22 +189,22 @@ def _seconds_since(run: ServedRun) -> float:
 
 def _served(run: ServedRun, event: ImageFinished) -> ServedImage:
     """Encode an image that was not written; a written one stays in its file."""
-    made = event.provenance
-    png = None if event.path else encode_png(event.image, describe(made, ".png"))
+    provenance = event.provenance
+    png = None if event.path else encode_png(event.image, describe(provenance, ".png"))
     size = len(png) if png is not None else event.path.stat().st_size if event.path else 0
     index = len(run.images)
     record = {
         "index": index,
-        "seed": made.seed,
-        "prompt": made.prompt,
-        "negative_prompt": made.negative_prompt,
-        "adapter_scale": made.adapter_scale,
-        "recipe": made.recipe.name,
+        "seed": provenance.seed,
+        "prompt": provenance.prompt,
+        "negative_prompt": provenance.negative_prompt,
+        "adapter_scale": provenance.adapter_scale,
+        "recipe": provenance.recipe.name,
         "width": event.image.width,
         "height": event.image.height,
-        "unet_samples": made.unet_samples,
+        "unet_samples": provenance.unet_samples,
         "seconds": round(event.seconds, 3),
         "bytes": size,
         "url": f"/api/runs/{run.id}/images/{index}",
     }
-    return ServedImage(record, made, png, event.path)
+    return ServedImage(record, provenance, png, event.path)

@@ -44,7 +44,7 @@ class Reader:
         self.requests: list[str] = []
         self.context = browser.new_context(**{"viewport": {"width": 1440, "height": 900}, **options})
         self.page = self.context.new_page()
-        self.page.on("console", lambda said: self.problems.append(said.text))
+        self.page.on("console", lambda message: self.problems.append(message.text))
         self.page.on("pageerror", lambda error: self.problems.append(str(error)))
         self.page.on("requestfailed", lambda request: self.problems.append(f"not loaded: {request.url}"))
         self.page.on("request", lambda request: self.requests.append(request.url))

@@ -29,10 +29,10 @@ def _write(file) -> str:
 
 def test_they_are_listed(store: Store, capfd: pytest.CaptureFixture[str]) -> None:
     assert run(["cache", "list"]) == 0
-    told = capfd.readouterr().out
-    assert "fused-aaaaaaaaaaaa" in told
-    assert "adapter x.bin" in told
-    assert f"200 B in {store.fused.folder}" in told
+    printed = capfd.readouterr().out
+    assert "fused-aaaaaaaaaaaa" in printed
+    assert "adapter x.bin" in printed
+    assert f"200 B in {store.fused.folder}" in printed
     assert run(["cache", "list", "--json"]) == 0
     actual = json.loads(capfd.readouterr().out)["fused"]
     assert [one["recipe"] for one in actual] == ["recipe-a", "recipe-b"]
@@ -61,14 +61,14 @@ def test_settings_bound_them(store: Store, monkeypatch: pytest.MonkeyPatch, tmp_
         load_settings()
 
 
-@pytest.mark.parametrize(("said", "meant"), [("8", "8"), ("off", "off"), ("'12'", "12"), ("auto", "auto")])
+@pytest.mark.parametrize(("text", "meant"), [("8", "8"), ("off", "off"), ("'12'", "12"), ("auto", "auto")])
 def test_low_memory_is_read_as_people_write_it(
-    said: str, meant: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    text: str, meant: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     from fastface_cli import settings
 
     file = tmp_path / "config.yaml"
-    file.write_text(f"low_memory: {said}\n")
+    file.write_text(f"low_memory: {text}\n")
     monkeypatch.setattr(settings, "config_path", lambda: file)
     assert load_settings().low_memory == meant
     monkeypatch.setenv("FASTFACE_LOW_MEMORY", "7")

@@ -57,9 +57,9 @@ def test_the_models_of_a_recipe(shop: Shop, recipe: str, capsys: Capture) -> Non
     }
     assert before["missing_bytes"] > len(BIG)
     assert run(["download", recipe]) == 0
-    told = capsys.readouterr()
-    assert f"tiny-lora: {shop.store().path(shop['lora'])}" in told.out.splitlines()
-    assert "no commercial use" in told.err
+    printed = capsys.readouterr()
+    assert f"tiny-lora: {shop.store().path(shop['lora'])}" in printed.out.splitlines()
+    assert "no commercial use" in printed.err
     code, after = run_json(capsys, "download", recipe, "--dry-run")
     assert after["missing_bytes"] == 0
     assert {file["state"] for one in after["artefacts"] for file in one["files"]} == {"present"}
@@ -114,9 +114,9 @@ def test_offline(shop: Shop, capsys: Capture, monkeypatch: pytest.MonkeyPatch, w
     if way == "environment":
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert run(["download", "tiny-lora", *(["--offline"] if way == "flag" else [])]) == 3
-    told = capsys.readouterr()
-    assert "1 model is missing and offline mode is on: tiny-lora (4 MB)" in told.err
-    assert "Traceback" not in told.err
+    printed = capsys.readouterr()
+    assert "1 model is missing and offline mode is on: tiny-lora (4 MB)" in printed.err
+    assert "Traceback" not in printed.err
     assert shop.hub.log == []
 
 

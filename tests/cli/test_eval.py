@@ -138,8 +138,8 @@ def test_scoring_later_adds_to_a_run(run, tmp_path, capfd):
     shutil.copytree(run, copy)
     (copy / "scores.jsonl").unlink()
     assert cli.run(["eval", "score", str(copy), "--metrics", "id", "--json"]) == 0
-    told = json.loads(capfd.readouterr().out)
-    assert (told["ok"], told["run"]) == (True, str(copy))
+    record = json.loads(capfd.readouterr().out)
+    assert (record["ok"], record["run"]) == (True, str(copy))
     expected, actual = rows(run), rows(copy)
     assert [row["scores"]["id"] for row in actual] == [row["scores"]["id"] for row in expected]
     assert cli.run(["eval", "report", str(copy)]) == 0
@@ -168,13 +168,13 @@ def test_resuming_with_other_inputs_is_refused(run, two, capfd):
     before = (run / "generated.jsonl").read_bytes()
     code = cli.run(["eval", *RECIPES, "--dataset", str(two), *METRICS, "--seeds", "2", "-o", str(run)])
     assert code == 2
-    said = capfd.readouterr().err
-    assert "options.seeds: 1 before, 2 now" in said
+    printed = capfd.readouterr().err
+    assert "options.seeds: 1 before, 2 now" in printed
     assert (run / "generated.jsonl").read_bytes() == before
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "said"),
+    ("arguments", "code", "message"),
     [
         ([], 2, "eval needs --recipe, --dataset and -o"),
         (["--recipe", "pocket"], 2, "eval needs --recipe, --dataset and -o"),
@@ -196,13 +196,15 @@ def test_resuming_with_other_inputs_is_refused(run, two, capfd):
         (["report", "nowhere"], 2, "no run in nowhere"),
     ],
 )
-def test_wrong_arguments_fail_before_any_file_is_written(arguments, code, said, tmp_path, monkeypatch, capfd):
+def test_wrong_arguments_fail_before_any_file_is_written(
+    arguments, code, message, tmp_path, monkeypatch, capfd
+):
     import re
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FASTFACE_HOME", str(tmp_path / "home"))
     assert cli.run(["eval", *arguments]) == code
-    assert re.search(said, " ".join(capfd.readouterr().err.split()))
+    assert re.search(message, " ".join(capfd.readouterr().err.split()))
     assert not (tmp_path / "run").exists()
 
 
@@ -246,9 +248,9 @@ def test_repeated_prompts_are_reported(two, tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("one\ntwo\none\n")
     options = ["--recipe", "pocket", "--prompts", tmp_path / "prompts.txt", "--metrics", "unheard-of"]
     assert cli.run(["eval", "--dataset", str(two), *map(str, options), "-o", str(tmp_path / "run")]) == 2
-    said = capsys.readouterr().err
+    printed = capsys.readouterr().err
     assert "1 prompt is repeated, for example 'one': each repetition counts as a separate prompt" in (
-        " ".join(said.split())
+        " ".join(printed.split())
     )
 
 
@@ -267,8 +269,8 @@ def test_ray_gives_the_same_scores_after_a_worker_is_killed(two, whole, tmp_path
     pytest.importorskip("ray")
     import psutil
 
-    log, said = tmp_path / "run" / "generated.jsonl", tmp_path / "said.txt"
-    with said.open("w") as err:
+    log, stderr = tmp_path / "run" / "generated.jsonl", tmp_path / "said.txt"
+    with stderr.open("w") as err:
         process = subprocess.Popen(
             command(two, tmp_path / "run", "--engine", "ray", "--workers", "2"),
             stdout=subprocess.DEVNULL,
@@ -276,7 +278,7 @@ def test_ray_gives_the_same_scores_after_a_worker_is_killed(two, whole, tmp_path
         )
         while process.poll() is None and lines(log) < 6:
             time.sleep(0.05)
-        assert process.poll() is None, said.read_text()
+        assert process.poll() is None, stderr.read_text()
         actors = [
             one
             for one in psutil.Process(process.pid).children(recursive=True)
@@ -284,8 +286,8 @@ def test_ray_gives_the_same_scores_after_a_worker_is_killed(two, whole, tmp_path
         ]
         assert actors
         actors[0].kill()
-        assert process.wait(300) == 0, said.read_text()
-    assert "a worker crashed while generating" in said.read_text()
+        assert process.wait(300) == 0, stderr.read_text()
+    assert "a worker crashed while generating" in stderr.read_text()
     assert rows(tmp_path / "run") == rows(whole)
 
 

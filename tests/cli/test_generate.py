@@ -34,8 +34,8 @@ def names(folder: Path) -> list[str]:
 def made(stack, me, tmp_path_factory):
     """Two seeds and two adapter scales in one call, with everything that can be asked for."""
     folder = tmp_path_factory.mktemp("made")
-    told = folder / "told.json"
-    with told.open("w") as out, (folder / "err.txt").open("w") as err:
+    stdout = folder / "told.json"
+    with stdout.open("w") as out, (folder / "err.txt").open("w") as err:
         # A real process: what libraries print while they are imported counts too.
         code = subprocess.run(
             [
@@ -53,17 +53,17 @@ def made(stack, me, tmp_path_factory):
 
 
 def test_json_lists_every_image(made):
-    told = json.loads((made / "told.json").read_text())
-    assert (told["schema"], told["ok"], told["error"]) == (1, True, None)
+    record = json.loads((made / "told.json").read_text())
+    assert (record["schema"], record["ok"], record["error"]) == (1, True, None)
     keys = ("path", "prompt", "seed", "adapter_scale", "unet_samples")
-    assert [tuple(image[key] for key in keys) for image in told["images"]] == [
+    assert [tuple(image[key] for key in keys) for image in record["images"]] == [
         (str(made / "x-1.png"), "a café", 5, 0.2, 10),
         (str(made / "x-2.png"), "a café", 5, 0.8, 10),
         (str(made / "x-3.png"), "a café", 6, 0.2, 10),
         (str(made / "x-4.png"), "a café", 6, 0.8, 10),
     ]
-    assert all(image["seconds"] > 0 for image in told["images"])
-    assert told["grid"] == str(made / "x-1-grid.png")
+    assert all(image["seconds"] > 0 for image in record["images"])
+    assert record["grid"] == str(made / "x-1-grid.png")
 
 
 def test_only_what_was_asked_for_is_written(made):
@@ -504,10 +504,10 @@ def test_ctrl_c(after, stack, me, tmp_path):
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (130, "interrupted\n")
-    told = json.loads(out)
-    assert told["error"]["kind"] == "interrupted"
+    record = json.loads(out)
+    assert record["error"]["kind"] == "interrupted"
     # A picture may be on disk and not yet in the list; never the other way round, and never half of one.
-    assert {Path(image["path"]).name for image in told["images"]} <= set(names(tmp_path))
+    assert {Path(image["path"]).name for image in record["images"]} <= set(names(tmp_path))
     for name in names(tmp_path):
         with Image.open(tmp_path / name) as picture:
             picture.load()

@@ -29,12 +29,12 @@ def test_each_image_is_the_best_of_its_own_candidates(generate, drawn, tmp_path)
     images = ended.json["images"]
     assert len(images) == 2
     for first, image in zip((5, 8), images, strict=True):
-        told = image["best_of"]
-        assert [one["seed"] for one in told["candidates"]] == [first, first + 1, first + 2]
-        assert told["count"] == 3
+        best = image["best_of"]
+        assert [one["seed"] for one in best["candidates"]] == [first, first + 1, first + 2]
+        assert best["count"] == 3
         assert image["seed"] in range(first, first + 3)
-        kept = next(one for one in told["candidates"] if one["seed"] == image["seed"])
-        assert (kept["likeness"], kept["prompt"]) == (told["likeness"], told["prompt"])
+        kept = next(one for one in best["candidates"] if one["seed"] == image["seed"])
+        assert (kept["likeness"], kept["prompt"]) == (best["likeness"], best["prompt"])
         assert image["path"].endswith(f"-{image['seed']}.png")
         with Image.open(image["path"]) as picture:
             stored = json.loads(picture.info["fastface"])

@@ -45,7 +45,7 @@ class Case:
     name: str
     recipe: Recipe
     config: dict[str, Any]
-    wanted: dict[str, Tensor]
+    expected: dict[str, Tensor]
 
 
 def cases(stack: Path, adapter: Path) -> Iterator[Case]:
@@ -137,9 +137,9 @@ def run(case: Case, identity: Identity, runtime: Runtime = RUNTIME) -> Tensor:
     return torch.stack(latents)
 
 
-def error(found: Tensor, wanted: Tensor) -> float:
+def error(found: Tensor, expected: Tensor) -> float:
     """The largest relative L2 error over the steps."""
-    errors = [float((one - other).norm() / other.norm()) for one, other in zip(found, wanted, strict=True)]
+    errors = [float((one - other).norm() / other.norm()) for one, other in zip(found, expected, strict=True)]
     return max(errors)
 
 

@@ -55,9 +55,9 @@ def test_replay_of_a_golden_image(golden: Path, tmp_path: Path, capfd: pytest.Ca
     stack = ["--stack", str(golden)]
     case = golden / "cases" / "am_only-scalepow-hyper.json"
     assert run(["generate", "--recipe", str(case), *stack, *identity, "-o", str(first), "--json"]) == 0
-    told = json.loads(capfd.readouterr().out)
-    assert told["ok"]
-    assert told["images"][0]["unet_samples"] == 4
+    record = json.loads(capfd.readouterr().out)
+    assert record["ok"]
+    assert record["images"][0]["unet_samples"] == 4
     assert run(["generate", "--from", str(first), *stack, *identity, "-o", str(again)]) == 0
     from PIL import Image
 

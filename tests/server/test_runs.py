@@ -48,8 +48,8 @@ def test_a_run_tells_its_size_and_its_messages(client):
         == (image["width"], image["height"])
     )
     assert ended["width"] < ended["height"]
-    told = [data["message"] for name, data in events(client, run["id"]) if name == "notice"]
-    assert ended["notices"] == list(dict.fromkeys(told))
+    messages = [data["message"] for name, data in events(client, run["id"]) if name == "notice"]
+    assert ended["notices"] == list(dict.fromkeys(messages))
     wrong = submit(client, changes={"sampling.width": 100}).json()["error"]["message"]
     assert wrong.count("sampling.width") == 1
 

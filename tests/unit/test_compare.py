@@ -109,9 +109,9 @@ def test_the_command_prints_tables_and_json(
     before: Path, after: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert fastface(["eval", "compare", str(before), str(after)]) == 0
-    said = capsys.readouterr()
-    assert "second run" in said.out
-    assert "dataset.identities" in said.err
+    printed = capsys.readouterr()
+    assert "second run" in printed.out
+    assert "dataset.identities" in printed.err
     assert fastface(["eval", "compare", str(before), str(after), "--recipe", "am1=fastface", "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
     assert record["ok"]

@@ -62,8 +62,8 @@ def drive(monkeypatch):
 
 
 def test_fetches_once_and_unpacks_photos_and_prompts_alone(drive, tmp_path):
-    settings, said = Settings(home=tmp_path), []
-    folder = download.fetch_diversefaces(settings, log=said.append)
+    settings, messages = Settings(home=tmp_path), []
+    folder = download.fetch_diversefaces(settings, log=messages.append)
     assert sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()) == [
         "id_photos/a.png",
         "id_photos/b.png",
@@ -71,7 +71,7 @@ def test_fetches_once_and_unpacks_photos_and_prompts_alone(drive, tmp_path):
         "prompts_nostyle.txt",
         "prompts_style.txt",
     ]
-    assert "SHA-256" in said[0]
+    assert "SHA-256" in messages[0]
     assert [subject.name for subject in load_dataset(folder).subjects] == ["a", "b"]
     assert download.fetch_diversefaces(settings, offline=True) == folder
     assert drive.requests == 1
@@ -93,7 +93,7 @@ def test_other_bytes_than_the_first_time_are_refused(drive, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("body", "said"),
+    ("body", "message"),
     [
         (b"<html><title>Google Drive - Quota exceeded</title></html>", "quota of diversefaces is used up"),
         (
@@ -103,9 +103,9 @@ def test_other_bytes_than_the_first_time_are_refused(drive, tmp_path):
         (b"<html>Sign in</html>", "is not a zip"),
     ],
 )
-def test_web_page_instead_of_the_zip_is_reported(drive, tmp_path, body, said):
+def test_web_page_instead_of_the_zip_is_reported(drive, tmp_path, body, message):
     drive.body, drive.kind = body, "text/html"
-    with pytest.raises(ModelUnavailableError, match=said) as caught:
+    with pytest.raises(ModelUnavailableError, match=message) as caught:
         download.fetch_diversefaces(Settings(home=tmp_path))
     assert "with a browser" in str(caught.value.hint)
     assert list((tmp_path / "datasets").iterdir()) == []

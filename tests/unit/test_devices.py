@@ -181,7 +181,7 @@ def test_the_verified_halves_are_loaded_where_another_program_left_a_plain_file(
 
 
 @pytest.mark.parametrize(
-    "said",
+    "message",
     [
         "MPS backend out of memory (MPS allocated: 8.8 GB, max allowed: 9.1 GB)",
         "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
@@ -189,10 +189,10 @@ def test_the_verified_halves_are_loaded_where_another_program_left_a_plain_file(
     ],
 )
 def test_every_out_of_memory_message_is_recognized(
-    parts: Paths, monkeypatch: pytest.MonkeyPatch, said: str
+    parts: Paths, monkeypatch: pytest.MonkeyPatch, message: str
 ) -> None:
     def full(*_: object, **__: object) -> None:
-        raise RuntimeError(said)
+        raise RuntimeError(message)
 
     monkeypatch.setattr(StableDiffusionXLPipeline, "fuse_lora", full)
     with pytest.raises(DeviceError, match="out of memory"):

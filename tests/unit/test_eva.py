@@ -91,8 +91,8 @@ def test_tower_equals_a_plain_second_implementation():
     with torch.no_grad():
         embedding, hidden = tower(image)
     expected = plain_tower(dict(tower.state_dict()), SMALL, image[0])
-    for actual, wanted in zip([embedding[0], *hidden[0]], expected, strict=True):
-        assert float((actual - wanted).norm() / wanted.norm()) < 1e-5
+    for actual, required in zip([embedding[0], *hidden[0]], expected, strict=True):
+        assert float((actual - required).norm() / required.norm()) < 1e-5
 
 
 def test_tower_equals_timm():
@@ -116,8 +116,8 @@ def test_tower_equals_timm():
         expected = [torch.cat((prefix, patches), 1) for patches, prefix in states]
         expected_embedding = module.forward_head(final)
         embedding, hidden = tower(image)
-    for actual, wanted in zip([embedding, *hidden.unbind(1)], [expected_embedding, *expected], strict=True):
-        assert float((actual - wanted).norm() / wanted.norm()) < 1e-5
+    for actual, required in zip([embedding, *hidden.unbind(1)], [expected_embedding, *expected], strict=True):
+        assert float((actual - required).norm() / required.norm()) < 1e-5
 
 
 def test_the_published_tower_has_512_tensors():

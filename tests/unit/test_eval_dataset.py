@@ -92,7 +92,7 @@ def test_the_hash_is_of_everything_that_decides_a_number(published):
 
 
 @pytest.mark.parametrize(
-    ("lines", "said"),
+    ("lines", "message"),
     [
         ("", "has no people"),
         ("{", "people.jsonl:1: invalid JSON"),
@@ -112,10 +112,10 @@ def test_the_hash_is_of_everything_that_decides_a_number(published):
         ('{"photos": "caf\\u00e9.png"}\n{"photos": "cafe\\u0301.png"}', "two people are called"),
     ],
 )
-def test_manifest_errors_name_the_line(tmp_path, lines, said):
+def test_manifest_errors_name_the_line(tmp_path, lines, message):
     (tmp_path / "people.jsonl").write_text(lines)
     (tmp_path / "prompts.txt").write_text("p\n")
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(UsageError, match=message):
         load_dataset(tmp_path / "people.jsonl")
 
 
@@ -199,9 +199,9 @@ def test_stresses_are_read_from_a_list():
 
 @pytest.fixture
 def people(tmp_path):
-    analyzer, said = SquareAnalyzer(), []
-    made = People(tmp_path / "run", {"pack": lambda: analyzer}, said.append)
-    return made, analyzer, said
+    analyzer, messages = SquareAnalyzer(), []
+    made = People(tmp_path / "run", {"pack": lambda: analyzer}, messages.append)
+    return made, analyzer, messages
 
 
 def test_a_person_is_measured_once_in_the_life_of_a_run(published, tmp_path, people):
@@ -217,11 +217,11 @@ def test_a_person_is_measured_once_in_the_life_of_a_run(published, tmp_path, peo
 
 def test_identities_hold_what_the_adapters_of_the_run_read(published, tmp_path, people):
     """A file of an earlier run that lacks the features is computed again."""
-    plain, analyzer, said = people
+    plain, analyzer, messages = people
     subject = load_dataset(published).subjects[1]
     assert plain.identity(subject, None, "pack").features == {}
     names = ("key_points", "photo_size")
-    richer = People(tmp_path / "run", {"pack": lambda: analyzer}, said.append, {"pack": Features(names)})
+    richer = People(tmp_path / "run", {"pack": lambda: analyzer}, messages.append, {"pack": Features(names)})
     assert set(richer.identity(subject, None, "pack").features) == set(names)
 
 
@@ -244,7 +244,7 @@ def test_degraded_person_is_a_separate_person(published, tmp_path, people):
 
 
 def test_photos_are_unchanged_and_broken_photos_are_reported(published, tmp_path, people):
-    made, _, said = people
+    made, _, messages = people
     dataset = load_dataset(published)
     bitmap = tmp_path / "held.bmp"
     drawn((32, 32), (8, 8, 16, 9)).save(bitmap)
@@ -255,11 +255,11 @@ def test_photos_are_unchanged_and_broken_photos_are_reported(published, tmp_path
     assert copy.tobytes() == Image.open(subject.photos[0]).convert("RGB").tobytes()
     assert held_out_path(subject) == "references/C+held-out.png"
     assert Image.open(run / "references/C+held-out.png").tobytes() == Image.open(bitmap).tobytes()
-    assert said == []
+    assert messages == []
     broken = Subject("d", (tmp_path / "d.png",))
     made.keep_photos(broken)
-    assert len(said) == 1
-    assert "there is no photo" in said[0]
+    assert len(messages) == 1
+    assert "there is no photo" in messages[0]
     with pytest.raises(UsageError, match="there is no photo"):
         made.identity(broken, None, "pack")
 
@@ -267,13 +267,13 @@ def test_photos_are_unchanged_and_broken_photos_are_reported(published, tmp_path
 def test_a_refused_photo_is_looked_at_once_and_not_kept(tmp_path, people):
     made, analyzer, _ = people
     Image.new("RGB", (64, 64)).save(tmp_path / "grey.png")
-    subject, said, looked = Subject("grey", (tmp_path / "grey.png",)), set(), set()
+    subject, messages, looked = Subject("grey", (tmp_path / "grey.png",)), set(), set()
     for _ in range(3):
         with pytest.raises(NoFaceError) as caught:
             made.identity(subject, None, "pack")
-        said.add((caught.value.message, caught.value.hint))
+        messages.add((caught.value.message, caught.value.hint))
         looked.add(len(analyzer.asked))
-    assert (len(said), len(looked)) == (1, 1)
+    assert (len(messages), len(looked)) == (1, 1)
     assert len(caught.traceback) == 2  # this test and the asking: not the frames that hold the picture
 
 
@@ -326,16 +326,16 @@ def test_images_of_other_programs_are_matched_to_person_and_prompt(theirs, publi
 
 
 @pytest.mark.parametrize(
-    ("order", "said"),
+    ("order", "message"),
     [
         ("b\nC\nannie\n", "'annie' in .* is not in the data set"),
         ("b\nC\n", "does not list a"),
         ("b\nC\na\nb\n", "lists 'b' twice"),
     ],
 )
-def test_invalid_identity_order_is_refused(published, tmp_path, order, said):
+def test_invalid_identity_order_is_refused(published, tmp_path, order, message):
     (tmp_path / "order.txt").write_text(order)
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(UsageError, match=message):
         read_order(tmp_path / "order.txt", load_dataset(published))
 
 

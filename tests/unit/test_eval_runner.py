@@ -98,23 +98,23 @@ def test_small_runs_are_sharded_too():
 
 def test_merged_shards_equal_the_complete_run(tmp_path):
     whole = stand_in.plan(7, 9)
-    wanted = run_all(tmp_path / "whole", whole)
+    expected = run_all(tmp_path / "whole", whole)
     folders = []
     for part in (1, 2, 3):
         shard, folder = replace(whole, shard=(part, 3)), tmp_path / str(part)
-        told = stand_in.info(shard)
-        told["options"]["shard"] = f"{part}/3"
-        with Run.open(folder, told) as run:
+        shard_info = stand_in.info(shard)
+        shard_info["options"]["shard"] = f"{part}/3"
+        with Run.open(folder, shard_info) as run:
             generate(run, shard, stand_in.Here, stand_in.People(), stand_in.scoring())
         folders.append(folder)
     for _ in range(2):  # the second time nothing is added
         merge([*folders, folders[1]], tmp_path / "merged")
         with Run.reopen(tmp_path / "merged") as run:
-            assert joined(run, [stand_in.Brightness()]) == wanted
-    assert len(list(read_lines(tmp_path / "merged" / "generated.jsonl"))) == len(wanted)
-    told = json.loads((folders[0] / "run.json").read_text())
-    told["options"]["seeds"] = 3
-    (folders[0] / "run.json").write_text(json.dumps(told))
+            assert joined(run, [stand_in.Brightness()]) == expected
+    assert len(list(read_lines(tmp_path / "merged" / "generated.jsonl"))) == len(expected)
+    shard_info = json.loads((folders[0] / "run.json").read_text())
+    shard_info["options"]["seeds"] = 3
+    (folders[0] / "run.json").write_text(json.dumps(shard_info))
     with pytest.raises(UsageError, match="not shards of one run"):
         merge(folders, tmp_path / "other")
 
@@ -191,8 +191,8 @@ def test_compare_reports_added_and_removed_entries():
 
 def test_compare_reports_changed_list_entries():
     known = {"prompts": [f"prompt {number}" for number in range(50)], "names": ["a", "b"]}
-    wanted = {"prompts": [*known["prompts"][:49], "another"], "names": ["b", "a"]}
-    assert list(compare(known, wanted)) == [
+    expected = {"prompts": [*known["prompts"][:49], "another"], "names": ["b", "a"]}
+    assert list(compare(known, expected)) == [
         "  names: same entries in another order or number",
         '  prompts: "prompt 49" only before, "another" only now',
     ]
@@ -208,7 +208,7 @@ def test_only_one_process_can_write(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "message"),
     [
         ("notes.txt", "mine", "is not empty and not a run"),
         ("run.json", "{", "cannot read"),
@@ -216,9 +216,9 @@ def test_only_one_process_can_write(tmp_path):
         ("run.json", '{"version": 99}', "newer version of fastface"),
     ],
 )
-def test_folder_that_is_not_a_run_is_unchanged(tmp_path, name, content, said):
+def test_folder_that_is_not_a_run_is_unchanged(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(UsageError, match=message):
         Run.open(tmp_path, stand_in.info(stand_in.plan()))
     assert [path.name for path in tmp_path.iterdir()] == [name]
     assert (tmp_path / name).read_text() == content
@@ -231,14 +231,24 @@ def test_images_are_scored_in_fixed_chunks(tmp_path):
     plan, metric = stand_in.plan(5, 7, recipes=("one", "two")), stand_in.Brightness()
     made, scored = [], []
     rows = run_all(
-        tmp_path / "run", plan, metric=metric, observer=RunObserver(made=made.append, scored=scored.append)
+        tmp_path / "run",
+        plan,
+        metric=metric,
+        observer=RunObserver(generated=made.append, scored=scored.append),
     )
     assert [row.key for row in rows] == sorted(row.key for row in plan.rows())
     assert sum(made) == sum(scored) == 70
     assert all(row.scores["brightness"] == row.seed % 256 for row in rows)
     assert sorted(row.scores["brightness_rank"] for row in rows) == list(range(70))
-    wanted = [row.key for row in plan.rows()]
-    expected = [wanted[0:16], wanted[16:32], wanted[32:35], wanted[35:51], wanted[51:67], wanted[67:70]]
+    required = [row.key for row in plan.rows()]
+    expected = [
+        required[0:16],
+        required[16:32],
+        required[32:35],
+        required[35:51],
+        required[51:67],
+        required[67:70],
+    ]
     assert sorted(metric.batches) == sorted(expected)
 
 
@@ -272,8 +282,8 @@ def test_detector_error_only_fails_its_own_person(tmp_path):
             return super().identity(subject, stress, face)
 
     rows = run_all(tmp_path / "run", stand_in.plan(3, 2), people=Breaking())
-    said = {row.identity: row.error["message"] for row in rows if row.error}
-    assert said == {"p001": "unexpected ZeroDivisionError: a photo of no width"}
+    messages = {row.identity: row.error["message"] for row in rows if row.error}
+    assert messages == {"p001": "unexpected ZeroDivisionError: a photo of no width"}
 
 
 def test_unloadable_face_models_stop_the_run(tmp_path):
@@ -305,7 +315,7 @@ def test_scores_are_unchanged_after_interruption_and_resume(tmp_path):
                 raise CutError
 
         try:
-            cut = run_all(tmp_path / "cut", plan, observer=RunObserver(made=made))
+            cut = run_all(tmp_path / "cut", plan, observer=RunObserver(generated=made))
         except CutError:
             cuts += 1
             for name in ("generated.jsonl", "scores.jsonl"):
@@ -390,10 +400,10 @@ def test_crashed_scoring_process_stops_the_run_and_keeps_images(tmp_path):
 @pytest.mark.parametrize("kind", ["Exiting", "Unpicklable"])
 def test_metric_errors_in_the_scoring_process_are_reported(tmp_path, kind):
     plan = stand_in.plan(3, 6)
-    said = {"Exiting": "SystemExit", "Unpicklable": "pickle"}[kind]
+    message = {"Exiting": "SystemExit", "Unpicklable": "pickle"}[kind]
     with Run.open(tmp_path / "run", stand_in.info(plan)) as run:
         scoring = stand_in.scoring(getattr(stand_in, kind)(), process=True)
-        with pytest.raises(FastFaceError, match=said):
+        with pytest.raises(FastFaceError, match=message):
             generate(run, plan, stand_in.Here, stand_in.People(), scoring)
 
 
@@ -409,7 +419,9 @@ def test_stopping_a_run_terminates_the_scoring_process(tmp_path):
     with Run.open(tmp_path / "run", stand_in.info(plan)) as run:
         scoring = stand_in.scoring(stand_in.Endless(), process=True)
         with pytest.raises(KeyboardInterrupt):
-            generate(run, plan, stand_in.Here, stand_in.People(), scoring, observer=RunObserver(made=made))
+            generate(
+                run, plan, stand_in.Here, stand_in.People(), scoring, observer=RunObserver(generated=made)
+            )
         assert len(run.rows()) == plan.count()
         assert run.scores() == {}
     assert time.monotonic() - began < 60
@@ -451,21 +463,21 @@ def test_worker_processes_generate_the_same_images(tmp_path):
 
 
 def test_image_of_a_killed_worker_is_requeued(tmp_path):
-    plan, said = stand_in.plan(2, 3), []
+    plan, messages = stand_in.plan(2, 3), []
     pool = LocalPool(stand_in.Dying(tmp_path, "prompt 1", 1), ["cpu", "cpu"])
-    made = list(make_all(pool, tasks(plan), said.append))
-    assert len(said) == 2
-    assert "ended by SIGKILL" in said[0]
+    made = list(make_all(pool, tasks(plan), messages.append))
+    assert len(messages) == 2
+    assert "ended by SIGKILL" in messages[0]
     assert all(one.row.error is None for one in made)
     assert {one.row.key for one in made} == {row.key for row in plan.rows()}
 
 
 def test_image_that_crashes_every_worker_fails_alone(tmp_path):
-    plan, said = stand_in.plan(1, 3), []
+    plan, messages = stand_in.plan(1, 3), []
     made = list(
-        make_all(LocalPool(stand_in.Dying(tmp_path, "prompt 1", 9), ["cpu"]), tasks(plan), said.append)
+        make_all(LocalPool(stand_in.Dying(tmp_path, "prompt 1", 9), ["cpu"]), tasks(plan), messages.append)
     )
-    assert len(said) == 3
+    assert len(messages) == 3
     errors = {one.row.prompt: one.row.error for one in made}
     assert errors["prompt 0"] is errors["prompt 2"] is None
     assert errors["prompt 1"]["message"].startswith("3 workers crashed while generating it: ended by SIGKILL")

@@ -184,17 +184,17 @@ def test_a_visit_ends_when_the_work_fails():
 
 
 @pytest.mark.parametrize(
-    ("level", "items", "said"),
+    ("level", "items", "message"),
     [
         ("8", {"compile": True}, "use --low-memory 12"),
         ("6", {"cache_kv": False}, "cache_kv=off"),
         ("8", {"fuse_lora": False}, "fuse_lora=off"),
     ],
 )
-def test_what_excludes_a_level_is_refused_before_anything_is_loaded(level, items, said):
+def test_what_excludes_a_level_is_refused_before_anything_is_loaded(level, items, message):
     with pytest.raises(UsageError) as error:
         Pipeline.load(FASTFACE, {}, device="cpu", acceleration=Acceleration(**items), level=LEVELS[level])
-    assert said in f"{error.value} {error.value.hint}"
+    assert message in f"{error.value} {error.value.hint}"
 
 
 @pytest.mark.parametrize(("level", "named"), [("off", "12"), ("12", "8"), ("8", "6")])

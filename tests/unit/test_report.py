@@ -60,7 +60,7 @@ def test_numbers_have_their_unit(
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "higher", "said"),
+    ("low", "high", "higher", "expected"),
     [
         (0.01, 0.2, True, "better"),
         (0.01, 0.2, False, "worse"),
@@ -73,9 +73,9 @@ def test_numbers_have_their_unit(
     ],
 )
 def test_verdict_requires_an_interval_without_zero(
-    low: float | None, high: float | None, higher: bool | None, said: str
+    low: float | None, high: float | None, higher: bool | None, expected: str
 ) -> None:
-    assert verdict({"difference": 0.0, "low": low, "high": high}, higher) == said
+    assert verdict({"difference": 0.0, "low": low, "high": high}, higher) == expected
 
 
 def test_verdict_without_a_difference_is_unclear() -> None:
@@ -107,8 +107,8 @@ def test_table_matches_the_summary(tmp_path: Path) -> None:
 
 def test_brackets_in_names_are_printed_verbatim(capsys: pytest.CaptureFixture[str]) -> None:
     console.print_table("[bold]title", ["[red]head"], [["[link=x]cell[/link]"], ["[/]"]])
-    said = capsys.readouterr().out
-    assert all(text in said for text in ("[bold]title", "[red]head", "[link=x]cell[/link]", "[/]"))
+    printed = capsys.readouterr().out
+    assert all(text in printed for text in ("[bold]title", "[red]head", "[link=x]cell[/link]", "[/]"))
 
 
 def test_lower_is_better_is_labeled_and_changes_the_verdict(tmp_path: Path) -> None:
@@ -270,12 +270,12 @@ def test_page_warns_about_few_identities(tmp_path: Path) -> None:
     people = [f"person {number}" for number in range(8)]
     build_run(tmp_path / "seven", identities=people[:7], prompts=("one",), resamples=50)
     build_run(tmp_path / "eight", identities=people, prompts=("one",), resamples=50)
-    said = [words(write_report(tmp_path / name).read_text(encoding="utf-8")) for name in ("seven", "eight")]
+    pages = [words(write_report(tmp_path / name).read_text(encoding="utf-8")) for name in ("seven", "eight")]
     assert (
         "Results for 7 identities do not generalize to other people: these intervals are too narrow."
-        in said[0]
+        in pages[0]
     )
-    assert "too narrow" not in said[1]
+    assert "too narrow" not in pages[1]
 
 
 def test_failures_are_grouped_by_cause_most_frequent_first(tmp_path: Path) -> None:

@@ -258,9 +258,9 @@ def test_killed_in_the_middle_then_resumed(shop: Shop, tmp_path: Path) -> None:
 def test_two_processes_at_once_fetch_it_once(shop: Shop, tmp_path: Path) -> None:
     shop.hub.pause = 0.02
     children = [start_child(shop, tmp_path) for _ in range(2)]
-    told = [child.communicate(timeout=60) for child in children]
+    outputs = [child.communicate(timeout=60) for child in children]
     assert [child.returncode for child in children] == [0, 0]
-    assert {out.strip() for out, _ in told} == {str(shop.store().path(shop["lora"]))}
+    assert {out.strip() for out, _ in outputs} == {str(shop.store().path(shop["lora"]))}
     assert shop.store().path(shop["lora"]).read_bytes() == BIG
     assert len(shop.hub.asked("GET", "/cdn/")) == 1
 

@@ -124,8 +124,8 @@ class Mtcnn:
         if not crops:
             return np.zeros((0, 5), np.float32), np.zeros((0, 4), np.float32)
         answers = [network(chunk) for chunk in torch.split(torch.cat(crops), CHUNK)]
-        probability = np.concatenate([one for one, _ in answers])
-        moves = np.concatenate([two for _, two in answers])
+        probability = np.concatenate([scores for scores, _ in answers])
+        moves = np.concatenate([offsets for _, offsets in answers])
         sure = probability > least
         return np.column_stack([boxes[kept][sure, :4], probability[sure]]), moves[sure]
 
