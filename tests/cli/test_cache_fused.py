@@ -35,7 +35,7 @@ def test_they_are_listed(store: Store, capfd: pytest.CaptureFixture[str]) -> Non
     assert f"200 B in {store.fused.folder}" in printed
     assert run(["cache", "list", "--json"]) == 0
     actual = json.loads(capfd.readouterr().out)["fused"]
-    assert [one["recipe"] for one in actual] == ["recipe-a", "recipe-b"]
+    assert [entry["recipe"] for entry in actual] == ["recipe-a", "recipe-b"]
     assert actual[0]["bytes"] == Path(actual[0]["path"]).stat().st_size == 100
 
 
@@ -44,7 +44,7 @@ def test_one_is_removed_by_name_and_the_rest_with_everything(
 ) -> None:
     assert run(["cache", "remove", "fused-aaaaaaaaaaaa", "--yes"]) == 0
     assert "removed fused-aaaaaaaaaaaa" in capfd.readouterr().out
-    assert [one.name for one in store.fused.entries()] == ["fused-bbbbbbbbbbbb"]
+    assert [entry.name for entry in store.fused.entries()] == ["fused-bbbbbbbbbbbb"]
     assert run(["cache", "remove", "fused-bbbbbbbbbbbc", "--yes"]) == 2
     assert "did you mean 'fused-bbbbbbbbbbbb'?" in capfd.readouterr().err
     assert run(["cache", "remove", "--all", "--yes", "--json"]) == 0

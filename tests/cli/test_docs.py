@@ -188,7 +188,7 @@ def recipes_of(name: str, values: dict[str, object]) -> list[Recipe]:
         return []
     changes = values.get("set_") or []
     assert isinstance(changes, list)
-    return [load_recipe(one, overrides=changes).recipe for one in given]
+    return [load_recipe(name, overrides=changes).recipe for name in given]
 
 
 def check_other_program(arguments: list[str], where: str) -> None:
@@ -267,7 +267,9 @@ def test_the_page_on_evaluating_names_every_metric() -> None:
     rows = [line for line in PAGES["docs/evaluating.md"].read_text().splitlines() if line.startswith("| `")]
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
     table = {name: row for row in cells if len(row) == 4 for name in re.findall(r"`([^`]+)`", row[0])}
-    ours = {name: one for name, one in registry().items() if one.__module__.startswith("fastface_cli.")}
+    ours = {
+        name: metric for name, metric in registry().items() if metric.__module__.startswith("fastface_cli.")
+    }
     assert set(table) == set(ours)
     for name, metric in ours.items():
         printed = re.findall(r"`([^`]+)`", table[name][1])

@@ -52,7 +52,7 @@ def test_the_models_of_a_recipe(shop: Shop, recipe: str, capsys: Capture) -> Non
     code, before = run_json(capsys, "download", recipe, "--dry-run")
     assert code == 0
     assert shop.hub.log == []
-    assert {one["name"] for one in before["artefacts"]} == {
+    assert {artifact["name"] for artifact in before["artefacts"]} == {
         f"tiny-{name}" for name in ("base", "unet", "lora", "open", "url", "package", "face")
     }
     assert before["missing_bytes"] > len(BIG)
@@ -62,12 +62,12 @@ def test_the_models_of_a_recipe(shop: Shop, recipe: str, capsys: Capture) -> Non
     assert "no commercial use" in printed.err
     code, after = run_json(capsys, "download", recipe, "--dry-run")
     assert after["missing_bytes"] == 0
-    assert {file["state"] for one in after["artefacts"] for file in one["files"]} == {"present"}
+    assert {file["state"] for artifact in after["artefacts"] for file in artifact["files"]} == {"present"}
 
 
 def test_the_checkpoint_for_a_step_count(shop: Shop, recipe: str, capsys: Capture) -> None:
     _, printed = run_json(capsys, "download", recipe, "--steps", "1", "--dry-run")
-    assert "tiny-lora" not in {one["name"] for one in printed["artefacts"]}
+    assert "tiny-lora" not in {artifact["name"] for artifact in printed["artefacts"]}
     code, printed = run_json(capsys, "download", recipe, "--steps", "3", "--dry-run")
     assert code == 2
     assert "3" in printed["error"]["message"]
@@ -161,7 +161,9 @@ def test_cache_list_and_remove(shop: Shop, capsys: Capture) -> None:
     assert run(["download", "tiny-base", "tiny-lora", "tiny-url"]) == 0
     code, printed = run_json(capsys, "cache", "list")
     assert code == 0
-    assert {one["name"]: (one["bytes"], one["complete"]) for one in printed["artefacts"]} == {
+    assert {
+        artifact["name"]: (artifact["bytes"], artifact["complete"]) for artifact in printed["artefacts"]
+    } == {
         "tiny-base": (len(CONFIG) + len(MODEL), True),
         "tiny-lora": (len(BIG), True),
         "tiny-url": (len(MODEL), True),

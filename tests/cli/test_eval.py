@@ -229,8 +229,8 @@ def test_scores_are_unchanged_after_ten_kills(two, whole, tmp_path):
     kills = []
     for _ in range(10):
         process = subprocess.Popen(command(two, tmp_path / "run"), stdout=subprocess.DEVNULL)
-        made = lines(log)
-        while process.poll() is None and lines(log) == made:
+        line_count = lines(log)
+        while process.poll() is None and lines(log) == line_count:
             time.sleep(0.01)
         assert process.poll() is None, "the run ended before the tenth kill"
         time.sleep(chance.uniform(0, 0.15))  # about one image, so that ten kills happen before the end
@@ -269,7 +269,7 @@ def test_ray_gives_the_same_scores_after_a_worker_is_killed(two, whole, tmp_path
     pytest.importorskip("ray")
     import psutil
 
-    log, stderr = tmp_path / "run" / "generated.jsonl", tmp_path / "said.txt"
+    log, stderr = tmp_path / "run" / "generated.jsonl", tmp_path / "stderr.txt"
     with stderr.open("w") as err:
         process = subprocess.Popen(
             command(two, tmp_path / "run", "--engine", "ray", "--workers", "2"),
@@ -280,9 +280,9 @@ def test_ray_gives_the_same_scores_after_a_worker_is_killed(two, whole, tmp_path
             time.sleep(0.05)
         assert process.poll() is None, stderr.read_text()
         actors = [
-            one
-            for one in psutil.Process(process.pid).children(recursive=True)
-            if "_Actor" in one.name() or "ray::_Actor" in " ".join(one.cmdline())
+            child
+            for child in psutil.Process(process.pid).children(recursive=True)
+            if "_Actor" in child.name() or "ray::_Actor" in " ".join(child.cmdline())
         ]
         assert actors
         actors[0].kill()

@@ -31,10 +31,10 @@ def names(folder: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def made(stack, me, tmp_path_factory):
+def outputs(stack, me, tmp_path_factory):
     """Two seeds and two adapter scales in one call, with everything that can be asked for."""
     folder = tmp_path_factory.mktemp("made")
-    stdout = folder / "told.json"
+    stdout = folder / "stdout.json"
     with stdout.open("w") as out, (folder / "err.txt").open("w") as err:
         # A real process: what libraries print while they are imported counts too.
         code = subprocess.run(
@@ -52,32 +52,32 @@ def made(stack, me, tmp_path_factory):
     return folder
 
 
-def test_json_lists_every_image(made):
-    record = json.loads((made / "told.json").read_text())
+def test_json_lists_every_image(outputs):
+    record = json.loads((outputs / "stdout.json").read_text())
     assert (record["schema"], record["ok"], record["error"]) == (1, True, None)
     keys = ("path", "prompt", "seed", "adapter_scale", "unet_samples")
     assert [tuple(image[key] for key in keys) for image in record["images"]] == [
-        (str(made / "x-1.png"), "a café", 5, 0.2, 10),
-        (str(made / "x-2.png"), "a café", 5, 0.8, 10),
-        (str(made / "x-3.png"), "a café", 6, 0.2, 10),
-        (str(made / "x-4.png"), "a café", 6, 0.8, 10),
+        (str(outputs / "x-1.png"), "a café", 5, 0.2, 10),
+        (str(outputs / "x-2.png"), "a café", 5, 0.8, 10),
+        (str(outputs / "x-3.png"), "a café", 6, 0.2, 10),
+        (str(outputs / "x-4.png"), "a café", 6, 0.8, 10),
     ]
     assert all(image["seconds"] > 0 for image in record["images"])
-    assert record["grid"] == str(made / "x-1-grid.png")
+    assert record["grid"] == str(outputs / "x-1-grid.png")
 
 
-def test_only_what_was_asked_for_is_written(made):
+def test_only_what_was_asked_for_is_written(outputs):
     pictures = ["x-1-grid.png", "x-1.png", "x-2.png", "x-3.png", "x-4.png"]
-    assert names(made) == sorted(
-        [*pictures, "copy.safetensors", "err.txt", "latents.safetensors", "told.json"]
+    assert names(outputs) == sorted(
+        [*pictures, "copy.safetensors", "err.txt", "latents.safetensors", "stdout.json"]
     )
-    sizes = {Image.open(made / name).size for name in pictures if "grid" not in name}
+    sizes = {Image.open(outputs / name).size for name in pictures if "grid" not in name}
     assert sizes == {(64, 96)}
-    assert len({Image.open(made / name).tobytes() for name in pictures}) == 5
+    assert len({Image.open(outputs / name).tobytes() for name in pictures}) == 5
 
 
-def test_verbose_prints_the_plan_and_nothing_else_chatters(made):
-    lines = (made / "err.txt").read_text().splitlines()
+def test_verbose_prints_the_plan_and_nothing_else_chatters(outputs):
+    lines = (outputs / "err.txt").read_text().splitlines()
     assert lines[0].startswith("recipe hyper-fastface, digest ")
     assert lines[1].startswith("models loaded in ")
     assert lines[2:] == [
@@ -89,8 +89,8 @@ def test_verbose_prints_the_plan_and_nothing_else_chatters(made):
     ]
 
 
-def test_latents_contain_every_step_of_every_image(made):
-    actual = load_file(made / "latents.safetensors")
+def test_latents_contain_every_step_of_every_image(outputs):
+    actual = load_file(outputs / "latents.safetensors")
     assert {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in actual.items()} == {
         "initial_latents": ((4, 4, 12, 8), torch.float32),
         "latents": ((4, 4, 4, 12, 8), torch.float32),
@@ -101,13 +101,13 @@ def test_latents_contain_every_step_of_every_image(made):
     assert not initial[0].equal(initial[2])
 
 
-def test_a_kept_identity_is_the_same_person(made, me):
+def test_a_kept_identity_is_the_same_person(outputs, me):
     from fastface_cli.identity.identity import Identity
 
-    assert Identity.load(made / "copy.safetensors").digest() == Identity.load(me).digest()
+    assert Identity.load(outputs / "copy.safetensors").digest() == Identity.load(me).digest()
 
 
-def test_batch_gives_the_images_of_single_calls(made, generate, stack, me, tmp_path):
+def test_batch_gives_the_images_of_single_calls(outputs, generate, stack, me, tmp_path):
     latents = tmp_path / "latents.safetensors"
     ended = generate(
         *stack, "--identity", me, "--size", "64x96", "--prompt", "a café", "--seed", 5, "--count", 2,
@@ -116,11 +116,11 @@ def test_batch_gives_the_images_of_single_calls(made, generate, stack, me, tmp_p
     assert ended.code == 0
     assert ended.out.splitlines() == [str(tmp_path / f"y-{number}.png") for number in (1, 2, 3, 4)]
     assert ended.err == ""
-    actual, expected = load_file(latents)["latents"], load_file(made / "latents.safetensors")["latents"]
+    actual, expected = load_file(latents)["latents"], load_file(outputs / "latents.safetensors")["latents"]
     assert (actual - expected).norm() / expected.norm() < 1e-4
 
 
-def test_python_gives_the_image_of_the_command(made, layout, me):
+def test_python_gives_the_image_of_the_command(outputs, layout, me):
     from fastface_cli import FastFace
     from fastface_cli.identity.identity import Identity
 
@@ -128,23 +128,23 @@ def test_python_gives_the_image_of_the_command(made, layout, me):
     face = FastFace("hyper-fastface", overrides=size, stack=layout, device="cpu")
     pictures = face.generate(Identity.load(me), "a café", seed=5, count=2)
     for picture, name in zip(pictures, ("x-2.png", "x-4.png"), strict=True):
-        assert picture.tobytes() == Image.open(made / name).tobytes()
+        assert picture.tobytes() == Image.open(outputs / name).tobytes()
 
 
 # -------------------------------------------------------------------------------------------------- replay
 
 
-def test_replay_makes_the_same_file(made, generate, layout, me, tmp_path):
+def test_replay_makes_the_same_file(outputs, generate, layout, me, tmp_path):
     again = tmp_path / "again.png"
-    ended = generate("--from", made / "x-3.png", "--stack", layout, "--identity", me, "--device", "cpu",
+    ended = generate("--from", outputs / "x-3.png", "--stack", layout, "--identity", me, "--device", "cpu",
                      "-o", again, "--seed", 6)  # fmt: skip
     assert ended == (0, f"{again}\n", "")
-    assert again.read_bytes() == (made / "x-3.png").read_bytes()
+    assert again.read_bytes() == (outputs / "x-3.png").read_bytes()
 
 
-def test_replay_takes_overrides_and_notices_another_person(made, generate, layout, somebody, tmp_path):
+def test_replay_takes_overrides_and_notices_another_person(outputs, generate, layout, somebody, tmp_path):
     ended = generate(
-        "--from", made / "x-3.png", "--stack", layout, "--identity", somebody, "--device", "cpu", "--json",
+        "--from", outputs / "x-3.png", "--stack", layout, "--identity", somebody, "--device", "cpu", "--json",
         "-o", tmp_path / "again.png", "--steps", 2, "--set", "adapter.scale=0.7", "--set", "prompt=other",
     )  # fmt: skip
     assert ended.code == 0
@@ -158,8 +158,8 @@ def test_replay_takes_overrides_and_notices_another_person(made, generate, layou
     )
 
 
-def test_replay_asks_for_local_files(made, generate, me):
-    ended = generate("--from", made / "x-1.png", "--identity", me, "--json")
+def test_replay_asks_for_local_files(outputs, generate, me):
+    ended = generate("--from", outputs / "x-1.png", "--identity", me, "--json")
     assert ended.code == 2
     assert "--set model.base=PATH" in ended.json["error"]["hint"]
 

@@ -30,10 +30,10 @@ def test_each_image_is_the_best_of_its_own_candidates(generate, drawn, tmp_path)
     assert len(images) == 2
     for first, image in zip((5, 8), images, strict=True):
         best = image["best_of"]
-        assert [one["seed"] for one in best["candidates"]] == [first, first + 1, first + 2]
+        assert [score["seed"] for score in best["candidates"]] == [first, first + 1, first + 2]
         assert best["count"] == 3
         assert image["seed"] in range(first, first + 3)
-        kept = next(one for one in best["candidates"] if one["seed"] == image["seed"])
+        kept = next(score for score in best["candidates"] if score["seed"] == image["seed"])
         assert (kept["likeness"], kept["prompt"]) == (best["likeness"], best["prompt"])
         assert image["path"].endswith(f"-{image['seed']}.png")
         with Image.open(image["path"]) as picture:
@@ -58,8 +58,8 @@ def test_scores_go_to_stderr_and_one_path_to_stdout_and_replay_makes_it_again(ge
     assert ended.err.count("kept") == 1
     again = tmp_path / "y.png"
     assert generate("--from", path, *flags, "-o", again).code == 0
-    with Image.open(path) as one, Image.open(again) as other:
-        assert one.tobytes() == other.tobytes()
+    with Image.open(path) as image, Image.open(again) as other:
+        assert image.tobytes() == other.tobytes()
 
 
 def test_a_line_of_a_jobs_file_has_its_own_number(generate, drawn, tmp_path):

@@ -34,7 +34,7 @@ def most(path: Path, other: Path) -> int:
     """Return the largest difference of two images, in 8-bit levels."""
     import numpy as np
 
-    a, b = (np.asarray(Image.open(one)).astype(int) for one in (path, other))
+    a, b = (np.asarray(Image.open(file)).astype(int) for file in (path, other))
     return int(abs(a - b).max())
 
 

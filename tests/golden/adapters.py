@@ -137,9 +137,11 @@ def run(case: Case, identity: Identity, runtime: Runtime = RUNTIME) -> Tensor:
     return torch.stack(latents)
 
 
-def error(found: Tensor, expected: Tensor) -> float:
+def error(actual: Tensor, expected: Tensor) -> float:
     """The largest relative L2 error over the steps."""
-    errors = [float((one - other).norm() / other.norm()) for one, other in zip(found, expected, strict=True)]
+    errors = [
+        float((ours - other).norm() / other.norm()) for ours, other in zip(actual, expected, strict=True)
+    ]
     return max(errors)
 
 
@@ -154,7 +156,7 @@ def main() -> None:
     for case in cases(arguments.stack.absolute(), arguments.adapter.absolute()):
         latents = run(case, identity)
         save_file({"latents": latents}, arguments.out / f"{case.name}.safetensors")
-        print(json.dumps({"case": case.name, "error": error(latents, case.wanted["latents"])}), flush=True)
+        print(json.dumps({"case": case.name, "error": error(latents, case.expected["latents"])}), flush=True)
 
 
 if __name__ == "__main__":

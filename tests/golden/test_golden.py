@@ -33,8 +33,8 @@ def test_golden_case(case: str, golden: Path, tmp_path: Path) -> None:
     limit = 2e-4 if any(word in case for word in SOFTMASK) else 1e-5
     assert actual["initial_latents"].equal(expected["initial_latents"])
     assert actual["timesteps"].tolist() == pytest.approx(expected["timesteps"].tolist())
-    for step, (one, other) in enumerate(zip(actual["latents"], expected["latents"], strict=True)):
-        error = float((one - other).norm() / other.norm())
+    for step, (ours, other) in enumerate(zip(actual["latents"], expected["latents"], strict=True)):
+        error = float((ours - other).norm() / other.norm())
         assert error <= limit, f"step {step}: {error:.2e}"
     assert_picture(tmp_path / "x.png", expected["image"][0])
 
@@ -61,5 +61,5 @@ def test_replay_of_a_golden_image(golden: Path, tmp_path: Path, capfd: pytest.Ca
     assert run(["generate", "--from", str(first), *stack, *identity, "-o", str(again)]) == 0
     from PIL import Image
 
-    with Image.open(first) as one, Image.open(again) as other:
-        assert one.tobytes() == other.tobytes()
+    with Image.open(first) as ours, Image.open(again) as other:
+        assert ours.tobytes() == other.tobytes()

@@ -51,7 +51,7 @@ def test_golden_case(name: str) -> None:
     case, folder = CASES[name]
     actual = adapters.run(case, adapters.identity_of(folder))
     limit = 2e-4 if case.config.get("ortho") == "v2" else 1e-5
-    assert adapters.error(actual, case.wanted["latents"]) <= limit
+    assert adapters.error(actual, case.expected["latents"]) <= limit
 
 
 @pytest.mark.parametrize("stack", ["instantid", "pulid"])
@@ -105,8 +105,8 @@ def test_batches_and_pruning_change_nothing(stack: str, request: pytest.FixtureR
     alone = [image for each in requests for image in pipeline.generate([each])]
     together = list(pipeline.generate(requests, batch_size=2))
     complete = list(pipeline.generate(requests[:1], prune=False))
-    for one, other in [*zip(alone, together, strict=True), (alone[0], complete[0])]:
-        assert float((one.latents - other.latents).norm() / other.latents.norm()) < 1e-5
+    for ours, other in [*zip(alone, together, strict=True), (alone[0], complete[0])]:
+        assert float((ours.latents - other.latents).norm() / other.latents.norm()) < 1e-5
     assert alone[0].unet_samples < complete[0].unet_samples
 
 

@@ -118,7 +118,7 @@ CASES = [
 def test_other_adapters_equal_their_goldens(case, folder, exact):
     runtime = Runtime(device="cuda", dtype="float32")
     actual = adapters.run(case, adapters.identity_of(folder), runtime)
-    assert adapters.error(actual, case.wanted["latents"]) <= 2e-3
+    assert adapters.error(actual, case.expected["latents"]) <= 2e-3
 
 
 @pytest.mark.parametrize("name", ["dcg-lightning", "v1-fidelity-dcg-hyper"])
@@ -128,7 +128,7 @@ def test_other_adapters_can_be_compiled_and_offloaded(name, exact):
     small = replace(fast, acceleration=Acceleration(), offload="8")
     for runtime in (small, fast):
         actual = adapters.run(case, adapters.identity_of(folder), runtime)
-        assert adapters.error(actual, case.wanted["latents"]) <= 2e-3
+        assert adapters.error(actual, case.expected["latents"]) <= 2e-3
 
 
 @pytest.mark.parametrize(

@@ -55,8 +55,13 @@ def blocks(page: str) -> list[Block]:
     """The fenced blocks of a page, in order."""
     text = PAGES[page].read_text(encoding="utf-8")
     return [
-        Block(f"{page}:{text.count(chr(10), 0, one.start()) + 1}", one["language"], one["file"], one["text"])
-        for one in _FENCE.finditer(text)
+        Block(
+            f"{page}:{text.count(chr(10), 0, match.start()) + 1}",
+            match["language"],
+            match["file"],
+            match["text"],
+        )
+        for match in _FENCE.finditer(text)
     ]
 
 
@@ -110,7 +115,11 @@ def options() -> dict[str, set[str]]:
     def below(command: Any, name: str) -> Iterator[tuple[str, set[str]]]:
         yield (
             name,
-            {"--help", "-h", *(word for one in command.params for word in one.opts + one.secondary_opts)},
+            {
+                "--help",
+                "-h",
+                *(word for parameter in command.params for word in parameter.opts + parameter.secondary_opts),
+            },
         )
         for word, child in getattr(command, "commands", {}).items():
             yield from below(child, f"{name} {word}".strip())

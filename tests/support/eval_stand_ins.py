@@ -94,11 +94,11 @@ def plain(device: str):
 
 
 def slow(device: str):
-    def one(task: ImageTask) -> ImageOutcome:
+    def make_one(task: ImageTask) -> ImageOutcome:
         time.sleep(0.02)
         return make(task)
 
-    return one
+    return make_one
 
 
 def broken(device: str):
@@ -112,9 +112,9 @@ class Dying:
         self.folder, self.prompt, self.times = folder, prompt, times
 
     def __call__(self, device: str):
-        return self.one
+        return self.make_one
 
-    def one(self, task: ImageTask) -> ImageOutcome:
+    def make_one(self, task: ImageTask) -> ImageOutcome:
         if task.row.prompt == self.prompt:
             for attempt in range(self.times):
                 mark = self.folder / f"{task.row.key.replace('/', '-')}.{attempt}"

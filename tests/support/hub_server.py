@@ -81,7 +81,7 @@ class Hub:
 
     def asked(self, method: str = "GET", part: str = "") -> list[Request]:
         """The requests of one method whose path contains `part`."""
-        return [one for one in self.log if one.method == method and part in one.path]
+        return [request for request in self.log if request.method == method and part in request.path]
 
 
 @contextmanager

@@ -34,11 +34,11 @@ class OnDevice(torch.Tensor):
 
     @staticmethod
     def __new__(cls, real: torch.Tensor, device: torch.device) -> OnDevice:
-        made = torch.Tensor._make_wrapper_subclass(
+        wrapped = torch.Tensor._make_wrapper_subclass(
             cls, real.shape, strides=real.stride(), dtype=real.dtype, device=device
         )
-        made.held = real
-        return made
+        wrapped.held = real
+        return wrapped
 
     @classmethod
     def __torch_function__(
@@ -120,9 +120,9 @@ class Device(TorchDispatchMode):
 
     def _put(self, real: torch.Tensor, ours: Sequence[OnDevice]) -> OnDevice:
         self.dtypes.add(real.dtype)
-        for one in ours:  # what worked in place gives back its own tensor
-            if one.held is real:
-                return one
+        for wrapper in ours:  # what worked in place gives back its own tensor
+            if wrapper.held is real:
+                return wrapper
         return OnDevice(real, self.device)
 
 

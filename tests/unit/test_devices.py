@@ -99,8 +99,8 @@ def test_everything_meets_on_the_device(
                 assert isinstance(tensor, OnDevice)
                 assert tensor.dtype is torch.float16 or not tensor.is_floating_point()
         actual = list(run_of(recipe, here, parts).generate(requests, batch_size=2))
-        for one, other in zip(actual, expected, strict=True):
-            assert (one.latents - other.latents).norm() < 5e-3 * other.latents.norm()
+        for ours, other in zip(actual, expected, strict=True):
+            assert (ours.latents - other.latents).norm() < 5e-3 * other.latents.norm()
         assert torch.float64 not in device.dtypes  # MPS has no such numbers
 
 

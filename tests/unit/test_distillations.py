@@ -90,8 +90,8 @@ def test_trajectory(model: str, golden) -> None:
     steps = [Step(index, float(t), 1.0, 1.0, (2,)) for index, t in enumerate(ours.timesteps)]
     own = [torch.Generator().manual_seed(2)] if is_stochastic(ours) else None
     trace = sample(lambda x, step: predict(x, shown[step.index]), ours, noise, steps, own)
-    for one, other in zip(trace.latents, expected, strict=True):
-        assert float((one - other).norm() / other.norm()) < 1e-6
+    for ours, other in zip(trace.latents, expected, strict=True):
+        assert float((ours - other).norm() / other.norm()) < 1e-6
 
 
 def test_settings_of_lcm_are_refused_elsewhere() -> None:

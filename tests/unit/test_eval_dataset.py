@@ -159,11 +159,11 @@ def noisy():
 @pytest.mark.parametrize("stress", STRESSES)
 def test_stress_is_the_same_every_time(noisy, stress):
     before = noisy.tobytes()
-    made = degrade(noisy, stress, "anna", FACE)
-    assert made.tobytes() == degrade(noisy, stress, "anna", FACE).tobytes() != before
+    result = degrade(noisy, stress, "anna", FACE)
+    assert result.tobytes() == degrade(noisy, stress, "anna", FACE).tobytes() != before
     assert noisy.tobytes() == before
-    assert made.mode == "RGB"
-    assert made.size == ((52, 52) if stress == "small" else noisy.size)
+    assert result.mode == "RGB"
+    assert result.size == ((52, 52) if stress == "small" else noisy.size)
 
 
 def test_what_stress_does(noisy):
@@ -200,14 +200,14 @@ def test_stresses_are_read_from_a_list():
 @pytest.fixture
 def people(tmp_path):
     analyzer, messages = SquareAnalyzer(), []
-    made = People(tmp_path / "run", {"pack": lambda: analyzer}, messages.append)
-    return made, analyzer, messages
+    run_people = People(tmp_path / "run", {"pack": lambda: analyzer}, messages.append)
+    return run_people, analyzer, messages
 
 
 def test_a_person_is_measured_once_in_the_life_of_a_run(published, tmp_path, people):
-    made, analyzer, _ = people
+    run_people, analyzer, _ = people
     subject = load_dataset(published).subjects[1]
-    first = made.identity(subject, None, "pack")
+    first = run_people.identity(subject, None, "pack")
     looked = len(analyzer.asked)
     assert looked > 0
     again = People(tmp_path / "run", {"pack": lambda: analyzer}, print).identity(subject, None, "pack")
@@ -233,23 +233,23 @@ def test_identities_belong_to_all_models_that_read_photos():
 
 
 def test_degraded_person_is_a_separate_person(published, tmp_path, people):
-    made, _, _ = people
+    run_people, _, _ = people
     subject = load_dataset(published).subjects[1]
-    clean, degraded = (made.identity(subject, stress, "pack") for stress in (None, "occlusion"))
+    clean, degraded = (run_people.identity(subject, stress, "pack") for stress in (None, "occlusion"))
     assert clean.digest() != degraded.digest()
     kept = Image.open(tmp_path / "run" / degraded_path(subject, "occlusion"))
     assert (kept.size, kept.tobytes() == Image.open(subject.photos[0]).tobytes()) == ((64, 64), False)
     with pytest.raises(NoFaceError, match="no face found in the photo"):
-        made.identity(subject, "lowlight", "pack")
+        run_people.identity(subject, "lowlight", "pack")
 
 
 def test_photos_are_unchanged_and_broken_photos_are_reported(published, tmp_path, people):
-    made, _, messages = people
+    run_people, _, messages = people
     dataset = load_dataset(published)
     bitmap = tmp_path / "held.bmp"
     drawn((32, 32), (8, 8, 16, 9)).save(bitmap)
     subject = replace(dataset.subjects[0], held_out=bitmap)
-    made.keep_photos(subject)
+    run_people.keep_photos(subject)
     run = tmp_path / "run"
     copy = Image.open(run / reference_path(subject))
     assert copy.tobytes() == Image.open(subject.photos[0]).convert("RGB").tobytes()
@@ -257,20 +257,20 @@ def test_photos_are_unchanged_and_broken_photos_are_reported(published, tmp_path
     assert Image.open(run / "references/C+held-out.png").tobytes() == Image.open(bitmap).tobytes()
     assert messages == []
     broken = Subject("d", (tmp_path / "d.png",))
-    made.keep_photos(broken)
+    run_people.keep_photos(broken)
     assert len(messages) == 1
     assert "there is no photo" in messages[0]
     with pytest.raises(UsageError, match="there is no photo"):
-        made.identity(broken, None, "pack")
+        run_people.identity(broken, None, "pack")
 
 
 def test_a_refused_photo_is_looked_at_once_and_not_kept(tmp_path, people):
-    made, analyzer, _ = people
+    run_people, analyzer, _ = people
     Image.new("RGB", (64, 64)).save(tmp_path / "grey.png")
     subject, messages, looked = Subject("grey", (tmp_path / "grey.png",)), set(), set()
     for _ in range(3):
         with pytest.raises(NoFaceError) as caught:
-            made.identity(subject, None, "pack")
+            run_people.identity(subject, None, "pack")
         messages.add((caught.value.message, caught.value.hint))
         looked.add(len(analyzer.asked))
     assert (len(messages), len(looked)) == (1, 1)

@@ -229,15 +229,15 @@ def test_folder_that_is_not_a_run_is_unchanged(tmp_path, name, content, message)
 
 def test_images_are_scored_in_fixed_chunks(tmp_path):
     plan, metric = stand_in.plan(5, 7, recipes=("one", "two")), stand_in.Brightness()
-    made, scored = [], []
+    generated, scored = [], []
     rows = run_all(
         tmp_path / "run",
         plan,
         metric=metric,
-        observer=RunObserver(generated=made.append, scored=scored.append),
+        observer=RunObserver(generated=generated.append, scored=scored.append),
     )
     assert [row.key for row in rows] == sorted(row.key for row in plan.rows())
-    assert sum(made) == sum(scored) == 70
+    assert sum(generated) == sum(scored) == 70
     assert all(row.scores["brightness"] == row.seed % 256 for row in rows)
     assert sorted(row.scores["brightness_rank"] for row in rows) == list(range(70))
     required = [row.key for row in plan.rows()]
@@ -309,13 +309,13 @@ def test_scores_are_unchanged_after_interruption_and_resume(tmp_path):
     while True:
         left = chance.randrange(1, 40)
 
-        def made(count: int, left: list[int] = [left]) -> None:  # noqa: B006
+        def count_generated(count: int, left: list[int] = [left]) -> None:  # noqa: B006
             left[0] -= count == 1
             if left[0] < 0:
                 raise CutError
 
         try:
-            cut = run_all(tmp_path / "cut", plan, observer=RunObserver(generated=made))
+            cut = run_all(tmp_path / "cut", plan, observer=RunObserver(generated=count_generated))
         except CutError:
             cuts += 1
             for name in ("generated.jsonl", "scores.jsonl"):
@@ -410,7 +410,7 @@ def test_metric_errors_in_the_scoring_process_are_reported(tmp_path, kind):
 def test_stopping_a_run_terminates_the_scoring_process(tmp_path):
     plan = stand_in.plan(3, 6)
 
-    def made(count: int, seen: list[int] = [0]) -> None:  # noqa: B006
+    def count_generated(count: int, seen: list[int] = [0]) -> None:  # noqa: B006
         seen[0] += count
         if seen[0] == plan.count():
             raise KeyboardInterrupt
@@ -420,7 +420,12 @@ def test_stopping_a_run_terminates_the_scoring_process(tmp_path):
         scoring = stand_in.scoring(stand_in.Endless(), process=True)
         with pytest.raises(KeyboardInterrupt):
             generate(
-                run, plan, stand_in.Here, stand_in.People(), scoring, observer=RunObserver(generated=made)
+                run,
+                plan,
+                stand_in.Here,
+                stand_in.People(),
+                scoring,
+                observer=RunObserver(generated=count_generated),
             )
         assert len(run.rows()) == plan.count()
         assert run.scores() == {}
@@ -456,8 +461,8 @@ def tasks(plan) -> list[ImageTask]:
 
 def test_worker_processes_generate_the_same_images(tmp_path):
     plan = stand_in.plan(2, 3)
-    made = list(make_all(LocalPool(stand_in.plain, ["cpu", "cpu"]), tasks(plan)))
-    assert {outcome.row.key: outcome.image for outcome in made} == {
+    outcomes = list(make_all(LocalPool(stand_in.plain, ["cpu", "cpu"]), tasks(plan)))
+    assert {outcome.row.key: outcome.image for outcome in outcomes} == {
         task.row.key: stand_in.image(task) for task in tasks(plan)
     }
 
@@ -465,20 +470,20 @@ def test_worker_processes_generate_the_same_images(tmp_path):
 def test_image_of_a_killed_worker_is_requeued(tmp_path):
     plan, messages = stand_in.plan(2, 3), []
     pool = LocalPool(stand_in.Dying(tmp_path, "prompt 1", 1), ["cpu", "cpu"])
-    made = list(make_all(pool, tasks(plan), messages.append))
+    outcomes = list(make_all(pool, tasks(plan), messages.append))
     assert len(messages) == 2
     assert "ended by SIGKILL" in messages[0]
-    assert all(one.row.error is None for one in made)
-    assert {one.row.key for one in made} == {row.key for row in plan.rows()}
+    assert all(outcome.row.error is None for outcome in outcomes)
+    assert {outcome.row.key for outcome in outcomes} == {row.key for row in plan.rows()}
 
 
 def test_image_that_crashes_every_worker_fails_alone(tmp_path):
     plan, messages = stand_in.plan(1, 3), []
-    made = list(
+    outcomes = list(
         make_all(LocalPool(stand_in.Dying(tmp_path, "prompt 1", 9), ["cpu"]), tasks(plan), messages.append)
     )
     assert len(messages) == 3
-    errors = {one.row.prompt: one.row.error for one in made}
+    errors = {outcome.row.prompt: outcome.row.error for outcome in outcomes}
     assert errors["prompt 0"] is errors["prompt 2"] is None
     assert errors["prompt 1"]["message"].startswith("3 workers crashed while generating it: ended by SIGKILL")
 

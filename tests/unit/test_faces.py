@@ -65,9 +65,9 @@ class TestRandomPack:
         assert np.array_equal(crop, norm_crop(picture(), face.key_points, image_size=224))
 
     def test_identity_of_a_random_pack(self, analyzer: InsightFaceAnalyzer, tmp_path: Path) -> None:
-        made = make_identity([Image.fromarray(picture())], analyzer)
-        made.save(tmp_path / "me.safetensors")
-        assert Identity.load(tmp_path / "me.safetensors").digest() == made.digest()
+        saved = make_identity([Image.fromarray(picture())], analyzer)
+        saved.save(tmp_path / "me.safetensors")
+        assert Identity.load(tmp_path / "me.safetensors").digest() == saved.digest()
 
     @pytest.mark.filterwarnings("error")
     def test_silent(self, pack: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -93,13 +93,14 @@ def test_second_start_gives_the_same_image_without_fusing(paths, cache, builds, 
     for name, tensor in first.unet.state_dict().items():
         assert torch.equal(tensor, second.unet.state_dict()[name]), name
     configs = [
-        {name: value for name, value in one.unet.config.items() if name[0] != "_"} for one in (first, second)
+        {name: value for name, value in each.unet.config.items() if name[0] != "_"}
+        for each in (first, second)
     ]
     assert configs[0] == configs[1]
-    assert [type(one) for one in first.unet.attn_processors.values()] == [
-        type(one) for one in second.unet.attn_processors.values()
+    assert [type(each) for each in first.unet.attn_processors.values()] == [
+        type(each) for each in second.unet.attn_processors.values()
     ]
-    latents = [next(one.generate([request])).latents for one in (first, second)]
+    latents = [next(each.generate([request])).latents for each in (first, second)]
     assert float((latents[1] - latents[0]).norm() / latents[0].norm()) <= 1e-5
     assert not any(parameter.requires_grad for parameter in second.unet.parameters())
     (entry,) = cache.entries()
@@ -262,7 +263,7 @@ def test_lora_for_the_text_encoders_is_cached_too(paths, cache, builds, tmp_path
     first, second = load(recipe, paths, cache), load(recipe, paths, cache)
     assert len(builds) == 1
     own, *_ = loading.load_text_encoders(paths["base"], torch.float32)
-    states = [one.state_dict() for one in (own, first.parts.text_encoder, second.parts.text_encoder)]
+    states = [each.state_dict() for each in (own, first.parts.text_encoder, second.parts.text_encoder)]
     changed = [key for key in states[0] if not torch.equal(states[0][key], states[1][key])]
     assert changed == ["encoder.layers.0.mlp.fc1.weight"]
     assert all(torch.equal(states[1][key], states[2][key]) for key in states[0])

@@ -28,19 +28,19 @@ def identity(*people: np.ndarray, weight: list[float] | None = None) -> Identity
 
 
 def tensors(n: int = 2) -> dict[str, np.ndarray]:
-    made = identity(*(person(i) for i in range(n)))
+    me = identity(*(person(i) for i in range(n)))
     return {
-        "id_embedding": made.id_embedding,
-        "face_crop_bgr": made.face_crop_bgr,
+        "id_embedding": me.id_embedding,
+        "face_crop_bgr": me.face_crop_bgr,
         "weight": np.arange(1, n + 1, dtype=np.float32),
     }
 
 
-def same(one: Identity, other: Identity) -> bool:
+def same(first: Identity, other: Identity) -> bool:
     names = ("id_embedding", "face_crop_bgr", "weight")
     return all(
-        getattr(one, name).dtype == getattr(other, name).dtype
-        and np.array_equal(getattr(one, name), getattr(other, name))
+        getattr(first, name).dtype == getattr(other, name).dtype
+        and np.array_equal(getattr(first, name), getattr(other, name))
         for name in names
     )
 
@@ -50,9 +50,9 @@ class TestArithmetic:
         assert np.abs(identity(person(1)).mean() - person(1)).max() < 1e-7
 
     def test_mean_is_weighted_and_of_unit_norm(self) -> None:
-        one, two = person(1), person(2)
-        mean = identity(one, two, weight=[3.0, 1.0]).mean()
-        expected = 3 * one.astype(np.float64) + two
+        first, second = person(1), person(2)
+        mean = identity(first, second, weight=[3.0, 1.0]).mean()
+        expected = 3 * first.astype(np.float64) + second
         assert mean.dtype == np.float32
         assert np.abs(mean - expected / np.linalg.norm(expected)).max() < 1e-6
         assert abs(np.linalg.norm(mean.astype(np.float64)) - 1) < 1e-6
@@ -67,23 +67,23 @@ class TestArithmetic:
 
     def test_crop_nearest_to_the_mean(self) -> None:
         people = [person(0), person(1, 0.9), person(2, 0.3)]
-        made = identity(*people)
-        assert np.array_equal(made.crop(), made.face_crop_bgr[int(np.argmax(np.stack(people) @ made.mean()))])
+        me = identity(*people)
+        assert np.array_equal(me.crop(), me.face_crop_bgr[int(np.argmax(np.stack(people) @ me.mean()))])
         heavy = identity(*people, weight=[0.01, 0.01, 1.0])
         assert np.array_equal(heavy.crop(), heavy.face_crop_bgr[2])
 
     def test_digest(self) -> None:
-        made = identity(person(0), person(1))
-        assert made.digest() == identity(person(0), person(1), weight=[0.5, 0.5]).digest()
+        me = identity(person(0), person(1))
+        assert me.digest() == identity(person(0), person(1), weight=[0.5, 0.5]).digest()
         others = [
             identity(person(0), person(2)),
             identity(person(1), person(0)),
             identity(person(0), person(1), weight=[1.0, 0.5]),
             identity(person(0)),
-            Identity(made.id_embedding, made.face_crop_bgr ^ 1, made.weight),
+            Identity(me.id_embedding, me.face_crop_bgr ^ 1, me.weight),
         ]
-        assert len({made.digest(), *(other.digest() for other in others)}) == 6
-        assert len(made.digest()) == 64
+        assert len({me.digest(), *(other.digest() for other in others)}) == 6
+        assert len(me.digest()) == 64
 
     @pytest.mark.parametrize(
         ("name", "value", "words"),
@@ -126,31 +126,29 @@ class TestArithmetic:
 
 class TestFiles:
     def test_round_trip_is_exact(self, tmp_path: Path) -> None:
-        for number, made in enumerate(
-            (identity(person(3)), identity(person(0), person(1), weight=[0.3, 0.9]))
-        ):
+        for number, me in enumerate((identity(person(3)), identity(person(0), person(1), weight=[0.3, 0.9]))):
             path = tmp_path / f"{number}.safetensors"
-            assert made.save(str(path)) == path
-            assert same(Identity.load(str(path)), made)
-            assert Identity.load(path).digest() == made.digest()
+            assert me.save(str(path)) == path
+            assert same(Identity.load(str(path)), me)
+            assert Identity.load(path).digest() == me.digest()
         assert sorted(load_file(path)) == ["face_crop_bgr", "id_embedding", "weight"]
         assert len(list(tmp_path.iterdir())) == 2
 
     def test_golden_file(self, golden: Path) -> None:
-        made = Identity.load(golden / "identity.safetensors")
+        me = Identity.load(golden / "identity.safetensors")
         stored = load_file(golden / "identity.safetensors")
-        assert np.array_equal(made.id_embedding, stored["id_embedding"])
-        assert np.array_equal(made.crop(), stored["face_crop_bgr"])
-        assert made.weight.tolist() == [1.0]
-        assert np.abs(made.mean() - stored["id_embedding"][0]).max() < 1e-7
+        assert np.array_equal(me.id_embedding, stored["id_embedding"])
+        assert np.array_equal(me.crop(), stored["face_crop_bgr"])
+        assert me.weight.tolist() == [1.0]
+        assert np.abs(me.mean() - stored["id_embedding"][0]).max() < 1e-7
 
     def test_absent_weight_is_equal_and_three_dimensions_are_one_photo(self, tmp_path: Path) -> None:
         path = tmp_path / "a.safetensors"
         arrays = tensors(2)
         save_file({name: arrays[name] for name in ("id_embedding", "face_crop_bgr")}, path)
         assert Identity.load(path).weight.tolist() == [1.0, 1.0]
-        one = tensors(1)
-        save_file({"id_embedding": one["id_embedding"], "face_crop_bgr": one["face_crop_bgr"][0]}, path)
+        stored = tensors(1)
+        save_file({"id_embedding": stored["id_embedding"], "face_crop_bgr": stored["face_crop_bgr"][0]}, path)
         assert Identity.load(path).face_crop_bgr.shape == (1, 224, 224, 3)
         save_file({"id_embedding": arrays["id_embedding"], "face_crop_bgr": arrays["face_crop_bgr"][0]}, path)
         with pytest.raises(UsageError, match="face_crop_bgr"):
@@ -285,9 +283,9 @@ EMPTY = drawn((300, 200))
 GROUP = drawn((400, 200), (10, 20, 60, 1), (150, 20, 120, 2), (300, 20, 80, 3))
 
 
-def taken(made: Identity) -> int:
+def taken(me: Identity) -> int:
     """Which person of `drawn` an identity of one photo is."""
-    return next(number for number in range(20) if np.array_equal(made.id_embedding[0], person(number)))
+    return next(number for number in range(20) if np.array_equal(me.id_embedding[0], person(number)))
 
 
 def boxes_in(text: str) -> list[int]:
@@ -300,14 +298,14 @@ class TestOnePhoto:
         heard = Heard()
         analyzer = SquareAnalyzer(score={7: 0.75})
         (path,) = save_photos(tmp_path, me=ONE)
-        made = make_identity([path], analyzer, log=heard)
-        assert np.array_equal(made.id_embedding[0], person(7))
-        assert made.weight.tolist() == [0.75]
+        me = make_identity([path], analyzer, log=heard)
+        assert np.array_equal(me.id_embedding[0], person(7))
+        assert me.weight.tolist() == [0.75]
         assert heard == []
         # The crop is BGR and shows the drawn face where ArcFace puts it: everywhere but at the margin.
-        assert made.face_crop_bgr.shape == (1, 224, 224, 3)
-        assert made.crop()[40:190, 60:170].reshape(-1, 3).tolist() == [[200, 255, 7]] * (150 * 110)
-        assert same(make_identity([ONE], analyzer), made)
+        assert me.face_crop_bgr.shape == (1, 224, 224, 3)
+        assert me.crop()[40:190, 60:170].reshape(-1, 3).tolist() == [[200, 255, 7]] * (150 * 110)
+        assert same(make_identity([ONE], analyzer), me)
         assert sorted(each.name for each in tmp_path.iterdir()) == ["me.png"]
 
     def test_nothing_is_written_or_asked_twice(self) -> None:
@@ -411,11 +409,11 @@ class TestRetries:
     def test_padding_for_tight_crops(self, limit: float, border: float) -> None:
         tight = drawn((200, 200), (2, 4, 190, 9))
         analyzer = SquareAnalyzer(sees=lambda size, shape, share: share < limit)
-        made = make_identity([tight], analyzer)
+        me = make_identity([tight], analyzer)
         side = round(200 * (1 + 2 * border))
         assert analyzer.asked[-1] == (640, (side, side))
         # The face is cut from the photo itself: as if it had been seen at once.
-        assert same(made, make_identity([tight], SquareAnalyzer()))
+        assert same(me, make_identity([tight], SquareAnalyzer()))
 
     def test_padding_of_a_large_image_takes_little_memory(self) -> None:
         tight = drawn((4000, 3000), (200, 100, 2800, 9))
@@ -460,10 +458,10 @@ class TestSeveralPhotos:
     def test_weighted_by_the_detector(self) -> None:
         people = {7: person(7), 8: person(8, 0.8, of=7)}
         analyzer = SquareAnalyzer(people=people, score={7: 0.9, 8: 0.6})
-        made = make_identity([ONE, drawn((300, 200), (100, 50, 90, 8))], analyzer)
-        assert made.weight.tolist() == pytest.approx([0.9, 0.6])
+        me = make_identity([ONE, drawn((300, 200), (100, 50, 90, 8))], analyzer)
+        assert me.weight.tolist() == pytest.approx([0.9, 0.6])
         expected = 0.9 * people[7].astype(np.float64) + 0.6 * people[8]
-        assert np.abs(made.mean() - expected / np.linalg.norm(expected)).max() < 1e-6
+        assert np.abs(me.mean() - expected / np.linalg.norm(expected)).max() < 1e-6
 
     def test_a_photo_without_a_face_is_named_and_omitted(self, tmp_path: Path) -> None:
         heard = Heard()
@@ -482,9 +480,9 @@ class TestSeveralPhotos:
         photos = {f"p{number}": drawn((300, 200), (100, 50, 90, number)) for number in people}
         paths = save_photos(tmp_path, **photos)
         heard = Heard()
-        made = make_identity(paths, SquareAnalyzer(people=people), log=heard)
-        assert len(made.weight) == 3
-        assert not any(np.array_equal(row, people[3]) for row in made.id_embedding)
+        me = make_identity(paths, SquareAnalyzer(people=people), log=heard)
+        assert len(me.weight) == 3
+        assert not any(np.array_equal(row, people[3]) for row in me.id_embedding)
         assert len(heard) == 1
         assert heard[0].startswith(f"{paths[2]} omitted")
 
@@ -514,35 +512,35 @@ class TestSeveralPhotos:
 
 class TestOutliers:
     @staticmethod
-    def found(*people: np.ndarray, weight: list[float] | None = None) -> list[int]:
+    def kept_photos(*people: np.ndarray, weight: list[float] | None = None) -> list[int]:
         return list(outliers(np.stack(people), np.array(weight or [1.0] * len(people), np.float32)))
 
     def test_one_or_two_photos_have_no_outlier(self) -> None:
-        assert self.found(person(1)) == []
-        assert self.found(person(1), person(2)) == []
-        assert self.found(person(1), -person(1)) == []
+        assert self.kept_photos(person(1)) == []
+        assert self.kept_photos(person(1), person(2)) == []
+        assert self.kept_photos(person(1), -person(1)) == []
 
     def test_one_person_at_the_spread_of_real_photos(self) -> None:
-        assert self.found(*(person(i, 0.55) for i in range(1, 7))) == []  # pairs at 0.3
-        assert self.found(person(0), person(1, 0.7), person(2, 0.45)) == []
+        assert self.kept_photos(*(person(i, 0.55) for i in range(1, 7))) == []  # pairs at 0.3
+        assert self.kept_photos(person(0), person(1, 0.7), person(2, 0.45)) == []
 
     def test_another_person_is_an_outlier_for_any_weights(self) -> None:
         friends = [person(0), person(1, 0.8), person(2, 0.7)]
-        assert self.found(person(9), *friends) == [0]
-        assert self.found(*friends, person(9), weight=[0.5, 0.5, 0.5, 1.0]) == [3]
+        assert self.kept_photos(person(9), *friends) == [0]
+        assert self.kept_photos(*friends, person(9), weight=[0.5, 0.5, 0.5, 1.0]) == [3]
 
     def test_two_outliers_worst_first(self) -> None:
         people = [person(i, 0.8) for i in range(1, 6)]
-        assert sorted(self.found(person(20), *people, person(21))) == [0, 6]
+        assert sorted(self.kept_photos(person(20), *people, person(21))) == [0, 6]
 
     def test_a_recognizer_that_scores_different_people_as_similar(self) -> None:
         """Photos of one person at 0.9, strangers at 0.3."""
         people = [person(i, 0.95) for i in range(1, 5)]
-        assert self.found(*people, person(20, 0.3)) == [4]
+        assert self.kept_photos(*people, person(20, 0.3)) == [4]
 
     def test_two_against_two_is_no_majority(self) -> None:
         people = [person(0), person(1, 0.8, of=0), person(5), person(6, 0.8, of=5)]
-        assert self.found(*people) == []
+        assert self.kept_photos(*people) == []
         heard = Heard()
         photos = [drawn((300, 200), (100, 50, 90, number)) for number in (1, 2, 3, 4)]
         analyzer = SquareAnalyzer(people=dict(zip((1, 2, 3, 4), people, strict=True)))
@@ -550,7 +548,7 @@ class TestOutliers:
         assert any("different people" in remark for remark in heard)
 
     def test_opposite_others_do_no_harm(self) -> None:
-        assert 1 <= len(self.found(person(1), -person(1), person(2))) <= 1
+        assert 1 <= len(self.kept_photos(person(1), -person(1), person(2))) <= 1
 
 
 @pytest.mark.skipif(os.name != "posix", reason="POSIX permissions")

@@ -27,7 +27,7 @@ def from_lines(tmp_path: Path, *lines: str | bytes) -> list[Job | JobError]:
     return list(read_jobs(str(file)))
 
 
-def one(tmp_path: Path, **fields: Any) -> Job:
+def only_job(tmp_path: Path, **fields: Any) -> Job:
     (actual,) = from_lines(tmp_path, json.dumps(fields))
     assert isinstance(actual, Job), actual
     return actual
@@ -44,7 +44,7 @@ def refused(tmp_path: Path, line: str | bytes) -> UsageError:
 
 class TestJobs:
     def test_all_fields(self, tmp_path: Path) -> None:
-        actual = one(
+        actual = only_job(
             tmp_path,
             face=["a.jpg", "b.jpg"],
             prompt="東京",
@@ -66,11 +66,11 @@ class TestJobs:
         )
 
     def test_short_forms_and_nothing(self, tmp_path: Path) -> None:
-        assert one(tmp_path, face="me.jpg").face == ["me.jpg"]
-        assert one(tmp_path, set=["a.b=1"]).set == ["a.b=1"]
-        assert one(tmp_path) == one(tmp_path, face=[]) == Job(line=1)
-        assert one(tmp_path, seed=None, face=None, set=None) == Job(line=1)
-        assert one(tmp_path, identity="me.safetensors").identity == "me.safetensors"
+        assert only_job(tmp_path, face="me.jpg").face == ["me.jpg"]
+        assert only_job(tmp_path, set=["a.b=1"]).set == ["a.b=1"]
+        assert only_job(tmp_path) == only_job(tmp_path, face=[]) == Job(line=1)
+        assert only_job(tmp_path, seed=None, face=None, set=None) == Job(line=1)
+        assert only_job(tmp_path, identity="me.safetensors").identity == "me.safetensors"
 
     def test_overrides_mean_what_they_say(self, tmp_path: Path) -> None:
         changes = {
@@ -80,7 +80,7 @@ class TestJobs:
             "attention.invert_token_0": True,
             "negative_prompt": 'a: "b" #c \\ 漢🦊\n',
         }
-        recipe = load_recipe("hyper", overrides=one(tmp_path, set=changes).set).recipe
+        recipe = load_recipe("hyper", overrides=only_job(tmp_path, set=changes).set).recipe
         assert recipe.guidance.text == [1, 2.5, 2.5, 1]
         assert recipe.guidance.model_dump()["identity"]["scale"] == 1e-07
         assert recipe.attention.blend is None

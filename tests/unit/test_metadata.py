@@ -52,7 +52,7 @@ def recipe(**model: Any) -> Recipe:
     return Recipe.model_validate(data)
 
 
-def run(made: Recipe | None = None, **changes: Any) -> dict[str, str]:
+def run(original: Recipe | None = None, **changes: Any) -> dict[str, str]:
     arguments: dict[str, Any] = {
         "prompt": "an astronaut",
         "negative_prompt": None,
@@ -62,7 +62,7 @@ def run(made: Recipe | None = None, **changes: Any) -> dict[str, str]:
         "unet_samples": 10,
         "versions": installed_versions(),
     }
-    return describe(Provenance(recipe=made or recipe(), **{**arguments, **changes}))
+    return describe(Provenance(recipe=original or recipe(), **{**arguments, **changes}))
 
 
 def written(tmp_path: Path, text: dict[str, str] | None) -> Path:
@@ -93,10 +93,10 @@ def as_viewers_read(text: str) -> tuple[str, str, dict[str, str]]:
 
 class TestRoundTrip:
     def test_everything_comes_back(self, tmp_path: Path) -> None:
-        made = recipe()
-        actual = again(tmp_path, run(made, negative_prompt="blurry", adapter_scale=0.55, seed=2**63 - 1))
+        original = recipe()
+        actual = again(tmp_path, run(original, negative_prompt="blurry", adapter_scale=0.55, seed=2**63 - 1))
         assert actual == Provenance(
-            recipe=made,
+            recipe=original,
             prompt="an astronaut",
             negative_prompt="blurry",
             seed=2**63 - 1,
@@ -105,14 +105,14 @@ class TestRoundTrip:
             unet_samples=10,
             versions=installed_versions(),
         )
-        assert actual.recipe.digest() == made.digest()
+        assert actual.recipe.digest() == original.digest()
 
     def test_as_run(self, tmp_path: Path) -> None:
-        made = recipe().model_copy(update={"negative_prompt": "from the recipe", "seed": 1})
-        actual = again(tmp_path, run(made, adapter_scale=0.3)).as_run()
+        original = recipe().model_copy(update={"negative_prompt": "from the recipe", "seed": 1})
+        actual = again(tmp_path, run(original, adapter_scale=0.3)).as_run()
         assert (actual.prompt, actual.negative_prompt, actual.seed) == ("an astronaut", None, 7)
         assert actual.adapter.scale == 0.3
-        assert actual.adapter.lora_scale == made.adapter.lora_scale
+        assert actual.adapter.lora_scale == original.adapter.lora_scale
 
     @pytest.mark.parametrize(
         "prompt", ["", "ein Mädchen", "東京 🦊", 'a "b", c: d\nNegative prompt: x\\', "\0\r\t\x7f"]
@@ -139,9 +139,9 @@ class TestRoundTrip:
 
     def test_the_shipped_recipes(self, tmp_path: Path) -> None:
         for name in ("hyper-fastface", "lightning-fastface-am2", "turbo-am2", "lcm-dcg", "pocket-fastface"):
-            made = load_recipe(name).recipe
-            actual = again(tmp_path, run(made))
-            assert actual.recipe == made
+            original = load_recipe(name).recipe
+            actual = again(tmp_path, run(original))
+            assert actual.recipe == original
             assert actual.local_parts == ()
 
 
@@ -202,14 +202,14 @@ class TestPrivacy:
         folder = tmp_path / "secret-folder"
         folder.mkdir()
         (folder / "mine.safetensors").write_bytes(b"weights")
-        made = recipe(
+        original = recipe(
             base=str(folder),
             unet={4: str(folder / "mine.safetensors"), 8: "~/secret-folder/eight.safetensors"},
             adapter="C:\\secret-folder\\adapter.bin",
             loras=[{"file": "../secret-folder/style.safetensors"}, {"file": "./secret-folder/b.safetensors"}],
             scheduler={"kind": "ddim", "config": str(folder / "scheduler")},
         )
-        text = run(made.model_copy(update={"name": f"{folder}/my.yaml"}))
+        text = run(original.model_copy(update={"name": f"{folder}/my.yaml"}))
         whole = "".join(text.values())
         assert str(tmp_path) not in whole
         assert "secret-folder/" not in whole
@@ -231,8 +231,8 @@ class TestPrivacy:
         assert actual.recipe.model.base == "local:secret-folder"
 
     def test_local_parts_must_be_given_again(self, tmp_path: Path) -> None:
-        made = recipe(base="./dreams.safetensors", loras=[{"file": "./ink.safetensors", "scale": 0.5}])
-        actual = again(tmp_path, run(made))
+        original = recipe(base="./dreams.safetensors", loras=[{"file": "./ink.safetensors", "scale": 0.5}])
+        actual = again(tmp_path, run(original))
         with pytest.raises(UsageError, match=r"'dreams\.safetensors' as model\.base, 'ink") as caught:
             actual.require_local_parts(["model.vae"])
         assert caught.value.hint == "add --set model.base=PATH --set model.loras.0.file=PATH"
@@ -253,9 +253,9 @@ class TestPrivacy:
         assert [part.field for part in actual.changed_local_parts(recipe())] == ["model.base"]
 
     def test_names_of_the_manifest_and_pinned_hub_files_stay(self, tmp_path: Path) -> None:
-        made = recipe(base=f"hub:someone/sdxl@{'1' * 40}:x.safetensors")
-        actual = again(tmp_path, run(made))
-        assert actual.recipe == made
+        original = recipe(base=f"hub:someone/sdxl@{'1' * 40}:x.safetensors")
+        actual = again(tmp_path, run(original))
+        assert actual.recipe == original
         assert actual.local_parts == ()
 
 

@@ -139,14 +139,14 @@ def test_the_pockets_clip_scores_offline_and_the_same_in_any_batch() -> None:
     paths = {name: Path(str(load_manifest()[name].local)) for name in metric.needs.artifacts}
     metric.load(Context(paths=paths))
     samples = [Sample(str(n), photo((128, 128), n), None, f"a photo of number {n}") for n in range(3)]
-    together = [one["clip_pocket"] for one in metric.score(samples)]
+    together = [each["clip_pocket"] for each in metric.score(samples)]
     again = PocketClip()
     again.load(Context(paths=paths))
-    alone = [again.score([one])[0]["clip_pocket"] for one in samples]
+    alone = [again.score([each])[0]["clip_pocket"] for each in samples]
     assert together == pytest.approx(alone, abs=1e-5)
     prompts = [f"a photo of number {n}" for n in range(7)]
     whole = again.clip.texts(prompts)
-    assert (np.concatenate([metric.clip.texts([one]) for one in prompts]) == whole).all()
+    assert (np.concatenate([metric.clip.texts([each]) for each in prompts]) == whole).all()
     assert all(-1 <= value <= 1 for value in together)
     assert len(set(together)) == 3
 
@@ -179,7 +179,7 @@ def test_the_aesthetic_score_is_the_chain_of_its_linear_maps(tmp_path: Path) -> 
     x = vector
     for layer in LAYERS:
         x = x @ state[f"layers.{layer}.weight"].T + state[f"layers.{layer}.bias"]
-    assert [one["aesthetic"] for one in actual] == pytest.approx([float(x)] * 2, rel=1e-4)
+    assert [each["aesthetic"] for each in actual] == pytest.approx([float(x)] * 2, rel=1e-4)
 
 
 def test_the_aesthetic_head_has_the_published_size() -> None:
@@ -236,9 +236,9 @@ def published_names(depth: int, layers: int) -> list[str]:
 def our_shapes(towers: Towers) -> dict[str, torch.Size]:
     parts = {"vision": towers.vision, "text": towers.text}
     actual = {
-        f"{part}.{name}": one.shape
+        f"{part}.{name}": each.shape
         for part, model in parts.items()
-        for name, one in model.state_dict().items()
+        for name, each in model.state_dict().items()
     }
     return actual | {f"mlp.{name}": tensor.shape for name, tensor in head_state().items()}
 
@@ -358,7 +358,7 @@ def test_imagereward_as_a_metric(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=32)
     pixels = processor(pictures, return_tensors="pt").pixel_values
     expected = reference_reward(state, ids, (ids > 0).long(), pixels)
-    assert [one["image_reward"] for one in scores] == pytest.approx(expected.tolist(), abs=1e-4)
+    assert [each["image_reward"] for each in scores] == pytest.approx(expected.tolist(), abs=1e-4)
     state["blip.text_encoder.stranger"] = torch.zeros(1)
     torch.save(state, tmp_path / "ImageReward.pt")
     with pytest.raises(ModelUnavailableError, match=r"ImageReward in .* does not load"):

@@ -116,8 +116,8 @@ def test_the_published_protocol_reproduces_a_table_computed_by_hand() -> None:
     samples = [sample(key, picture, photos[key.split("/")[1]]) for key, picture in pictures.items()]
     scored = score_batch([metric], samples)
     rows = [
-        row(key, "fast", key.split("/")[1], scores=one.scores)
-        for key, one in zip(pictures, scored, strict=True)
+        row(key, "fast", key.split("/")[1], scores=each.scores)
+        for key, each in zip(pictures, scored, strict=True)
     ]
     actual = summarize(rows, columns_of([metric]), resamples=100)
     numbers = actual["recipes"]["fast"]
@@ -172,7 +172,7 @@ def test_run_wide_verdicts_by_recipe() -> None:
         row("r/bob2", "r", "bob", scores=scored[2].scores),
         row("r/bob3", "r", "bob"),  # could not be scored: no verdict
     ]
-    vectors = {one.key: actual.vectors for one, actual in zip(samples, scored, strict=True)}
+    vectors = {each.key: actual.vectors for each, actual in zip(samples, scored, strict=True)}
     actual = finish_run([ConditioningIdentity()], rows, vectors)  # another process than the one that scored
     rank = {key: scores["id_rank1"] for key, scores in actual.items()}
     assert rank == {"r/ann0": 1.0, "r/bob1": 0.0, "r/bob2": 0.0}
@@ -251,9 +251,9 @@ class Length:
         pass
 
     def score(self, samples) -> list[base.Scores]:
-        if any(one.prompt == "bad" for one in samples):
+        if any(each.prompt == "bad" for each in samples):
             raise ValueError("no such word")
-        return [{"length": float(len(one.prompt))} for one in samples]
+        return [{"length": float(len(each.prompt))} for each in samples]
 
 
 def test_every_metric_is_registered_under_its_name_with_columns_of_its_own() -> None:
@@ -288,7 +288,7 @@ def test_missing_extra_names_the_install_command(monkeypatch: pytest.MonkeyPatch
 def test_one_sample_that_fails_costs_the_others_nothing() -> None:
     samples = [Sample(word, BLANK, None, word) for word in ("good", "bad", "fine!")]
     actual = score_batch([Length()], samples)
-    assert [one.scores for one in actual] == [{"length": 4.0}, {}, {"length": 5.0}]
+    assert [each.scores for each in actual] == [{"length": 4.0}, {}, {"length": 5.0}]
     assert actual[1].errors["length"]["message"] == "unexpected ValueError: no such word"
     assert actual[0].errors == {}
 

@@ -106,8 +106,8 @@ def test_it_is_the_method(name, loaded, parts, person):
         request.seed,
     )
     softmask = any("softmask" in transform.kind for transform in recipe.attention.transforms)
-    for step, (one, other) in enumerate(zip(picture.latents, expected, strict=True)):
-        assert error(one, other) <= (2e-4 if softmask else 1e-5), f"step {step}"
+    for step, (ours, other) in enumerate(zip(picture.latents, expected, strict=True)):
+        assert error(ours, other) <= (2e-4 if softmask else 1e-5), f"step {step}"
 
 
 @pytest.mark.parametrize(
@@ -196,11 +196,11 @@ def test_truncated_prompt_is_logged_once(parts, caplog):
 
 def test_adapter_scale_zero_is_no_adapter(loaded, parts, person):
     other = replace(person, id_embedding=-person.id_embedding)
-    one, two = (
+    first, two = (
         next(loaded.generate([Request("a cat", 3, who, adapter_scale=0.0)])) for who in (person, other)
     )
-    assert torch.equal(one.latents, two.latents)
-    assert not torch.equal(one.latents, next(loaded.generate([Request("a cat", 3, person)])).latents)
+    assert torch.equal(first.latents, two.latents)
+    assert not torch.equal(first.latents, next(loaded.generate([Request("a cat", 3, person)])).latents)
 
 
 def test_recipes_with_other_models_do_not_share_parts(loaded, parts):

@@ -246,7 +246,9 @@ def test_gallery_shows_only_existing_photos(tmp_path: Path) -> None:
     build_run(tmp_path, identities=("ann", "bob"), stresses=(None, "blur"))
     (tmp_path / "references" / "001.png").unlink()  # bob's photo could not be read
     groups = data_of(write_report(tmp_path).read_text(encoding="utf-8"))["groups"]
-    photos = {(one["identity"], one["stress"]): (one["reference"], one["degraded"]) for one in groups}
+    photos = {
+        (group["identity"], group["stress"]): (group["reference"], group["degraded"]) for group in groups
+    }
     assert photos == {
         ("ann", None): ("./references/000.png", None),
         ("ann", "blur"): ("./references/000.png", "./references/000%2Bblur.png"),

@@ -60,7 +60,7 @@ def failure(store: Store, *artifacts) -> ModelUnavailableError:
 def test_fetches_everything_and_the_second_time_nothing(shop: Shop) -> None:
     store = shop.store()
     expected = [shop[name] for name in ("lora", "base", "unet", "open", "face", "url", "package")]
-    assert [one.artifact.name for one in store.missing(expected)] == [one.name for one in expected[:-1]]
+    assert [each.artifact.name for each in store.missing(expected)] == [each.name for each in expected[:-1]]
     paths = store.ensure(expected)
     assert paths["tiny-lora"].read_bytes() == BIG
     assert paths["tiny-lora"].name == "lora.safetensors"
@@ -85,7 +85,7 @@ def test_a_file_that_two_artifacts_share_is_fetched_once(shop: Shop) -> None:
 def test_small_files_come_first(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastface_cli.store.fetching.FILES", 1)
     shop.store().ensure([shop["lora"], shop["base"]])
-    assert [one.path.rsplit("/", 1)[-1] for one in shop.hub.asked("GET") if not one.cdn] == [
+    assert [each.path.rsplit("/", 1)[-1] for each in shop.hub.asked("GET") if not each.cdn] == [
         "config.json",
         "model.safetensors",
         "lora.safetensors",
@@ -124,8 +124,8 @@ def test_the_token_goes_to_the_hub_alone(shop: Shop, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("HF_TOKEN", "hf_right")
     shop.hub.token = "hf_right"
     shop.store().ensure([shop["lora"]])
-    assert {one.authorization for one in shop.hub.log if not one.cdn} == {"Bearer hf_right"}
-    assert [one.authorization for one in shop.hub.log if one.cdn] == [None]
+    assert {each.authorization for each in shop.hub.log if not each.cdn} == {"Bearer hf_right"}
+    assert [each.authorization for each in shop.hub.log if each.cdn] == [None]
 
 
 def test_licenses_and_sizes_are_logged_once(
@@ -189,7 +189,7 @@ def test_next_run_resumes_where_the_last_one_stopped(shop: Shop) -> None:
     shop.hub.cuts = []
     shop.hub.log.clear()
     assert store.ensure([shop["lora"]])["tiny-lora"].read_bytes() == BIG
-    assert [one.range for one in shop.hub.asked("GET", "/cdn/")] == [f"bytes={status.here}-"]
+    assert [each.range for each in shop.hub.asked("GET", "/cdn/")] == [f"bytes={status.here}-"]
 
 
 def test_a_server_without_ranges_starts_over(shop: Shop) -> None:
@@ -202,7 +202,7 @@ def test_a_damaged_partial_file_is_fetched_again(shop: Shop, caplog: pytest.LogC
     blobs.mkdir(parents=True)
     (blobs / f"{sha256(BIG)}.incomplete").write_bytes(bytes(1_000_000))
     assert shop.store().ensure([shop["lora"]])["tiny-lora"].read_bytes() == BIG
-    assert [one.range for one in shop.hub.asked("GET", "/cdn/")] == ["bytes=1000000-", None]
+    assert [each.range for each in shop.hub.asked("GET", "/cdn/")] == ["bytes=1000000-", None]
     assert "fetching it again from the start" in caplog.text
 
 
@@ -252,7 +252,7 @@ def test_killed_in_the_middle_then_resumed(shop: Shop, tmp_path: Path) -> None:
     shop.hub.pause = 0.0
     shop.hub.log.clear()
     assert shop.store().ensure([shop["lora"]])["tiny-lora"].read_bytes() == BIG
-    assert [one.range for one in shop.hub.asked("GET", "/cdn/")] == [f"bytes={kept}-"]
+    assert [each.range for each in shop.hub.asked("GET", "/cdn/")] == [f"bytes={kept}-"]
 
 
 def test_two_processes_at_once_fetch_it_once(shop: Shop, tmp_path: Path) -> None:
@@ -306,13 +306,13 @@ def test_a_file_that_changed_on_disk_is_replaced(shop: Shop, caplog: pytest.LogC
 def test_verify_hashes_again_and_reports(shop: Shop) -> None:
     store = shop.store()
     path = store.ensure([shop["base"]])["tiny-base"] / "vae/model.safetensors"
-    assert [one.state for one in store.verify(shop["base"])] == ["present", "present"]
+    assert [each.state for each in store.verify(shop["base"])] == ["present", "present"]
     stat = path.stat()
     path.write_bytes(bytes(len(MODEL)))
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert states(store, shop, "base") == ["present", "present"]  # cheap: size and time say so
     actual = store.verify(shop["base"])
-    assert [one.state for one in actual] == ["present", "bad"]
+    assert [each.state for each in actual] == ["present", "bad"]
     assert sha256(MODEL) in actual[1].detail
     assert states(store, shop, "base") == ["present", "missing"]
 
@@ -655,7 +655,7 @@ def test_local_references(shop: Shop, tmp_path: Path, monkeypatch: pytest.Monkey
     assert (status.state, status.bytes) == ("present", 5)
     gone = resolve("./gone.safetensors")
     assert "gone.safetensors does not exist" in failure(shop.store(), gone).message
-    assert [one.artifact for one in shop.store().missing([gone])] == [gone]
+    assert [each.artifact for each in shop.store().missing([gone])] == [gone]
 
 
 def test_a_hub_file_by_reference(shop: Shop) -> None:
@@ -793,7 +793,7 @@ def test_small_files_are_redirected_within_the_hub(shop: Shop, monkeypatch: pyte
     paths = shop.store().ensure([shop["base"], shop["open"]])
     assert (paths["tiny-base"] / "unet/config.json").read_bytes() == CONFIG
     assert (paths["tiny-open"] / "config.json").read_bytes() == CONFIG
-    assert {one.authorization for one in shop.hub.log if not one.cdn} == {"Bearer hf_right"}
+    assert {each.authorization for each in shop.hub.log if not each.cdn} == {"Bearer hf_right"}
 
 
 def test_a_page_in_place_of_a_file_with_a_hash_is_refused(
@@ -837,7 +837,7 @@ def test_a_mirror_with_etags_of_its_own(shop: Shop) -> None:
     assert blob.read_bytes() == CONFIG
     for record in (shop.home / "records").iterdir():
         record.unlink()
-    assert [one.state for one in store.verify(shop["open"])] == ["present", "present"]
+    assert [each.state for each in store.verify(shop["open"])] == ["present", "present"]
 
 
 TELEMETRY = """
