@@ -120,11 +120,8 @@ def plan_run(request: GenerateRequest, default: str | Recipe, lossy: Mapping[str
         defaults = _changed(request, provenance.as_run())
     if request.commercial:
         check_commercial(artifacts_of(recipe).values(), f"recipe '{recipe.name}'")
-    if request.pose is not None and "key_points" not in NEEDED[recipe.adapter.kind]:
-        raise UsageError(
-            f"--pose is for InstantID, and recipe '{recipe.name}' uses {recipe.adapter.kind}",
-            "use a recipe such as hyper-instantid-fastface, or leave --pose out",
-        )
+    if request.pose is not None:
+        check_pose(recipe)
     if request.aspect is not None:
         recipe = _with_aspect(recipe, request.aspect)
     prompts = request.prompts or ((defaults.prompt,) if defaults.prompt is not None else ())
@@ -145,6 +142,19 @@ def plan_run(request: GenerateRequest, default: str | Recipe, lossy: Mapping[str
         _check_targets(request.output, names.first, grid)
     expected = provenance.identity_digest if provenance else None
     return RunPlan(recipe, negative, seeds, cells, names, grid, expected)
+
+
+def check_pose(recipe: Recipe) -> None:
+    """Refuse a pose for an adapter that does not read key points.
+
+    Raises:
+        UsageError: the adapter does not.
+    """
+    if "key_points" not in NEEDED[recipe.adapter.kind]:
+        raise UsageError(
+            f"a pose is for InstantID, and recipe '{recipe.name}' uses {recipe.adapter.kind}",
+            "use a recipe such as hyper-instantid-fastface, or omit the pose",
+        )
 
 
 def _load(request: GenerateRequest, base: str | Recipe) -> Recipe:

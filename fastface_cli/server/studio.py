@@ -10,7 +10,7 @@ from typing import Any
 
 from .. import __version__
 from ..app.licensing import artifacts_of
-from ..app.plan import plan_run
+from ..app.plan import check_pose, plan_run
 from ..app.runtime import Runtime
 from ..app.session import Session
 from ..app.stack import ModelStack
@@ -112,6 +112,8 @@ class Studio:
                 return earlier, False
         request = body.request(self.limits, self.options.recipe, self.options.output)
         plan = plan_run(request, self.options.recipe, self.runtime.acceleration.lossy())
+        if person.pose is not None:
+            check_pose(plan.recipe)
         sampling = plan.recipe.sampling
         if sampling.width * sampling.height > self.limits.pixels:
             raise UsageError(

@@ -10,16 +10,21 @@ import numpy as np
 import pytest
 import torch
 from golden import adapters
+from PIL import Image, ImageOps
 from safetensors.torch import load_file
 
 from fastface_cli.adapters.key_points import drawn, placed
 from fastface_cli.adapters.pulid import along, empty_pulid
+from fastface_cli.app.events import ImageFinished
 from fastface_cli.app.pipeline import Pipeline, Request
-from fastface_cli.errors import ModelUnavailableError, NoFaceError, RecipeError
+from fastface_cli.app.request import GenerateRequest
+from fastface_cli.app.session import Session
+from fastface_cli.errors import ModelUnavailableError, NoFaceError, RecipeError, UsageError
 from fastface_cli.identity.features import check_features
 from fastface_cli.identity.identity import Identity
 from fastface_cli.recipe.files import load_recipe_data
 
+PORTRAIT = Path(__file__).parents[2] / "examples" / "portrait.png"
 SHIPPED = Path(__file__).parents[1] / "data" / "golden"
 COMPLETE = Path(__file__).parents[3] / "shared" / "golden"
 """With PuLID v1.1, whose random file is too large for the repository."""
@@ -128,6 +133,31 @@ def test_another_pose_changes_the_image(instantid) -> None:
     turned = identity.posed(identity.features["key_points"][0][:, ::-1].copy(), (128, 128))
     first, second = (next(pipeline.generate([Request("a cat", 1, who)])) for who in (identity, turned))
     assert not torch.equal(first.latents, second.latents)
+
+
+def test_pose_is_that_of_the_face_in_another_photo(tmp_path: Path) -> None:
+    mirrored, blank = tmp_path / "mirrored.png", tmp_path / "blank.png"
+    ImageOps.mirror(Image.open(PORTRAIT)).save(mirrored)
+    Image.new("RGB", (200, 200), "white").save(blank)
+    request = GenerateRequest(photos=(PORTRAIT,), prompts=("a cat",), seed=1, output=None)
+    images = []
+    with Session(CASES["dcg-lightning"][0].recipe, adapters.RUNTIME, fused_cache=False) as session:
+        for pose in (None, PORTRAIT, mirrored):
+            events = session.run(request.model_copy(update={"pose": pose}))
+            images += [np.asarray(event.image) for event in events if isinstance(event, ImageFinished)]
+        with pytest.raises(NoFaceError) as refused:
+            list(session.run(request.model_copy(update={"pose": blank})))
+    assert refused.value.hint == "use another photo for the pose"
+    assert np.array_equal(images[0], images[1])
+    assert not np.array_equal(images[0], images[2])
+
+
+def test_pose_for_an_adapter_without_key_points_is_refused() -> None:
+    request = GenerateRequest(photos=(PORTRAIT,), pose=PORTRAIT, prompts=("a cat",), output=None)
+    with pytest.raises(
+        UsageError, match="a pose is for InstantID, and recipe 'v1-plain-hyper' uses pulid_v1"
+    ):
+        list(Session(CASES["v1-plain-hyper"][0].recipe, adapters.RUNTIME).run(request))
 
 
 @pytest.mark.parametrize("stack", ["instantid", "pulid"])

@@ -54,6 +54,15 @@ def test_a_run_tells_its_size_and_its_messages(client):
     assert wrong.count("sampling.width") == 1
 
 
+def test_pose_for_an_adapter_without_key_points_is_refused(client):
+    body = json.dumps({"prompts": ["a portrait"], "identity": "me"})
+    refused = client.post("/api/runs", data={"request": body}, files={"pose": PHOTO.read_bytes()})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["message"].startswith(
+        "a pose is for InstantID, and recipe 'pocket-baseline'"
+    )
+
+
 def test_every_step_has_a_preview(client):
     run = submit(client, previews=True).json()["id"]
     previews = [data["previews"] for name, data in events(client, run) if name == "step"]
