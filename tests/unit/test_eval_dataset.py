@@ -119,6 +119,13 @@ def test_manifest_errors_name_the_line(tmp_path, lines, message):
         load_dataset(tmp_path / "people.jsonl")
 
 
+def test_photos_of_phones_are_found_in_a_folder(tmp_path):
+    for name in ("ann.heic", "ben.HEIF", "cai.avif", "notes.txt"):
+        (tmp_path / name).write_bytes(name.encode())
+    (tmp_path / "prompts.txt").write_text("p\n")
+    assert [subject.name for subject in load_dataset(tmp_path).subjects] == ["ann", "ben", "cai"]
+
+
 def test_names_of_any_language_are_names(published):
     for name in ("Ω mega", "李雷", "a+b", "o'Neil #1"):
         (published / "id_photos" / "a.png").replace(published / "id_photos" / f"{name}.png")
