@@ -68,7 +68,7 @@ class Pulid(DecoupledAdapter):
         if (embedding.shape[1], hidden.shape[-1]) != expected:
             raise NoFaceError(
                 f"the EVA features of the identity have width {hidden.shape[-1]}, not {expected[1]}",
-                "make the identity again with this recipe: --face PHOTO --save-identity FILE",
+                "make it again from the photo with this recipe: --face PHOTO --save-identity FILE",
             )
         with on_device(self.encoder):
             parameter = next(self.encoder.parameters())

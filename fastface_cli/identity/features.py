@@ -42,7 +42,7 @@ _FOREIGN: Mapping[AdapterName, tuple[str, ...]] = {
 }
 """Recognizers whose embeddings mean nothing to an adapter."""
 
-_STEP = "make it again from the photo: --face PHOTO --save-identity FILE, with this recipe"
+_STEP = "make it again from the photo with this recipe: --face PHOTO --save-identity FILE"
 
 
 def check_features(identity: Identity, kind: AdapterName) -> None:

@@ -207,6 +207,20 @@ def test_a_pose_is_sent_with_instantid_alone(page):
     assert [b'name="pose"' in body for body in bodies] == [True, False]
 
 
+def test_an_identity_is_saved_for_the_chosen_recipe(page):
+    page.set_input_files("#file", str(PHOTO))
+    page.locator(".face").first.wait_for()
+    page.select_option("#family", "hyper-instantid")
+    page.route(
+        "**/api/identities", lambda route: route.fulfill(status=400, json={"error": {"message": "no"}})
+    )
+    page.click("#identity-save")
+    page.fill("#ask-value", "me")
+    with page.expect_request(lambda request: request.method == "POST") as sent:
+        page.get_by_role("button", name="OK").click()
+    assert b"hyper-instantid-fastface" in sent.value.post_data_buffer
+
+
 def test_a_photo_without_a_face_is_reported(page, tmp_path):
     blank = tmp_path / "blank.png"
     Image.new("RGB", (200, 200), "white").save(blank)

@@ -27,7 +27,7 @@ async function start() {
     return;
   }
   report(status);
-  startPerson(status.limits);
+  startPerson(status.limits, () => chosenRecipe().name);
   startViewer(useSettings);
   await startRecipes(status.recipe);
   $("form").addEventListener("submit", generate);

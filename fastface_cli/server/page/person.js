@@ -16,7 +16,8 @@ export function person() {
   };
 }
 
-export function startPerson(limits) {
+// `recipe` returns the name of the chosen recipe: an identity holds what its adapter reads.
+export function startPerson(limits, recipe) {
   limit = limits.photos;
   $("file").addEventListener("change", () => {
     add([...$("file").files]);
@@ -41,7 +42,7 @@ export function startPerson(limits) {
     if (files.length) add(files);
   });
   startCamera();
-  startIdentities();
+  startIdentities(recipe);
 }
 
 async function add(files) {
@@ -151,7 +152,7 @@ function startCamera() {
   });
 }
 
-function startIdentities() {
+function startIdentities(recipe) {
   const select = $("identity");
   const chosen = () => {
     $("identity-download").disabled = $("identity-delete").disabled = !select.value;
@@ -161,6 +162,7 @@ function startIdentities() {
     const { box } = person();
     const form = new FormData();
     form.append("name", name);
+    form.append("recipe", recipe());
     for (const photo of photos) form.append("photos", photo.file);
     if (box) form.append("face_box", box.join(","));
     await json("/api/identities", { method: "POST", body: form });
