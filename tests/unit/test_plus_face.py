@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from support.methods import recipe_of
 
 from fastface_cli.app.licensing import artifacts_of, check_commercial
 from fastface_cli.app.pipeline import Pipeline, Request
+from fastface_cli.cli import run
 from fastface_cli.errors import ModelUnavailableError, NoFaceError, UsageError
 from fastface_cli.evaluation import setup
 from fastface_cli.evaluation.metrics.base import Context
@@ -124,6 +127,24 @@ class TestEvaluation:
                 ["id"], self.RECIPES, setup.WorkerSetup(), "fastface", load_settings(), lambda _: None
             )
 
+    def test_run_without_a_recognizer(
+        self, detector: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        recipe = tmp_path / "yunet.yaml"
+        recipe.write_text(f"extends: pocket-plusface\nmodel: {{face: {detector}}}\n")
+        people = tmp_path / "people"
+        people.mkdir()
+        for name in ("ann", "ben"):
+            shutil.copyfile(PORTRAIT, people / f"{name}.png")
+        (people / "prompts.txt").write_text("a photo of a woman\n")
+        command = ["eval", "--recipe", str(recipe), "--dataset", str(people), "--json"]
+        assert run([*command, "--metrics", "clip-pocket,cost", "-o", str(tmp_path / "run")]) == 0
+        result = json.loads(capsys.readouterr().out)
+        assert result["ok"]
+        rows = [json.loads(line) for line in (tmp_path / "run" / "images.jsonl").read_text().splitlines()]
+        assert [row["error"] for row in rows] == [None, None]
+        assert run([*command, "--metrics", "id", "-o", str(tmp_path / "other")]) == 2
+
     def test_detector_finds_the_faces_that_other_metrics_align(self, detector: Path) -> None:
         faces = faces_of(Context({"face": detector}))
         face = faces.find(Image.open(PORTRAIT).convert("RGB"))
@@ -187,5 +208,5 @@ def test_batches_and_pruning_change_nothing(pipeline: Pipeline, person: Identity
     alone = [image for each in requests for image in pipeline.generate([each])]
     together = list(pipeline.generate(requests, batch_size=2))
     complete = list(pipeline.generate(requests[:1], prune=False))
-    for one, other in [*zip(alone, together, strict=True), (alone[0], complete[0])]:
-        assert float((one.latents - other.latents).norm() / other.latents.norm()) < 1e-5
+    for ours, other in [*zip(alone, together, strict=True), (alone[0], complete[0])]:
+        assert float((ours.latents - other.latents).norm() / other.latents.norm()) < 1e-5

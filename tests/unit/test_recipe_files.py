@@ -25,8 +25,11 @@ DISTILLED = ("hyper", "lightning", "lcm", "turbo", *FURTHER, "pocket")
 STUDY = [f"pocket-study-{method}" for method in METHODS]
 ADAPTED = [
     f"{model}-{adapter}{method}"
-    for model in ("hyper", "lightning", "lcm")
-    for adapter in ("plusface", "instantid", "pulid")
+    for model, adapters in (
+        *((model, ("plusface", "instantid", "pulid")) for model in ("hyper", "lightning", "lcm")),
+        ("pocket", ("plusface",)),
+    )
+    for adapter in adapters
     for method in ("", "-dcg", "-am1", "-fastface")
 ]
 RUNNABLE = [f"{model}-{method}" for model in DISTILLED for method in METHODS]
