@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import secrets
 import signal
-import socket
 import sys
-import webbrowser
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,6 +14,8 @@ from ..errors import FastFaceError, UsageError
 from . import options
 
 if TYPE_CHECKING:
+    import socket
+
     from ..server.studio import Studio
 
 EXTRA = ("fastapi", "uvicorn", "sse_starlette", "python_multipart")
@@ -100,6 +99,8 @@ def serve(
     )
     local = is_loopback(host)
     if token is None and not local:
+        import secrets
+
         token = secrets.token_urlsafe(24)
     _listen(studio, host, port, token, local=local, open_page=open_)
 
@@ -149,6 +150,8 @@ def _bound(host: str, port: int) -> socket.socket:
     Raises:
         FastFaceError: the address cannot be used.
     """
+    import socket
+
     # Without the protocol, asyncio would not disable Nagle's algorithm, which delays answers by 40 ms.
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
@@ -190,6 +193,8 @@ def _listen(studio: Studio, host: str, port: int, token: str | None, *, local: b
     console.note(f"serving {studio.options.recipe} on {address}")
     console.note("press Ctrl-C to stop")
     if open_page:
+        import webbrowser
+
         webbrowser.open(address)
     # The server stops in order at the first signal and raises it again afterwards: then it means nothing.
     before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
