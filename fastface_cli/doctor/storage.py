@@ -160,7 +160,7 @@ def check_network(store: Store, artifacts: Sequence[Artifact], download_bytes: i
         (candidate, file) for candidate in candidates if candidate.repo for file in candidate.files
     )
     try:
-        announce(artifact, file)
+        announce(artifact, file, retries=1)  # without a network, nobody should wait for the answer
     except ModelUnavailableError as error:
         level: Severity = "failure" if download_bytes else "warning"
         refused = re.search(r"HTTP 40[13]", error.message)

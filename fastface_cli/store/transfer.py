@@ -123,19 +123,26 @@ def hub_url(artifact: Artifact, file: RemoteFile, commit: str | None = None) -> 
     return hf_hub_url(artifact.repo, file.path, revision=commit or artifact.commit, endpoint=endpoint())
 
 
-def announce(artifact: Artifact, file: RemoteFile) -> Announcement:
+def announce(artifact: Artifact, file: RemoteFile, *, retries: int = RETRIES) -> Announcement:
     """Request the metadata of a file: of a Hub file at its pinned commit, otherwise at its address.
+
+    Args:
+        artifact, file: the file.
+        retries: number of retries after a temporary failure.
 
     Raises:
         ModelUnavailableError: refused, not found, or unreachable.
     """
-    with transfer_client() as client:
+    with transfer_client(retries) as client:
         return client.announce(artifact, file)
 
 
 @contextlib.contextmanager
-def transfer_client() -> Iterator[TransferClient]:
+def transfer_client(retries: int = RETRIES) -> Iterator[TransferClient]:
     """An HTTP client for any number of transfers.
+
+    Args:
+        retries: number of retries after a temporary failure.
 
     Raises:
         ModelUnavailableError: the proxy of the environment cannot be used.
@@ -154,7 +161,7 @@ def transfer_client() -> Iterator[TransferClient]:
             "(SOCKS needs the package socksio: pip install socksio)",
         ) from error
     with http:
-        yield TransferClient(http)
+        yield TransferClient(http, retries)
 
 
 class TransferClient:
@@ -162,10 +169,12 @@ class TransferClient:
 
     Args:
         http: the HTTP client. The token is sent to the Hub alone.
+        retries: number of retries after a temporary failure.
     """
 
-    def __init__(self, http: httpx2.Client) -> None:
+    def __init__(self, http: httpx2.Client, retries: int = RETRIES) -> None:
         self._http = http
+        self.retries = retries
         self._rejected = False  # whether a server has rejected the token
         self.stopped = threading.Event()
         """Set it to end all transfers soon; received bytes are kept."""
@@ -244,7 +253,7 @@ class TransferClient:
 
     def _request(self, method: str, url: str, *, follow: bool = True) -> httpx2.Response:
         """Send a request, and repeat it after temporary failures; returns the complete response."""
-        retry = Retry(url, self.stopped)
+        retry = Retry(url, self.stopped, self.retries)
         while True:
             try:
                 with self.send(method, url, {}, retry.patience, follow=follow) as response:
@@ -352,7 +361,7 @@ class _FileTransfer:
         """Fetch the rest of a part, and retry after temporary failures."""
         if later:
             self._located.wait()
-        retry = Retry(self.source.url, self.client.stopped)
+        retry = Retry(self.source.url, self.client.stopped, self.client.retries)
         try:
             while not part.complete:
                 self._check_running()
@@ -444,11 +453,13 @@ class Retry:
     Args:
         url: for the log.
         stopped: ends a pause.
+        retries: number of retries.
     """
 
-    def __init__(self, url: str, stopped: threading.Event) -> None:
+    def __init__(self, url: str, stopped: threading.Event, retries: int = RETRIES) -> None:
         self.host = urlsplit(url).netloc
         self.stopped = stopped
+        self.retries = retries
         self.failures = 0
 
     @property
@@ -458,7 +469,7 @@ class Retry:
 
     def wait(self, error: Exception) -> None:
         """Wait before the next attempt; raise `error` if it is permanent or there were too many failures."""
-        if self.failures >= RETRIES or not _is_temporary(error):
+        if self.failures >= self.retries or not _is_temporary(error):
             raise error
         seconds = min(retry_after(error) or 2.0**self.failures, LONGEST_PAUSE)
         self.failures += 1

@@ -199,6 +199,7 @@ def test_hub_error(shop: Shop, recipe: str, capsys: Capture, status: int, mend: 
     assert code == 3
     assert f"HTTP {status}" in findings["Network"][0]["message"]
     assert findings["Network"][0]["mend"].startswith(mend)
+    assert len(shop.hub.asked("HEAD", "tiny/base")) <= 2, "a report does not wait for a server that is down"
 
 
 def test_no_gpu(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
