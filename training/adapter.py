@@ -187,10 +187,6 @@ class Adapter(nn.Module):
         self.additions = low_rank.Additions(self.wrapped[0])
         self.attention = IdentityAttention(base, TOKENS, scale)
 
-    def strengthen(self, scale: float) -> None:
-        """Set the scale of the identity attention."""
-        self.attention.strengthen(scale)
-
     def tokens(self, embeddings: Tensor, states: Tensor) -> Tensor:
         """Return identity tokens [n, 4, 128] of embeddings [n, 512] and states [n, 65, 96]."""
         self.projection.clip_embeds = states[:, None]
@@ -200,16 +196,7 @@ class Adapter(nn.Module):
     def parameters_by_key(self) -> dict[str, dict[str, list[Tensor]]]:
         """Return the keys of ``image_proj`` and ``ip_adapter`` in the published file, and for each key the
         parameters that are concatenated in its tensor."""
-        projection: dict[str, list[Tensor]] = {}
-        state = dict(self.projection.named_parameters())
-        for key, value in state.items():
-            if key.endswith("attn.to_v.weight"):
-                continue
-            if key.endswith("attn.to_k.weight"):
-                pair = [value, state[key.replace("to_k", "to_v")]]
-                projection[published_name(key.replace("to_k", "to_kv"))] = pair
-            else:
-                projection[published_name(key)] = [value]
+        projection = {published_name(key): value for key, value in paired(self.projection).items()}
         table = self.attention.by_key()
         tensors = self.additions.tensors()
         for number, name in enumerate(self.attention.names):
@@ -233,6 +220,18 @@ def halved(parameters: dict[str, dict[str, list[Tensor]]]) -> dict[str, dict[str
     }
 
 
+def paired(projection: nn.Module) -> dict[str, list[Tensor]]:
+    """Return the parameters of a projection by name; keys and values are a pair named ``to_kv``."""
+    state = dict(projection.named_parameters())
+    return {
+        key.replace("attn.to_k.", "attn.to_kv."): (
+            [value, state[key.replace("to_k", "to_v")]] if key.endswith("attn.to_k.weight") else [value]
+        )
+        for key, value in state.items()
+        if not key.endswith("attn.to_v.weight")
+    }
+
+
 def published_name(key: str) -> str:
     """Return the key in the FaceID-PlusV2 file of a projection parameter of diffusers."""
     for ours, theirs in (("proj.net.0.proj.", "proj.0."), ("proj.net.2.", "proj.2.")):
@@ -240,6 +239,11 @@ def published_name(key: str) -> str:
             return key.replace(ours, theirs)
     if key.startswith("norm."):
         return key
+    return "perceiver_resampler." + resampler_name(key)
+
+
+def resampler_name(key: str) -> str:
+    """Return the key of a parameter of diffusers' resampler in FaceID-PlusV2 and plus-face files."""
     for ours, theirs in (
         (".ln0.", ".0.norm1."),
         (".ln1.", ".0.norm2."),
@@ -250,7 +254,7 @@ def published_name(key: str) -> str:
         (".ff.1.net.2.", ".1.3."),
     ):
         key = key.replace(ours, theirs)
-    return "perceiver_resampler." + key
+    return key
 
 
 @torch.no_grad()
@@ -277,7 +281,7 @@ def train(
 
     Args:
         settings: of the stage.
-        create: returns a module with the methods `tokens` and `strengthen` of `Adapter` for a base.
+        create: returns a module with `tokens` and `attention` of `Adapter` for a base.
         checkpoint: name of the file in the work folder.
         order: color order in which the image encoder reads the crops.
     """
@@ -312,7 +316,9 @@ def train(
         step_count = int(images.draws.integers(len(TIMESTEPS) - 1))
         times[generated] = TIMESTEPS[step_count]
         noise = torch.randn_like(batch.clean)
-        adapter.strengthen(ADAPTER_SCALE + max(0.0, float(images.draws.uniform(-STRONGEST, STRONGEST))))
+        adapter.attention.strengthen(
+            ADAPTER_SCALE + max(0.0, float(images.draws.uniform(-STRONGEST, STRONGEST)))
+        )
         with autocast():
             tokens = adapter.tokens(person, crop_states_batch)
             noisy = scheduler.add_noise(batch.clean, noise, times)

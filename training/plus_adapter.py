@@ -15,14 +15,12 @@ from torch import Tensor, nn
 
 from fastface_cli.adapters.plus_projection import HEAD_WIDTH
 from training import clip, unet
-from training.adapter import ADAPTER_SCALE, IdentityAttention, halved, train
+from training.adapter import ADAPTER_SCALE, IdentityAttention, halved, paired, resampler_name, train
 from training.common import load_part, options
 
 CHECKPOINT = "plus_adapter.pt"
 FILE = "ip-adapter-plus-face_pocket.bin"
 TOKENS = 16
-FEATURES = 96
-"""Width of the image encoder's states."""
 HIDDEN = 96
 HEADS = 2
 DEPTH = 4
@@ -35,7 +33,7 @@ class PlusAdapter(nn.Module):
     def __init__(self, base: Any, scale: float = ADAPTER_SCALE) -> None:
         super().__init__()
         self.projection = IPAdapterPlusImageProjection(
-            embed_dims=FEATURES,
+            embed_dims=clip.vision_config().hidden_size,
             output_dims=2 * clip.TEXT_WIDTH,
             hidden_dims=HIDDEN,
             depth=DEPTH,
@@ -45,10 +43,6 @@ class PlusAdapter(nn.Module):
         )
         self.attention = IdentityAttention(base, TOKENS, scale)
 
-    def strengthen(self, scale: float) -> None:
-        """Set the scale of the identity attention."""
-        self.attention.strengthen(scale)
-
     def tokens(self, embeddings: Tensor, states: Tensor) -> Tensor:
         """Return identity tokens [n, 16, 128] of states [n, 65, 96]; embeddings are not used."""
         tokens: Tensor = self.projection(states)
@@ -56,30 +50,8 @@ class PlusAdapter(nn.Module):
 
     def parameters_by_key(self) -> dict[str, dict[str, list[Tensor]]]:
         """Return parameters as `adapter.Adapter.parameters_by_key` does."""
-        projection: dict[str, list[Tensor]] = {}
-        state = dict(self.projection.named_parameters())
-        for key, value in state.items():
-            if key.endswith("attn.to_k.weight"):
-                pair = [value, state[key.replace("to_k", "to_v")]]
-                projection[published_name(key.replace("to_k", "to_kv"))] = pair
-            elif not key.endswith("attn.to_v.weight"):
-                projection[published_name(key)] = [value]
+        projection = {resampler_name(key): value for key, value in paired(self.projection).items()}
         return {"image_proj": projection, "ip_adapter": self.attention.by_key()}
-
-
-def published_name(key: str) -> str:
-    """Return the key in the plus-face file of a projection parameter of diffusers."""
-    for ours, theirs in (
-        (".ln0.", ".0.norm1."),
-        (".ln1.", ".0.norm2."),
-        (".attn.to_out.0.", ".0.to_out."),
-        (".attn.", ".0."),
-        (".ff.0.", ".1.0."),
-        (".ff.1.net.0.proj.", ".1.1."),
-        (".ff.1.net.2.", ".1.3."),
-    ):
-        key = key.replace(ours, theirs)
-    return key
 
 
 def create(work: Path, base: Any) -> PlusAdapter:

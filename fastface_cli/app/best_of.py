@@ -16,7 +16,7 @@ import numpy as np
 
 from .. import pocket
 from ..errors import ModelUnavailableError, UsageError
-from ..identity.yunet import has_recognizer
+from ..identity.analyzer import has_recognizer
 from ..scorers.dlib_recognizer import DlibRecognizer, similarities
 
 if TYPE_CHECKING:
@@ -97,6 +97,14 @@ class Judge(Protocol):
     name: str
     """Its name in messages."""
 
+    def check(self, identity: Identity) -> None:
+        """Refuse an identity that it cannot compare; fast.
+
+        Raises:
+            UsageError: its embedding is of another recognizer.
+        """
+        ...
+
     def describe(self, image: np.ndarray, crop: np.ndarray, face: Any) -> np.ndarray:
         """The embedding of a face.
 
@@ -128,6 +136,9 @@ class DlibJudge:
     def __init__(self) -> None:
         self._recognizer = DlibRecognizer()
 
+    def check(self, identity: Identity) -> None:
+        """See `Judge`: every identity has a crop."""
+
     def describe(self, image: np.ndarray, crop: np.ndarray, face: Any) -> np.ndarray:
         """See `Judge`: [128] float64."""
         return self._recognizer.describe_crop(crop)
@@ -154,16 +165,8 @@ class RecipeJudge:
         self._analyzer = analyzer
         self.name = "the conditioning recognizer" if conditions else "the recipe's recognizer"
 
-    def describe(self, image: np.ndarray, crop: np.ndarray, face: Any) -> np.ndarray:
-        """See `Judge`: [512] float32, unit norm."""
-        return self._analyzer.embed(image, face)
-
-    def reference(self, identity: Identity) -> np.ndarray:
-        """The embedding of the identity.
-
-        Raises:
-            UsageError: it was made by another recognizer.
-        """
+    def check(self, identity: Identity) -> None:
+        """See `Judge`."""
         own = getattr(self._analyzer, "recognizer", None)
         if None not in (own, identity.recognizer) and identity.recognizer != own:
             raise UsageError(
@@ -171,6 +174,14 @@ class RecipeJudge:
                 f"images by {own}",
                 "make the identity again from the photo, or install dlib: pip install 'fastface-cli[dlib]'",
             )
+
+    def describe(self, image: np.ndarray, crop: np.ndarray, face: Any) -> np.ndarray:
+        """See `Judge`: [512] float32, unit norm."""
+        return self._analyzer.embed(image, face)
+
+    def reference(self, identity: Identity) -> np.ndarray:
+        """The embedding of the identity; see `check`."""
+        self.check(identity)
         return identity.mean()
 
     def likeness(self, embedding: np.ndarray, reference: np.ndarray) -> float:

@@ -140,7 +140,7 @@ class Session:
                 check_features(identity, plan.recipe.adapter.kind)
             if request.best_of > 1:
                 yield from self._stream(lambda emit: stack.face_models(plan.recipe, emit))
-                stack.judge(plan.recipe).reference(identity)
+                stack.judge(plan.recipe).check(identity)
             saved = None
             if request.output is not None and request.output.save_identity is not None:
                 saved = identity.save(request.output.save_identity, force=request.output.force)

@@ -310,12 +310,12 @@ def load_analyzer(path: Path, device: str) -> InsightFaceAnalyzer | YuNetAnalyze
     Raises:
         ModelUnavailableError: they cannot be loaded.
     """
-    from ..identity.analyzer import load_face_models
-    from ..identity.yunet import YuNetAnalyzer, is_detector
+    from ..identity.analyzer import is_detector, load_face_models
 
     if is_detector(path):
-        return YuNetAnalyzer(path)
+        from ..identity.yunet import YuNetAnalyzer
 
+        return YuNetAnalyzer(path)
     return load_face_models(path, device=device)
 
 

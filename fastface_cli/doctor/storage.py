@@ -14,7 +14,7 @@ from ..settings import Settings
 from ..store import Store, human_bytes
 from ..store.layout import MARGIN
 from ..store.manifest import Artifact
-from ..store.transfer import announce, endpoint
+from ..store.transfer import endpoint, transfer_client
 from .finding import Finding, Severity, download_command
 from .machine import reinstall_command
 
@@ -160,7 +160,8 @@ def check_network(store: Store, artifacts: Sequence[Artifact], download_bytes: i
         (candidate, file) for candidate in candidates if candidate.repo for file in candidate.files
     )
     try:
-        announce(artifact, file, retries=1)  # without a network, nobody should wait for the answer
+        with transfer_client(retries=1) as client:  # a report must not wait for a network that is down
+            client.announce(artifact, file)
     except ModelUnavailableError as error:
         level: Severity = "failure" if download_bytes else "warning"
         refused = re.search(r"HTTP 40[13]", error.message)

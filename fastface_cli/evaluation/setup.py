@@ -16,8 +16,8 @@ from ..app.runtime import check_device
 from ..app.stack import fetch, load_analyzer, load_face_encoder
 from ..errors import UsageError
 from ..files import content_mark
+from ..identity.analyzer import is_detector
 from ..identity.features import NEEDED
-from ..identity.yunet import is_detector
 from ..output.metadata import installed_versions
 from ..settings import Settings
 from ..store import ProgressObserver

@@ -19,6 +19,8 @@ Box: TypeAlias = tuple[float, float, float, float]
 
 EMBEDDING = 512
 """Numbers in an embedding; the adapter requires this size."""
+NO_RECOGNIZER = "none"
+"""`Identity.recognizer` of an identity without an embedding."""
 CROP = 224
 """Side of an aligned crop in pixels."""
 
@@ -61,6 +63,16 @@ class FaceAnalyzer(Protocol):
     def raw_embedding(self, image: np.ndarray, face: Face) -> np.ndarray:
         """Return the embedding before it is scaled to length 1, [512] float32."""
         ...
+
+
+def is_detector(path: Path) -> bool:
+    """Whether face models are a detector file alone, instead of a pack with a recognizer."""
+    return path.suffix.lower() == ".onnx"
+
+
+def has_recognizer(analyzer: FaceAnalyzer) -> bool:
+    """Whether the embeddings of an analyzer distinguish people."""
+    return getattr(analyzer, "recognizer", None) != NO_RECOGNIZER
 
 
 class InsightFaceAnalyzer:

@@ -55,9 +55,9 @@ def turns_upright(image: np.ndarray, faces: list[Face], analyzer: FaceAnalyzer) 
     scores = [max((face.score for face in faces), default=0.0)]
     if scores[0] >= CERTAIN or max(image.shape[:2]) > STRIP * min(image.shape[:2]):
         return 0
+    sizes = (SIZES[0], SIZES[-1])
     for turns in (1, 2, 3):
         turned = np.ascontiguousarray(np.rot90(image, turns))
-        sizes = (SIZES[0], SIZES[-1])
         scores.append(
             max((face.score for size in sizes for face in _detect(turned, analyzer, 0.0, size)), default=0.0)
         )

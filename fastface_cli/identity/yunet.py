@@ -8,24 +8,12 @@ import cv2
 import numpy as np
 
 from ..errors import ModelUnavailableError
-from .analyzer import EMBEDDING, Face, FaceAnalyzer
+from .analyzer import EMBEDDING, NO_RECOGNIZER, Face
 
 SIDE = 640
 """The model's input. OpenCV 4 accepts other sizes, OpenCV 5 does not."""
 THRESHOLD, OVERLAP, MOST = 0.6, 0.3, 5000
 """Score, overlap and count at which OpenCV keeps faces."""
-NO_RECOGNIZER = "none"
-"""`Identity.recognizer` of an identity without an embedding."""
-
-
-def is_detector(path: Path) -> bool:
-    """Whether face models are a detector file alone, instead of a pack with a recognizer."""
-    return path.suffix.lower() == ".onnx"
-
-
-def has_recognizer(analyzer: FaceAnalyzer) -> bool:
-    """Whether the embeddings of an analyzer distinguish people."""
-    return getattr(analyzer, "recognizer", None) != NO_RECOGNIZER
 
 
 class YuNetAnalyzer:

@@ -123,20 +123,6 @@ def hub_url(artifact: Artifact, file: RemoteFile, commit: str | None = None) -> 
     return hf_hub_url(artifact.repo, file.path, revision=commit or artifact.commit, endpoint=endpoint())
 
 
-def announce(artifact: Artifact, file: RemoteFile, *, retries: int = RETRIES) -> Announcement:
-    """Request the metadata of a file: of a Hub file at its pinned commit, otherwise at its address.
-
-    Args:
-        artifact, file: the file.
-        retries: number of retries after a temporary failure.
-
-    Raises:
-        ModelUnavailableError: refused, not found, or unreachable.
-    """
-    with transfer_client(retries) as client:
-        return client.announce(artifact, file)
-
-
 @contextlib.contextmanager
 def transfer_client(retries: int = RETRIES) -> Iterator[TransferClient]:
     """An HTTP client for any number of transfers.
@@ -172,7 +158,7 @@ class TransferClient:
         retries: number of retries after a temporary failure.
     """
 
-    def __init__(self, http: httpx2.Client, retries: int = RETRIES) -> None:
+    def __init__(self, http: httpx2.Client, retries: int) -> None:
         self._http = http
         self.retries = retries
         self._rejected = False  # whether a server has rejected the token
@@ -180,7 +166,11 @@ class TransferClient:
         """Set it to end all transfers soon; received bytes are kept."""
 
     def announce(self, artifact: Artifact, file: RemoteFile) -> Announcement:
-        """See the function `announce`."""
+        """Request the metadata of a file: of a Hub file at its pinned commit, otherwise at its address.
+
+        Raises:
+            ModelUnavailableError: refused, not found, or unreachable.
+        """
         if artifact.url is not None:
             with _explained(artifact, file.path, artifact.url):
                 return _announced(self._request("HEAD", artifact.url), artifact.url)
@@ -456,7 +446,7 @@ class Retry:
         retries: number of retries.
     """
 
-    def __init__(self, url: str, stopped: threading.Event, retries: int = RETRIES) -> None:
+    def __init__(self, url: str, stopped: threading.Event, retries: int) -> None:
         self.host = urlsplit(url).netloc
         self.stopped = stopped
         self.retries = retries

@@ -26,7 +26,7 @@ from fastface_cli.app.best_of import (
     standing,
 )
 from fastface_cli.errors import ModelUnavailableError, UsageError
-from fastface_cli.identity.yunet import NO_RECOGNIZER
+from fastface_cli.identity.analyzer import NO_RECOGNIZER
 from fastface_cli.recipe.files import load_recipe
 from fastface_cli.scorers.clip import Clip
 
