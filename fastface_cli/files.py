@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import secrets
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from .errors import FastFaceError, UsageError
+
+_TEMPORARIES = ".fastface-*.tmp"
 
 LONGEST_NAME = 255
 """Maximum bytes of a file name in common file systems."""
@@ -106,10 +110,19 @@ def write_atomically(path: Path, data: bytes, *, force: bool, private: bool = Fa
 
 def remove_temporaries(folder: Path) -> None:
     """Remove the temporary files of killed processes from a folder that no other process writes to."""
-    for path, _, names in os.walk(folder):
-        for name in names:
-            if name.startswith(".fastface-") and name.endswith(".tmp"):
-                Path(path, name).unlink(missing_ok=True)
+    for path in folder.rglob(_TEMPORARIES):
+        path.unlink(missing_ok=True)
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Remove temporary files that were last written a minute ago, so that no other process is at them.
+
+    They can hold a face. Subfolders are not searched; the folder may be missing.
+    """
+    for path in folder.glob(_TEMPORARIES):
+        with contextlib.suppress(FileNotFoundError):
+            if path.stat().st_mtime < time.time() - 60:
+                path.unlink()
 
 
 def make_folders(folder: Path) -> None:

@@ -15,6 +15,7 @@ from ..app.runtime import Runtime
 from ..app.session import Session
 from ..app.stack import ModelStack
 from ..errors import UsageError
+from ..files import remove_abandoned
 from ..recipe.files import list_recipes, load_recipe
 from ..recipe.schema import Recipe
 from ..settings import Settings
@@ -75,6 +76,10 @@ class Studio:
         self.registry = Registry(self.limits)
         self.faces = FaceService(ModelStack(runtime, settings, offline=offline))
         folder = None if options.output is None else options.output / "identities"
+        if options.output is not None and folder is not None:
+            # A server that was killed while it wrote leaves them.
+            remove_abandoned(options.output)
+            remove_abandoned(folder)
         self.identities = IdentityBook(folder, self.limits.identities)
         self._findings: list[dict[str, Any]] | None = None
 
