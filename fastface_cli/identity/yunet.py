@@ -31,6 +31,9 @@ class YuNetAnalyzer:
     """A message for the user, or None."""
 
     def __init__(self, file: Path) -> None:
+        level = cv2.utils.logging.getLogLevel()
+        # OpenCV 5 warns about its own default target, and prints what it then raises.
+        cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
         try:
             self._detector = cv2.FaceDetectorYN.create(str(file), "", (SIDE, SIDE), THRESHOLD, OVERLAP, MOST)
         except cv2.error as error:
@@ -38,6 +41,8 @@ class YuNetAnalyzer:
                 f"the face detector {file} does not load: {str(error).strip().splitlines()[-1]}",
                 "download it again with: fastface download",
             ) from error
+        finally:
+            cv2.utils.logging.setLogLevel(level)
 
     def detect(self, image: np.ndarray, size: int) -> list[Face]:
         """See `FaceAnalyzer`; the image is scaled to at most 640 pixels."""

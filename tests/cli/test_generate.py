@@ -210,6 +210,10 @@ WRONG = {
     "two people": (["-p", "a", "--face", "there.png"], "both name a person"),
     "four numbers": (["-p", "a", "--face-box", "1,2,3"], "is not four numbers"),
     "unknown flag": (["-p", "a", "--sed", "1"], "No such option: --sed. Did you mean --seed?"),
+    "photo without a flag": (
+        ["me.jpg"],
+        "Got unexpected extra argument(s) (me.jpg). Write --face before a photo, --prompt before text",
+    ),
     "count": (["-p", "a", "--count", "0"], "--count"),
     "no value": (["-p"], "requires an argument"),
 }

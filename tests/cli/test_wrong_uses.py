@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from fastface_cli import cli
 from fastface_cli.cli import main
 
 PORTRAIT = Path(__file__).parents[2] / "examples" / "portrait.png"
@@ -221,3 +222,17 @@ def test_face_runtime_stores_and_sends_nothing(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "face runs on CPU" in done.stdout
     assert list(home.rglob("*")) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "ending"),
+    [
+        (["download", "--recipe", "pocket"], "No such option: --recipe. Write the recipe without --recipe"),
+        (["recipes", "show", "--recipe", "pocket"], "Write the recipe without --recipe"),
+        (["bench", "pocket"], "extra argument(s) (pocket). Write --recipe before a recipe"),
+        (["cache", "list", "pocket"], "extra argument(s) (pocket)"),
+    ],
+)
+def test_arguments_of_another_command_are_explained(arguments, ending, capsys):
+    assert cli.run(arguments) == 2
+    assert capsys.readouterr().err.rstrip().endswith(ending)

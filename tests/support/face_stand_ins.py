@@ -1,4 +1,4 @@
-"""Stand-ins for face models: a detector that sees drawn faces, and a random pack of ONNX files."""
+"""Stand-ins for face models: a detector that sees drawn faces, and small ONNX files of every kind."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from fastface_cli.identity.analyzer import Face
 
 POINTS = np.array([[38, 52], [74, 52], [56, 72], [42, 92], [71, 92]], np.float32) / 112
 """Key points of a face box of side 1, as ArcFace places them."""
+CELL = (32, 7, 5)
+"""Stride, column and row of the cell in which the stand-in for YuNet sees a face."""
 
 
 def person(number: int, likeness: float = 1.0, of: int = 0) -> np.ndarray:
@@ -128,3 +130,61 @@ def random_pack(folder: Path, *, width: int = 512, points: bool = True, certaint
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
         onnx.save(model, folder / name)
     return folder
+
+
+def write_yunet(path: Path) -> None:
+    """A file with YuNet's input and outputs that sees one face, around CELL, in every image."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    stride_of_face, column, row = CELL
+    outputs, nodes, tensors = [], [], []
+    for stride in (8, 16, 32):
+        side = 640 // stride
+        values = {
+            "cls": np.zeros((1, side * side, 1), np.float32),
+            "obj": np.zeros((1, side * side, 1), np.float32),
+            "bbox": np.zeros((1, side * side, 4), np.float32),
+            "kps": np.zeros((1, side * side, 10), np.float32),
+        }
+        if stride == stride_of_face:
+            cell = row * side + column
+            values["cls"][0, cell] = values["obj"][0, cell] = 0.95
+            values["bbox"][0, cell] = [0.0, 0.0, np.log(6.0), np.log(6.0)]  # centered, 6 cells wide
+            values["kps"][0, cell] = [-1, -1, 1, -1, 0, 0, -1, 1, 1, 1]
+        for name, value in values.items():
+            tensors.append(numpy_helper.from_array(value, f"v_{name}_{stride}"))
+            nodes.append(helper.make_node("Add", [f"v_{name}_{stride}", "none"], [f"{name}_{stride}"]))
+            outputs.append(helper.make_tensor_value_info(f"{name}_{stride}", TensorProto.FLOAT, value.shape))
+    tensors.append(numpy_helper.from_array(np.zeros(1, np.float32), "zero"))
+    nodes = [
+        helper.make_node("GlobalAveragePool", ["input"], ["mean"]),
+        helper.make_node("Slice", ["mean", "starts", "ends", "axes"], ["one"]),
+        helper.make_node("Reshape", ["one", "shape"], ["flat"]),
+        helper.make_node("Mul", ["flat", "zero"], ["none"]),
+        *nodes,
+    ]
+    for name, numbers in (("starts", [0]), ("ends", [1]), ("axes", [1]), ("shape", [1])):
+        tensors.append(numpy_helper.from_array(np.array(numbers, np.int64), name))
+    entry = helper.make_tensor_value_info("input", TensorProto.FLOAT, [1, 3, 640, 640])
+    graph = helper.make_graph(nodes, "yunet", [entry], outputs, tensors)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+    onnx.save(model, path)
+
+
+def write_parser(path: Path) -> None:
+    """A stand-in for BiSeNet: red pixels are skin, all others background."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    weight = np.zeros((19, 3, 1, 1), np.float32)
+    weight[1, 0] = 1.0
+    graph = helper.make_graph(
+        [helper.make_node("Conv", ["input", "weight"], ["scores"])],
+        "parser",
+        [helper.make_tensor_value_info("input", TensorProto.FLOAT, [1, 3, 512, 512])],
+        [helper.make_tensor_value_info("scores", TensorProto.FLOAT, [1, 19, 512, 512])],
+        [numpy_helper.from_array(weight, "weight")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    onnx.save(model, str(path))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from golden import adapters
 from safetensors.torch import save_file
+from support.face_stand_ins import write_parser
 
 from fastface_cli.app.events import IdentityReady, ImageFinished
 from fastface_cli.app.request import GenerateRequest
@@ -247,21 +248,3 @@ def test_an_identity_without_the_features_names_the_step(tmp_path: Path, person)
     ):
         list(session.run(request))
     assert "--save-identity" in caught.value.hint
-
-
-def write_parser(path: Path) -> None:
-    """A stand-in: red pixels are skin, all others background."""
-    onnx = pytest.importorskip("onnx")
-    from onnx import TensorProto, helper, numpy_helper
-
-    weight = np.zeros((19, 3, 1, 1), np.float32)
-    weight[1, 0] = 1.0
-    graph = helper.make_graph(
-        [helper.make_node("Conv", ["input", "weight"], ["scores"])],
-        "parser",
-        [helper.make_tensor_value_info("input", TensorProto.FLOAT, [1, 3, 512, 512])],
-        [helper.make_tensor_value_info("scores", TensorProto.FLOAT, [1, 19, 512, 512])],
-        [numpy_helper.from_array(weight, "weight")],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
-    onnx.save(model, str(path))

@@ -8,11 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
 import torch
-from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
+from support.face_stand_ins import CELL, write_yunet
 from support.methods import recipe_of
 
 from fastface_cli.app.licensing import artifacts_of, check_commercial
@@ -31,47 +30,23 @@ from fastface_cli.recipe.schema import Recipe
 from fastface_cli.settings import load_settings
 
 PORTRAIT = Path(__file__).parents[2] / "examples" / "portrait.png"
-STRIDE, COLUMN, ROW = 32, 7, 5
-"""The cell of the only face that the stand-in detector sees."""
+STRIDE, COLUMN, ROW = CELL
 
 
 @pytest.fixture(scope="module")
 def detector(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file with YuNet's input and outputs that sees one face, at a known place, in every image."""
-    outputs, nodes, tensors = [], [], []
-    for stride in (8, 16, 32):
-        side = 640 // stride
-        values = {
-            "cls": np.zeros((1, side * side, 1), np.float32),
-            "obj": np.zeros((1, side * side, 1), np.float32),
-            "bbox": np.zeros((1, side * side, 4), np.float32),
-            "kps": np.zeros((1, side * side, 10), np.float32),
-        }
-        if stride == STRIDE:
-            cell = ROW * side + COLUMN
-            values["cls"][0, cell] = values["obj"][0, cell] = 0.95
-            values["bbox"][0, cell] = [0.0, 0.0, np.log(6.0), np.log(6.0)]  # centered, 6 cells wide
-            values["kps"][0, cell] = [-1, -1, 1, -1, 0, 0, -1, 1, 1, 1]
-        for name, value in values.items():
-            tensors.append(numpy_helper.from_array(value, f"v_{name}_{stride}"))
-            nodes.append(helper.make_node("Add", [f"v_{name}_{stride}", "none"], [f"{name}_{stride}"]))
-            outputs.append(helper.make_tensor_value_info(f"{name}_{stride}", TensorProto.FLOAT, value.shape))
-    tensors.append(numpy_helper.from_array(np.zeros(1, np.float32), "zero"))
-    nodes = [
-        helper.make_node("GlobalAveragePool", ["input"], ["mean"]),
-        helper.make_node("Slice", ["mean", "starts", "ends", "axes"], ["one"]),
-        helper.make_node("Reshape", ["one", "shape"], ["flat"]),
-        helper.make_node("Mul", ["flat", "zero"], ["none"]),
-        *nodes,
-    ]
-    for name, numbers in (("starts", [0]), ("ends", [1]), ("axes", [1]), ("shape", [1])):
-        tensors.append(numpy_helper.from_array(np.array(numbers, np.int64), name))
-    entry = helper.make_tensor_value_info("input", TensorProto.FLOAT, [1, 3, 640, 640])
-    graph = helper.make_graph(nodes, "yunet", [entry], outputs, tensors)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+    """A stand-in for YuNet."""
     path = tmp_path_factory.mktemp("yunet") / "face_detection_yunet_2023mar.onnx"
-    onnx.save(model, path)
+    write_yunet(path)
     return path
+
+
+def test_opencv_prints_nothing(detector: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    YuNetAnalyzer(detector)
+    (tmp_path / "broken.onnx").write_bytes(b"not a model")
+    with pytest.raises(ModelUnavailableError, match="does not load"):
+        YuNetAnalyzer(tmp_path / "broken.onnx")
+    assert capfd.readouterr().err == ""
 
 
 def test_faces_are_found_in_pixels_of_the_image(detector: Path) -> None:

@@ -1,0 +1,219 @@
+"""Rehearse the first run of a new user: download every file of a recipe at its published size, then generate.
+
+    python benchmarks/rehearsal.py lightning-plusface --folder DIR [--size 512x512] [-- OPTION ...]
+
+A Hub on this machine serves files with the published names, shapes and lengths and random weights; detectors,
+recognizers and the face parser are small stand-ins. The manifest is the product's with other hashes; a weight
+file whose length differs from the published one ends the rehearsal. `download`, `generate` twice (the second
+time from the fused cache), `download --verify` and `doctor` run in new processes, as a user runs them, on the
+CPU in float32. About 35 GB of disk and 20 GB of memory are needed. The images are noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import mmap
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from functools import cached_property
+from pathlib import Path
+
+import yaml
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from support.face_stand_ins import random_pack, write_parser, write_yunet
+from support.hub_server import COMMIT, Hub, hub_server
+
+from benchmarks import adapter_files
+from benchmarks.published_files import (
+    TensorLayout,
+    base_configs,
+    part_configs,
+    part_layouts,
+    write,
+    write_tokenizer,
+)
+from fastface_cli.app.licensing import artifacts_of
+from fastface_cli.benchmark.sdxl import PADS, PUBLISHED, config_text
+from fastface_cli.recipe.files import load_recipe
+from fastface_cli.store.manifest import MANIFEST, WEIGHT_SUFFIXES
+
+CHILD = """
+import resource, sys
+from pathlib import Path
+from fastface_cli.store import manifest
+manifest.MANIFEST = Path(sys.argv[1])
+from fastface_cli.cli import run
+code = run(sys.argv[2:])
+print("peak GiB", round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 1), file=sys.stderr)
+raise SystemExit(code)
+"""
+PORTRAIT = Path(__file__).parents[1] / "examples" / "portrait.png"
+
+WEIGHTS: dict[str, Callable[[], dict[str, TensorLayout]]] = {
+    "sdxl-base": lambda: part_layouts("base"),
+    "sdxl-base-unet": lambda: part_layouts("base"),
+    "sdxl-turbo-unet": lambda: part_layouts("turbo"),
+    "sdxl-vae-fp16-fix": lambda: part_layouts("vae"),
+    "hyper-sdxl-4-step-lora": lambda: part_layouts("hyper"),
+    "lcm-lora-sdxl": lambda: part_layouts("lcm"),
+    "sdxl-lightning-4-step-unet": lambda: part_layouts("lightning"),
+    "ip-adapter-faceid-plusv2-sdxl": lambda: part_layouts("adapter"),
+    "ip-adapter-image-encoder": lambda: part_layouts("image_encoder"),
+    "ip-adapter-plus-face-sdxl": lambda: {"": adapter_files.plus_face_layout()},
+    "instantid": lambda: {"": adapter_files.instantid_layout()},
+    "instantid-controlnet": lambda: {"": adapter_files.controlnet_layout()},
+    "pulid-v1": lambda: {"": adapter_files.pulid_v1_layout()},
+    "pulid-v1.1": lambda: {"": adapter_files.pulid_v11_layout()},
+    "eva02-clip-l-336": lambda: {"": adapter_files.eva_layout()},
+}
+"""The layouts of each artifact's weight files, by the end of their path."""
+OTHER_LENGTH = ("eva02-clip-l-336", "sdxl-vae-fp16-fix")
+"""Artifacts whose published file also holds a text tower, or has a header of other order."""
+
+
+def write_weights(name: str, path: str, target: Path, published: int | None) -> None:
+    """Write a weight file with random weights, and compare its length with the published one."""
+    for end, layout in WEIGHTS[name]().items():
+        if path.endswith(end):
+            write(target, layout, "random")
+            break
+    length = target.stat().st_size
+    if name not in OTHER_LENGTH and published not in (None, length):
+        raise SystemExit(f"{name}: {path} has {length:,} bytes, the published file {published:,}")
+
+
+def write_onnx(path: str, target: Path) -> None:
+    """Write the stand-in for a face model."""
+    if "yunet" in path:
+        write_yunet(target)
+    elif "resnet18" in path:
+        write_parser(target)
+    else:
+        random_pack(target.parent)
+        (
+            target.parent / ("det.onnx" if path.endswith(("det_10g.onnx", "bnkps.onnx")) else "rec.onnx")
+        ).rename(target)
+
+
+def write_other(name: str, path: str, target: Path) -> None:
+    """Write a configuration or a tokenizer."""
+    configs = {
+        "sdxl-turbo-unet": part_configs("turbo"),
+        "sdxl-vae-fp16-fix": part_configs("vae"),
+        "ip-adapter-image-encoder": part_configs("image_encoder"),
+        "instantid-controlnet": {"config.json": adapter_files.CONTROLNET},
+    }.get(name, base_configs(PUBLISHED))
+    for tokenizer, pad in PADS.items():
+        if path.startswith(f"{tokenizer}/"):
+            write_tokenizer(target.parent, 49408, pad)
+            return
+    (config,) = (config for end, config in configs.items() if path.endswith(end))
+    target.write_text(config_text(config))
+
+
+def publish(hub: Hub, artifacts: Iterable[str], folder: Path) -> str:
+    """Write the files of artifacts, serve them, and return a manifest that names them."""
+    data = yaml.load(MANIFEST.read_text(), yaml.BaseLoader)
+    wanted = set(artifacts)
+    for entry in data["artifacts"]:
+        if entry["name"] not in wanted or "package" in entry:
+            continue
+        entry.pop("archive", None)
+        entry.pop("fallback", None)
+        rows = []
+        for path, size, _ in entry["files"]:
+            target = folder / entry["name"] / path
+            if not target.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if path.endswith(".onnx"):
+                    write_onnx(path, target)
+                elif path.endswith(WEIGHT_SUFFIXES):
+                    write_weights(entry["name"], path, target, int(size) if size.isdigit() else None)
+                else:
+                    write_other(entry["name"], path, target)
+            with target.open("rb") as file:
+                content = Content(file.fileno(), 0, access=mmap.ACCESS_READ)
+            rows.append([path, str(len(content)), content.sha256])
+            if "repo" in entry:
+                hub.files[f"{entry['repo']}/{path}"] = content
+            else:
+                hub.plain[f"/{path}"] = content
+        entry["files"] = rows
+        if "repo" in entry:
+            entry["commit"] = COMMIT
+        else:
+            entry["url"] = f"{hub.url}/{entry['files'][0][0]}"
+    return json.dumps(data)
+
+
+class Content(mmap.mmap):
+    """A file on the disk that the Hub serves, hashed once."""
+
+    @cached_property
+    def sha256(self) -> str:
+        """SHA-256 in hex."""
+        return hashlib.sha256(self).hexdigest()
+
+
+def command(arguments: list[str], manifest: Path, hub: Hub, home: Path) -> None:
+    """Run one `fastface` command in a new process, and print how long it took."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    environment |= {
+        "FASTFACE_HOME": str(home),
+        "HF_HOME": str(home / "hf"),
+        "HF_ENDPOINT": hub.url,
+        "NO_PROXY": "127.0.0.1",
+    }
+    print("$ fastface", *arguments, flush=True)
+    began = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, str(manifest), *arguments], env=environment, check=False
+    )
+    print(f"exit code {done.returncode}, {time.perf_counter() - began:.0f} s\n", flush=True)
+    if done.returncode:
+        raise SystemExit(done.returncode)
+
+
+def main() -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("recipe")
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--size", default="512x512")
+    parser.add_argument("--face", type=Path, default=PORTRAIT)
+    parser.add_argument("options", nargs="*", help="further options of `generate`, after --")
+    given = parser.parse_args()
+    artifacts = artifacts_of(load_recipe(given.recipe).recipe)
+    home = given.folder / "home"
+    with hub_server() as hub:
+        manifest = given.folder / "manifest.json"
+        manifest.parent.mkdir(parents=True, exist_ok=True)
+        names = [artifact.name for artifact in artifacts.values()]
+        manifest.write_text(publish(hub, names, given.folder / "published"))
+        command(["download", given.recipe], manifest, hub, home)
+        for attempt in ("first", "second"):
+            command(
+                [
+                    *("generate", "--recipe", given.recipe, "--face", str(given.face)),
+                    *("-p", "a portrait", "--seed", "1", "--device", "cpu", "--size", given.size),
+                    *("-o", str(given.folder / f"{given.recipe}-{attempt}.png"), "--force", *given.options),
+                ],
+                manifest,
+                hub,
+                home,
+            )
+        command(["download", given.recipe, "--verify"], manifest, hub, home)
+        command(["doctor", "--recipe", given.recipe], manifest, hub, home)
+
+
+if __name__ == "__main__":
+    main()
