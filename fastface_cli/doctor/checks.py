@@ -38,6 +38,7 @@ def examine(
     by_role = artifacts_of(recipe)
     artifacts = list({artifact.name: artifact for artifact in by_role.values()}.values())
     download_bytes = sum(entry.bytes for entry in store.missing(artifacts))
+    fuses = download_bytes > 0 and is_full_size(recipe) and recipe.fuses_loras()
     return [
         check_python(),
         check_torch(machine),
@@ -45,7 +46,7 @@ def examine(
         *check_memory(machine, recipe),
         *check_face_libraries(machine, store, by_role["face"], recipe_name),
         check_cache(settings, download_bytes),
-        check_disk(settings, download_bytes, FUSED_BYTES if download_bytes and is_full_size(recipe) else 0),
+        check_disk(settings, download_bytes, FUSED_BYTES if fuses else 0),
         *check_models(store, recipe_name, artifacts),
         check_network(store, artifacts, download_bytes),
         check_terminal(),

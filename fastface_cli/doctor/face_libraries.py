@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from ..errors import ModelUnavailableError
+from ..identity.analyzer import is_detector
 from ..store import Store
 from ..store.manifest import Artifact
 from . import packages
@@ -24,6 +25,11 @@ def check_face_libraries(
     if failure is not None:
         yield failure
         return
+    face_models = store.path(artifact)
+    missing = artifact.local is None and bool(store.missing([artifact]))
+    if is_detector(face_models):
+        yield check_detector(None if missing else face_models, recipe_name)
+        return
     owners = packages.onnx_owners()
     if not owners:
         replacement = packages.onnx_replacement(machine.cuda_in_use)
@@ -35,8 +41,7 @@ def check_face_libraries(
             fixable=True,
         )
         return
-    face_models = store.path(artifact)
-    if artifact.local is None and store.missing([artifact]):
+    if missing:
         from ..store.manifest import load_manifest
 
         face_models = store.path(load_manifest()["pocket-face"])
@@ -59,6 +64,23 @@ def check_opencv() -> Finding | None:
             fixable=lacks_desktop,
         )
     return None
+
+
+def check_detector(file: Path | None, recipe_name: str) -> Finding:
+    """Load a detector that OpenCV runs, without ONNX Runtime; None: it is not downloaded yet."""
+    import cv2
+
+    from ..identity.yunet import YuNetAnalyzer
+
+    if file is not None:
+        try:
+            YuNetAnalyzer(file)
+        except ModelUnavailableError as error:
+            return Finding(
+                "Face models", "failure", error.message, download_command(recipe_name), ModelUnavailableError
+            )
+    name = "the face detector" if file is None else file.name
+    return Finding("Face models", "ok", f"{name} runs on the CPU, with OpenCV {cv2.__version__}")
 
 
 def check_onnx_session(

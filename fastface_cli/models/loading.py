@@ -226,7 +226,8 @@ def load_parts(
     """
     inputs = fused_inputs(recipe, paths)
     key = None
-    if fuse and cache is not None and cache.worthwhile(inputs):
+    # Without a LoRA, the cached file would be a copy of the published ones.
+    if fuse and cache is not None and recipe.fuses_loras() and cache.worthwhile(inputs):
         key = fused_key(recipe, inputs, homes.unet.type, str(dtype))
     with _Kept(cache, key, homes.unet) as kept:
         if paths["base"].is_file():

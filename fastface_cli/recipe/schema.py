@@ -409,6 +409,11 @@ class Recipe(Section):
         roles = {"face", *(("face_parsing", "image_encoder") if pulid else ())}
         return frozenset(roles & self.references().keys())
 
+    def fuses_loras(self) -> bool:
+        """Whether a LoRA changes the published weights; FaceID's file contains one."""
+        model = self.model
+        return model.distillation is not None or bool(model.loras) or self.adapter.kind == "faceid_plusv2"
+
     def canonical(self) -> dict[str, Any]:
         """Plain data including every default; `model_validate_json` of its JSON restores the recipe."""
         return self.model_dump(mode="json")

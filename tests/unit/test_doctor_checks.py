@@ -10,15 +10,17 @@ from types import ModuleType
 
 import pytest
 import torch
+from support.face_stand_ins import write_yunet
 
 from fastface_cli.doctor import checks, face_libraries, machine, nvidia, packages
+from fastface_cli.doctor.finding import Finding
 from fastface_cli.doctor.machine import Gpu, Machine
 from fastface_cli.errors import DeviceError, FastFaceError
 from fastface_cli.recipe.files import load_recipe
 from fastface_cli.recipe.schema import Recipe
 from fastface_cli.settings import Settings
 from fastface_cli.store import Store
-from fastface_cli.store.manifest import load_manifest
+from fastface_cli.store.manifest import Artifact, load_manifest, resolve
 
 H100 = Gpu("NVIDIA H100", 80 * 10**9, 79 * 10**9, "9.0")
 BUILT = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120")
@@ -229,6 +231,23 @@ def test_cpu_runtime_on_a_gpu_machine_is_a_warning(tmp_path: Path, monkeypatch: 
     assert finding.command is not None
     assert "uninstall --yes onnxruntime onnxruntime-gpu && " in finding.command
     assert finding.command.endswith("install 'onnxruntime-gpu[cuda]>=1.27'")
+
+
+def test_a_detector_alone_needs_no_onnx_runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packages, "onnx_owners", lambda: {})
+    store = Store(Settings(home=tmp_path), offline=True)
+
+    def check(artifact: Artifact) -> Finding:
+        (finding,) = face_libraries.check_face_libraries(GOOD, store, artifact, "lightning-plusface")
+        return finding
+
+    assert check(load_manifest()["yunet"]).message.startswith("the face detector runs on the CPU")
+    write_yunet(tmp_path / "detector.onnx")
+    good = check(resolve(str(tmp_path / "detector.onnx")))
+    assert (good.level, good.message.split(",")[0]) == ("ok", "detector.onnx runs on the CPU")
+    (tmp_path / "detector.onnx").write_bytes(b"not a model")
+    broken = check(resolve(str(tmp_path / "detector.onnx")))
+    assert (broken.level, broken.command) == ("failure", "fastface download lightning-plusface")
 
 
 def test_missing_desktop_library_installs_headless_opencv(

@@ -16,6 +16,7 @@ import torch
 from fastface_cli.adapters.registry import ADAPTERS
 from fastface_cli.app.pipeline import Pipeline, Request
 from fastface_cli.models import fused, loading
+from fastface_cli.recipe.files import load_recipe
 from fastface_cli.recipe.schema import Recipe
 from fastface_cli.store import fused_cache as store
 from fastface_cli.store.fused_cache import FusedCache, fused_inputs, fused_key
@@ -229,6 +230,30 @@ def test_small_models_and_a_limit_of_nothing_keep_nothing(paths, tmp_path):
     assert FusedCache(tmp_path, LIMIT, least=0).worthwhile(inputs)
     assert not FusedCache(tmp_path, LIMIT).worthwhile(inputs)
     assert not FusedCache(tmp_path, 0, least=0).worthwhile(inputs)
+
+
+def test_without_a_lora_nothing_is_kept(paths, cache, monkeypatch):
+    monkeypatch.setitem(ADAPTERS, "plus_face", ADAPTERS["faceid_plusv2"])
+    data = recipe_of().canonical()
+    data["model"]["distillation"] = None
+    data["adapter"]["kind"] = "plus_face"
+    paths.pop("distillation")
+    load(Recipe.model_validate(data), paths, cache)
+    assert not cache.entries()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "fuses"),
+    [
+        ("hyper-fastface", True),
+        ("lightning-fastface", True),
+        ("hyper-pulid", True),
+        ("lightning-pulid", False),
+        ("lightning-plusface-dcg", False),
+    ],
+)
+def test_recipes_without_a_lora(recipe, fuses):
+    assert load_recipe(recipe).recipe.fuses_loras() is fuses
 
 
 def test_what_dead_processes_left_is_swept(cache):
