@@ -234,7 +234,7 @@ def test_cpu_runtime_on_a_gpu_machine_is_a_warning(tmp_path: Path, monkeypatch: 
 
 
 def test_a_detector_alone_needs_no_onnx_runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packages, "onnx_owners", lambda: {})
+    monkeypatch.setattr(packages, "onnx_owners", dict)
     store = Store(Settings(home=tmp_path), offline=True)
 
     def check(artifact: Artifact) -> Finding:
