@@ -33,6 +33,8 @@ def page(request: pytest.FixtureRequest, browser: Any, server: Server) -> Iterat
     yield page
     assert not [text for text in problems if "status of 4" not in text]
     assert page.evaluate("document.documentElement.scrollWidth") <= width, "nothing is wider than the screen"
+    wider = "(panel => panel.scrollWidth > panel.clientWidth)(document.querySelector('.panel'))"
+    assert not page.evaluate(wider), "nothing is wider than the form"
     page.close()
 
 
@@ -204,7 +206,12 @@ def test_a_pose_is_sent_with_instantid_alone(page):
     page.select_option("#family", "hyper-pulid")
     with page.expect_response(lambda response: response.request.method == "POST"):
         page.click("#generate")
-    assert [b'name="pose"' in body for body in bodies] == [True, False]
+    page.select_option("#family", "hyper-instantid")
+    page.click("#pose-clear")
+    assert page.locator("#pose-clear").is_hidden()
+    with page.expect_response(lambda response: response.request.method == "POST"):
+        page.click("#generate")
+    assert [b'name="pose"' in body for body in bodies] == [True, False, False]
 
 
 def test_an_identity_is_saved_for_the_chosen_recipe(page):

@@ -31,6 +31,12 @@ async function start() {
   startViewer(useSettings);
   await startRecipes(status.recipe);
   $("form").addEventListener("submit", generate);
+  $("pose").addEventListener("change", showPose);
+  $("pose-clear").addEventListener("click", () => {
+    $("pose").value = "";
+    showPose();
+    $("pose").focus();
+  });
   document.addEventListener("keydown", (event) => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !document.querySelector("dialog[open]")) {
       $("form").requestSubmit();
@@ -38,6 +44,10 @@ async function start() {
   });
   await restore();
   document.addEventListener("run-ended", async () => report(await json("/api/status")));
+}
+
+function showPose() {
+  $("pose-clear").hidden = $("pose").files.length === 0;
 }
 
 function report(status) {
