@@ -12,7 +12,7 @@ from ..errors import FastFaceError, NoFaceError, UsageError
 from ..files import write_atomically
 from ..identity.identity import Identity, make_identity
 from ..identity.photos import read_photo
-from ..identity.search import bgr, find_faces
+from ..identity.search import find_upright
 from ..output.images import encode_png
 from .dataset import Subject
 from .stress import degrade
@@ -166,8 +166,7 @@ class People:
     def _degraded(self, subject: Subject, stress: str, analyzer: FaceAnalyzer) -> list[Image.Image]:
         degraded = []
         for index, photo in enumerate(subject.photos):
-            image = read_photo(photo)
-            faces = find_faces(bgr(image), analyzer)
+            image, faces, _ = find_upright(read_photo(photo), analyzer)
             if not faces:
                 raise NoFaceError(f"no face found in {photo} before it was degraded", "use another photo")
             degraded.append(degrade(image, stress, f"{subject.name}/{index}", faces[0].box))

@@ -22,9 +22,9 @@ from .search import (
     choose_face,
     describe_attempts,
     find_faces,
+    find_upright,
     rounded,
     scaled,
-    turns_upright,
 )
 
 if TYPE_CHECKING:
@@ -324,14 +324,14 @@ def _measure(
     encoder: GrayFaceEncoder | None,
 ) -> _MeasuredFace | str:
     """Return the chosen face of a photo, or the attempts made if it shows none."""
+    if box is None:
+        upright, faces, turns = find_upright(photo.image, analyzer)
+        if turns:
+            photo = replace(photo, image=upright)
+            report(f"{photo.name} lies on its side; rotated by {90 * turns} degrees")
+    else:
+        faces = find_faces(bgr(photo.image), analyzer)
     image = bgr(photo.image)
-    faces = find_faces(image, analyzer)
-    turns = 0 if box is not None else turns_upright(image, faces, analyzer)
-    if turns:
-        photo = replace(photo, image=photo.image.rotate(90 * turns, expand=True))
-        image = bgr(photo.image)
-        faces = find_faces(image, analyzer)
-        report(f"{photo.name} lies on its side; rotated by {90 * turns} degrees")
     if not faces and box is None:
         return describe_attempts(image)
     face = choose_face(photo, faces, analyzer, index=index, box=box)

@@ -42,7 +42,21 @@ def find_faces(image: np.ndarray, analyzer: FaceAnalyzer) -> list[Face]:
     return []
 
 
-def turns_upright(image: np.ndarray, faces: list[Face], analyzer: FaceAnalyzer) -> int:
+def find_upright(image: Image.Image, analyzer: FaceAnalyzer) -> tuple[Image.Image, list[Face], int]:
+    """Rotate an image that lies on its side.
+
+    Returns:
+        The image, what `find_faces` returns for it, and the number of quarter turns to the left.
+    """
+    faces = find_faces(bgr(image), analyzer)
+    turns = _turns_upright(bgr(image), faces, analyzer)
+    if turns:
+        image = image.rotate(90 * turns, expand=True)
+        faces = find_faces(bgr(image), analyzer)
+    return image, faces, turns
+
+
+def _turns_upright(image: np.ndarray, faces: list[Face], analyzer: FaceAnalyzer) -> int:
     """How many quarter turns to the left make the faces of an image upright, 0 to 3.
 
     Some programs lose the EXIF orientation of a photo. Detectors find rotated faces too, but with a lower

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from PIL import Image
 from support import eval_stand_ins as stand_in
 from support.face_stand_ins import SquareAnalyzer, drawn
 
+from fastface_cli import FastFace
 from fastface_cli.errors import NoFaceError, UsageError
 from fastface_cli.evaluation.dataset import Subject, load_dataset
 from fastface_cli.evaluation.foreign import adopt, read_order
@@ -26,6 +28,8 @@ from fastface_cli.evaluation.runner import joined, score
 from fastface_cli.evaluation.runs import Run
 from fastface_cli.evaluation.stress import SMALL, STRESSES, degrade, parse_stresses
 from fastface_cli.recipe.files import load_recipe
+
+PORTRAIT = Path(__file__).parents[2] / "examples" / "portrait.png"
 
 
 @pytest.fixture
@@ -248,6 +252,18 @@ def test_degraded_person_is_a_separate_person(published, tmp_path, people):
     assert (kept.size, kept.tobytes() == Image.open(subject.photos[0]).tobytes()) == ((64, 64), False)
     with pytest.raises(NoFaceError, match="no face found in the photo"):
         run_people.identity(subject, "lowlight", "pack")
+
+
+def test_a_photo_on_its_side_is_degraded_upright(tmp_path):
+    upright = Image.open(PORTRAIT).convert("RGB")
+    upright.rotate(90, expand=True).save(tmp_path / "side.png")
+    run_people = People(tmp_path / "run", {"pack": lambda: FastFace("pocket", device="cpu").analyzer}, print)
+    run_people.identity(Subject("me", (tmp_path / "side.png",)), "occlusion", "pack")
+    degraded = Image.open(tmp_path / "run" / degraded_path(Subject("me", ()), "occlusion"))
+    changed = np.abs(np.asarray(degraded, float) - np.asarray(upright, float)).sum(2) > 0
+    rows, columns = np.nonzero(changed)
+    assert np.ptp(columns) > np.ptp(rows), "the band lies across the upright face"
+    assert changed.mean() < 0.2
 
 
 def test_photos_are_unchanged_and_broken_photos_are_reported(published, tmp_path, people):
