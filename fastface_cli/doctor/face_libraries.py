@@ -44,8 +44,8 @@ def check_face_libraries(
     if missing:
         from ..store.manifest import load_manifest
 
-        face_models = store.path(load_manifest()["pocket-face"])
-    yield check_onnx_session(machine, face_models, owners, recipe_name)
+        artifact = load_manifest()["pocket-face"]
+    yield check_onnx_session(machine, store.path(artifact), artifact.name, owners, recipe_name)
 
 
 def check_opencv() -> Finding | None:
@@ -84,7 +84,7 @@ def check_detector(file: Path | None, recipe_name: str) -> Finding:
 
 
 def check_onnx_session(
-    machine: Machine, face_models: Path, owners: Mapping[str, str], recipe_name: str
+    machine: Machine, face_models: Path, name: str, owners: Mapping[str, str], recipe_name: str
 ) -> Finding:
     """Load the face models and check which device they run on."""
     from ..identity.analyzer import load_face_models
@@ -95,9 +95,9 @@ def check_onnx_session(
         return Finding(
             "Face models", "failure", error.message, download_command(recipe_name), ModelUnavailableError
         )
-    versions = " and ".join(f"{name} {version}" for name, version in owners.items())
+    versions = " and ".join(f"{owner} {version}" for owner, version in owners.items())
     provider = analyzer.provider.removesuffix("ExecutionProvider")
-    message = f"{versions}: {face_models.name} runs on {provider}"
+    message = f"{versions}: {name} runs on {provider}"
     replacement = packages.onnx_replacement(
         machine.cuda_in_use, works=provider == "CUDA" if machine.gpus else None
     )
