@@ -12,23 +12,17 @@ CPU in float32. About 35 GB of disk and 20 GB of memory are needed. The images a
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
-import mmap
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
-from functools import cached_property
+from collections.abc import Callable
 from pathlib import Path
-
-import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from support.face_stand_ins import random_pack, write_parser, write_yunet
-from support.hub_server import COMMIT, Hub, hub_server
+from support.hub_server import Hub, hub_server
+from support.published_hub import publish
 
 from benchmarks import adapter_files
 from benchmarks.published_files import (
@@ -43,7 +37,7 @@ from fastface_cli.app.licensing import artifacts_of
 from fastface_cli.benchmark.sdxl import PADS, PUBLISHED, config_text
 from fastface_cli.errors import DeviceError
 from fastface_cli.recipe.files import load_recipe
-from fastface_cli.store.manifest import MANIFEST, WEIGHT_SUFFIXES
+from fastface_cli.store.manifest import WEIGHT_SUFFIXES
 
 CHILD = """
 import re, sys
@@ -80,28 +74,16 @@ OTHER_LENGTH = ("eva02-clip-l-336", "sdxl-vae-fp16-fix")
 """Artifacts whose published file also holds a text tower, or has a header of other order."""
 
 
-def write_weights(name: str, path: str, target: Path, published: int | None) -> None:
-    """Write a weight file with random weights, and compare its length with the published one."""
-    for end, layout in WEIGHTS[name]().items():
-        if path.endswith(end):
-            write(target, layout, "random")
-            break
+def write_file(name: str, path: str, target: Path, published: int | None) -> None:
+    """Write a file with random weights and compare its length with the published one, or a configuration."""
+    if not path.endswith(WEIGHT_SUFFIXES):
+        write_other(name, path, target)
+        return
+    layout = next(layout for end, layout in WEIGHTS[name]().items() if path.endswith(end))
+    write(target, layout, "random")
     length = target.stat().st_size
     if name not in OTHER_LENGTH and published not in (None, length):
         raise SystemExit(f"{name}: {path} has {length:,} bytes, the published file {published:,}")
-
-
-def write_onnx(path: str, target: Path) -> None:
-    """Write the stand-in for a face model."""
-    if "yunet" in path:
-        write_yunet(target)
-    elif "resnet18" in path:
-        write_parser(target)
-    else:
-        random_pack(target.parent)
-        (
-            target.parent / ("det.onnx" if path.endswith(("det_10g.onnx", "bnkps.onnx")) else "rec.onnx")
-        ).rename(target)
 
 
 def write_other(name: str, path: str, target: Path) -> None:
@@ -118,50 +100,6 @@ def write_other(name: str, path: str, target: Path) -> None:
             return
     (config,) = (config for end, config in configs.items() if path.endswith(end))
     target.write_text(config_text(config))
-
-
-def publish(hub: Hub, artifacts: Iterable[str], folder: Path) -> str:
-    """Write the files of artifacts, serve them, and return a manifest that names them."""
-    data = yaml.load(MANIFEST.read_text(), yaml.BaseLoader)
-    wanted = set(artifacts)
-    for entry in data["artifacts"]:
-        if entry["name"] not in wanted or "package" in entry:
-            continue
-        entry.pop("archive", None)
-        entry.pop("fallback", None)
-        rows = []
-        for path, size, _ in entry["files"]:
-            target = folder / entry["name"] / path
-            if not target.exists():
-                target.parent.mkdir(parents=True, exist_ok=True)
-                if path.endswith(".onnx"):
-                    write_onnx(path, target)
-                elif path.endswith(WEIGHT_SUFFIXES):
-                    write_weights(entry["name"], path, target, int(size) if size.isdigit() else None)
-                else:
-                    write_other(entry["name"], path, target)
-            with target.open("rb") as file:
-                content = Content(file.fileno(), 0, access=mmap.ACCESS_READ)
-            rows.append([path, str(len(content)), content.sha256])
-            if "repo" in entry:
-                hub.files[f"{entry['repo']}/{path}"] = content
-            else:
-                hub.plain[f"/{path}"] = content
-        entry["files"] = rows
-        if "repo" in entry:
-            entry["commit"] = COMMIT
-        else:
-            entry["url"] = f"{hub.url}/{entry['files'][0][0]}"
-    return json.dumps(data)
-
-
-class Content(mmap.mmap):
-    """A file on the disk that the Hub serves, hashed once."""
-
-    @cached_property
-    def sha256(self) -> str:
-        """SHA-256 in hex."""
-        return hashlib.sha256(self).hexdigest()
 
 
 def command(arguments: list[str], manifest: Path, hub: Hub, home: Path, expected: int = 0) -> None:
@@ -200,7 +138,7 @@ def main() -> None:
         manifest = given.folder / "manifest.json"
         manifest.parent.mkdir(parents=True, exist_ok=True)
         names = [artifact.name for artifact in artifacts.values()]
-        manifest.write_text(publish(hub, names, given.folder / "published"))
+        manifest.write_text(publish(hub, names, given.folder / "published", write_file))
         command(["download", given.recipe], manifest, hub, home)
         for attempt in ("first", "second"):
             command(

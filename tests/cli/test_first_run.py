@@ -1,0 +1,147 @@
+"""The first run with every adapter: download, check the machine, generate, verify, look at the cache.
+
+The Hub serves the small golden stack under the published names: except for the sizes, a user runs the same.
+`benchmarks/rehearsal.py` does it at full size.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from support.hub_server import hub_server
+from support.published_hub import publish
+from support.tiny_manifest import use_hub
+
+from benchmarks.published_files import PT, lora_layout, write, write_tokenizer
+from fastface_cli import cli
+from fastface_cli.app.licensing import artifacts_of
+from fastface_cli.benchmark.sdxl import PADS
+from fastface_cli.identity.eva import PREFIX, EvaConfig, EvaTower
+from fastface_cli.recipe.files import load_recipe
+from fastface_cli.store import manifest
+
+ROOT = Path(__file__).parents[2]
+GOLDEN, PORTRAIT = ROOT / "tests" / "data" / "golden", ROOT / "examples" / "portrait.png"
+TOWER = EvaConfig(side=56, width=32, depth=6, heads=1, hidden=85, output=24, taps=(1, 2, 3, 4, 5))
+"""The image tower that PuLID's golden adapter was made for."""
+ADAPTERS = ("hyper-fastface", "lightning-plusface", "hyper-instantid-fastface", "lightning-pulid-dcg")
+
+
+DISTILLATIONS = ("lcm", "turbo", "dmd2", "tcd", "pcm", "hypercfg", "nitro")
+
+
+def from_golden(name: str, path: str, target: Path, _length: int | None) -> None:
+    """Write a file of the golden stack under its published name."""
+    file = path.rpartition("/")[2].replace(".fp16", "")
+    match name:
+        case "sdxl-base" if path.startswith(tuple(f"{tokenizer}/" for tokenizer in PADS)):
+            write_tokenizer(target.parent, 514, PADS[path.partition("/")[0]])
+        case "sdxl-base" | "sdxl-base-unet":
+            shutil.copyfile(GOLDEN / "pipe" / path.replace(".fp16", ""), target)
+        case "sdxl-turbo-unet" | "sdxl-turbo-scheduler" if path.endswith(".json"):
+            shutil.copyfile(GOLDEN / "pipe" / path, target)
+        case "sdxl-lightning-4-step-unet" | "sdxl-turbo-unet" | "nitrosd-realism-unet":
+            shutil.copyfile(GOLDEN / "pipe" / "unet" / "diffusion_pytorch_model.safetensors", target)
+        case "sdxl-vae-fp16-fix":
+            shutil.copyfile(GOLDEN / "pipe" / "vae" / file, target)
+        case _ if name.endswith("-lora") or name == "lcm-lora-sdxl":
+            config = json.loads((GOLDEN / "pipe" / "unet" / "config.json").read_text())
+            write(target, lora_layout(config, 4, torch.float32, PT), "random")
+        case "ip-adapter-faceid-plusv2-sdxl":
+            shutil.copyfile(GOLDEN / "faceid_plusv2.bin", target)
+        case "ip-adapter-image-encoder":
+            shutil.copyfile(GOLDEN / "clip" / file, target)
+        case "ip-adapter-plus-face-sdxl":
+            save_plus_face(target)
+        case "instantid":
+            shutil.copyfile(GOLDEN / "instantid" / file, target)
+        case "instantid-controlnet":
+            shutil.copyfile(GOLDEN / "instantid" / "controlnet" / file, target)
+        case "pulid-v1":
+            save_file(torch.load(GOLDEN / "pulid" / "pulid_v1.bin", weights_only=True), target)
+        case "eva02-clip-l-336":
+            tower = EvaTower(TOWER)
+            for parameter in tower.parameters():
+                torch.nn.init.normal_(parameter, std=0.2)
+            save_file({PREFIX + key: tensor for key, tensor in tower.state_dict().items()}, target)
+
+
+def save_plus_face(target: Path) -> None:
+    """InstantID's golden file, with a projection for the golden image encoder."""
+    state = torch.load(GOLDEN / "instantid" / "ip-adapter.bin", weights_only=True)
+    width = json.loads((GOLDEN / "clip" / "config.json").read_text())["hidden_size"]
+    state["image_proj"]["proj_in.weight"] = torch.randn(128, width) / 8
+    tensors = {f"{part}.{name}": tensor for part, own in state.items() for name, tensor in own.items()}
+    save_file(tensors, target)
+
+
+@pytest.fixture
+def recipe(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The name of a recipe whose files the Hub serves."""
+    torch.manual_seed(0)
+    with hub_server() as hub:
+        names = [artifact.name for artifact in artifacts_of(load_recipe(request.param).recipe).values()]
+        (tmp_path / "manifest.yaml").write_text(publish(hub, names, tmp_path / "published", from_golden))
+        use_hub(monkeypatch, hub, tmp_path / "home")
+        monkeypatch.setattr(manifest, "MANIFEST", tmp_path / "manifest.yaml")
+        manifest.load_manifest.cache_clear()
+        yield request.param
+    manifest.load_manifest.cache_clear()
+
+
+@pytest.mark.parametrize("recipe", ADAPTERS, indirect=True)
+def test_first_run(recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(*arguments: str, code: int = 0) -> dict:
+        ended = cli.run([*arguments, "--json"])
+        result = json.loads(capsys.readouterr().out)
+        assert ended == code, result
+        return result
+
+    def generate(name: str, *options: str, code: int = 0) -> bytes:
+        result = run(
+            *("generate", "--recipe", recipe, "--face", str(PORTRAIT), "-p", "a portrait", "--seed", "1"),
+            *("--size", "128x128", "-o", str(tmp_path / name), *options),
+            code=code,
+        )
+        return b"".join(Image.open(image["path"]).tobytes() for image in result["images"])
+
+    def problems() -> list[str]:
+        findings = run("doctor", "--recipe", recipe)["findings"]
+        return [finding["check"] for finding in findings if finding["level"] != "ok"]
+
+    models = {artifact.name for artifact in artifacts_of(load_recipe(recipe).recipe).values()}
+    run("download", recipe)
+    assert not problems()
+    first = generate("first.png")
+    assert len(set(first)) > 30, "an image of many colors"
+    assert generate("second.png", "--offline") == first
+    run("download", recipe, "--verify")
+    assert {entry["name"] for entry in run("cache", "list")["artefacts"] if entry["complete"]} == models
+    assert run("licenses", "--recipe", recipe)["ok"]
+    run("cache", "remove", "--all", "--yes")
+    generate("third.png", "--offline", code=3)
+    assert problems() == ["Models"]
+    assert generate("third.png") == first, "downloads what is missing"
+
+
+@pytest.mark.parametrize("recipe", [f"{name}-fastface" for name in DISTILLATIONS], indirect=True)
+def test_other_distillations(recipe: str, tmp_path: Path) -> None:
+    command = [
+        "generate",
+        "--recipe",
+        recipe,
+        "--face",
+        str(PORTRAIT),
+        "-p",
+        "a portrait",
+        "--size",
+        "128x128",
+    ]
+    assert cli.run([*command, "-o", str(tmp_path / "image.png"), "--quiet"]) == 0
+    assert len(set(Image.open(tmp_path / "image.png").tobytes())) > 30
