@@ -329,7 +329,8 @@ def show_run(session: Session, request: GenerateRequest, *, as_json: bool, verbo
                 case ModelsReady():
                     if verbosity:
                         _print_models(event)
-                    display.working("generating")
+                    compiles = session.runtime.acceleration.compile
+                    display.working("compiling and generating" if compiles else "generating")
                 case StepFinished():
                     display.steps(event.done, event.total)
                 case ImageFinished():
