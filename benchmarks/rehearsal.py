@@ -5,8 +5,8 @@
 A Hub on this machine serves files with the published names, shapes and lengths and random weights; detectors,
 recognizers and the face parser are small stand-ins. The manifest is the product's with other hashes; a weight
 file whose length differs from the published one ends the rehearsal. `download`, `generate` twice (the second
-time from the fused cache), `download --verify` and `doctor` run in new processes, as a user runs them, on the
-CPU in float32. About 35 GB of disk and 20 GB of memory are needed. The images are noise.
+time with cached fused models), `download --verify` and `doctor` run in new processes, as a user runs them, on
+the CPU in float32. About 35 GB of disk and 20 GB of memory are needed. The images are noise.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def command(arguments: list[str], manifest: Path, hub: Hub, home: Path, expected
     )
     print(f"exit code {done.returncode}, {time.perf_counter() - began:.0f} s\n", flush=True)
     if done.returncode != expected:
-        raise SystemExit(done.returncode)
+        raise SystemExit(done.returncode or 1)
 
 
 def main() -> None:
