@@ -120,7 +120,7 @@ def remove_abandoned(folder: Path) -> None:
     They can hold a face. Subfolders are not searched; the folder may be missing.
     """
     for path in folder.glob(_TEMPORARIES):
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):  # removed meanwhile, or of another user
             if path.stat().st_mtime < time.time() - 60:
                 path.unlink()
 
