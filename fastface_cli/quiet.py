@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,17 +31,22 @@ def quiet_libraries() -> Iterator[None]:
     """Silence loaders: they warn about intended settings (no image encoder), and log what they raise."""
     loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
     levels = [logger.level for logger in loggers]
-    bars = transformers_logging.is_progress_bar_enabled()
+    # Not imported here: evaluation does not need diffusers, and it takes seconds.
+    diffusers_logging = sys.modules.get("diffusers.utils.logging")
+    libraries = [library for library in (diffusers_logging, transformers_logging) if library is not None]
+    bars = [library.is_progress_bar_enabled() for library in libraries]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
-    transformers_logging.disable_progress_bar()
+    for library in libraries:
+        library.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        if bars:
-            transformers_logging.enable_progress_bar()
+        for library, shown in zip(libraries, bars, strict=True):
+            if shown:
+                library.enable_progress_bar()
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
 

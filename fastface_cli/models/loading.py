@@ -179,6 +179,11 @@ def load_single_file(
         pipe = StableDiffusionXLPipeline.from_single_file(
             str(file), config=str(config), dtype=dtype, local_files_only=True, add_watermarker=False, **models
         )
+        # diffusers leaves what the file lacks on the meta device, without a word.
+        for part in ("unet", "vae", *TEXT_ENCODERS):
+            for name, tensor in getattr(pipe, part).state_dict().items():
+                if tensor.is_meta:
+                    raise ValueError(f"it lacks {name} of the {part}")
         if dtype is torch.float16 and pipe.vae.config.force_upcast:
             pipe.vae.to(torch.float32)
         return pipe

@@ -33,7 +33,7 @@ TOWER = EvaConfig(side=56, width=32, depth=6, heads=1, hidden=85, output=24, tap
 ADAPTERS = ("hyper-fastface", "lightning-plusface", "hyper-instantid-fastface", "lightning-pulid-dcg")
 
 
-DISTILLATIONS = ("lcm", "turbo", "dmd2", "tcd", "pcm", "hypercfg", "nitro")
+DISTILLATIONS = ("lcm", "turbo", "dmd2", "tcd", "pcm", "hypercfg", "nitro", "nitrovibrant")
 
 
 def from_golden(name: str, path: str, target: Path, _length: int | None) -> None:
@@ -46,7 +46,9 @@ def from_golden(name: str, path: str, target: Path, _length: int | None) -> None
             shutil.copyfile(GOLDEN / "pipe" / path.replace(".fp16", ""), target)
         case "sdxl-turbo-unet" | "sdxl-turbo-scheduler" if path.endswith(".json"):
             shutil.copyfile(GOLDEN / "pipe" / path, target)
-        case "sdxl-lightning-4-step-unet" | "sdxl-turbo-unet" | "nitrosd-realism-unet":
+        case (
+            "sdxl-lightning-4-step-unet" | "sdxl-turbo-unet" | "nitrosd-realism-unet" | "nitrosd-vibrant-unet"
+        ):
             shutil.copyfile(GOLDEN / "pipe" / "unet" / "diffusion_pytorch_model.safetensors", target)
         case "sdxl-vae-fp16-fix":
             shutil.copyfile(GOLDEN / "pipe" / "vae" / file, target)

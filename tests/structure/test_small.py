@@ -25,6 +25,7 @@ from fastface_cli.benchmark.sdxl import MINIATURE, PADS, config_text
 from fastface_cli.errors import ModelUnavailableError
 from fastface_cli.identity.identity import Identity
 from fastface_cli.models import loading
+from fastface_cli.quiet import quiet_libraries
 from fastface_cli.recipe.schema import Recipe
 from fastface_cli.store.fused_cache import FusedCache
 
@@ -307,9 +308,11 @@ def single_file(miniature: Paths, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 def test_single_file_checkpoint_is_loaded_exactly(
-    stock: StableDiffusionXLPipeline, single_file: Paths
+    stock: StableDiffusionXLPipeline, single_file: Paths, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    loaded = loading.load_single_file(single_file["base"], single_file["config"], torch.float32)
+    with quiet_libraries():
+        loaded = loading.load_single_file(single_file["base"], single_file["config"], torch.float32)
+    assert capfd.readouterr().err == ""
     for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
         assert same(snapshot(getattr(loaded, part)), snapshot(getattr(stock, part)))
     assert loaded.tokenizer_2.pad_token_id == stock.tokenizer_2.pad_token_id
@@ -381,9 +384,10 @@ def test_replacements_that_lack_a_tensor_are_refused(
     broken = without(miniature["lightning"], r"up_blocks", tmp_path / "lightning.safetensors")
     with pytest.raises(ModelUnavailableError):
         loading.load_unet(miniature["base"], broken, torch.float32)
-    broken = without(single_file["base"], r"middle_block", tmp_path / "single.safetensors")
-    with pytest.raises(ModelUnavailableError):
-        loading.load_single_file(broken, single_file["config"], torch.float32)
+    for lacking in ("middle_block", r"embedders\.1\.model\.text_projection"):
+        broken = without(single_file["base"], lacking, tmp_path / "single.safetensors")
+        with pytest.raises(ModelUnavailableError):
+            loading.load_single_file(broken, single_file["config"], torch.float32)
     adapter = torch.load(miniature["adapter"], weights_only=True)
     del adapter["ip_adapter"]["1.to_v_ip.weight"]
     torch.save(adapter, tmp_path / "adapter.bin")
