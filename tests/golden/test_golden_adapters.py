@@ -13,6 +13,7 @@ from golden import adapters
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
 
+from benchmarks.published_files import PT, lora_layout, write
 from fastface_cli.adapters.key_points import drawn, placed
 from fastface_cli.adapters.pulid import along, empty_pulid
 from fastface_cli.app.events import ImageFinished
@@ -243,8 +244,12 @@ def test_fused_models_are_read_back(instantid, pulid, tmp_path: Path) -> None:
     """The cache of fused models holds the projection of every kind of adapter."""
     from fastface_cli.store.fused_cache import FusedCache
 
+    unet = json.loads((SHIPPED / "pipe" / "unet" / "config.json").read_text())
+    lora = write(tmp_path / "lora.safetensors", lora_layout(unet, 4, torch.float32, PT), "random")
     for pipeline, identity, _ in (instantid, pulid):
-        recipe = pipeline.recipe
+        data = pipeline.recipe.canonical()
+        data["model"]["distillation"] = str(lora)
+        recipe = load_recipe_data(data, pipeline.recipe.name).recipe
         paths = {role: Path(str(part)) for role, part in recipe.references().items() if role != "face"}
         cache = FusedCache(tmp_path / recipe.name, limit=10**9, least=0)
         images = []
