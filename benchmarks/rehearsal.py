@@ -1,6 +1,6 @@
 """Rehearse the first run of a new user: download every file of a recipe at its published size, then generate.
 
-    python benchmarks/rehearsal.py lightning-plusface --folder DIR [--size 512x512] [--device cuda] [-- OPTION ...]
+    python benchmarks/rehearsal.py RECIPE --folder DIR [--size 512x512] [--device cuda] [-- OPTION ...]
 
 A Hub on this machine serves files with the published names, shapes and lengths and random weights; detectors,
 recognizers and the face parser are small stand-ins. The manifest is the product's with other hashes; a weight
