@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import statistics
 import subprocess
@@ -18,8 +17,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from support.hub_server import COMMIT, Hub, hub_server
-from support.tiny_manifest import sha256
+from support.hub_server import COMMIT, Hub, environment_of, hub_server, sha256
 
 CHILD = """
 import sys, time
@@ -53,15 +51,7 @@ def manifest(hub: Hub) -> str:
 
 def run(command: list[str], hub: Hub, home: Path) -> float:
     """Run a command with an empty cache; returns seconds."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    environment |= {
-        "FASTFACE_HOME": str(home),
-        "HF_HOME": str(home / "hf"),
-        "HF_ENDPOINT": hub.url,
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "NO_PROXY": "127.0.0.1",
-    }
+    environment = environment_of(hub, home) | {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     start = time.monotonic()
     subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     return time.monotonic() - start

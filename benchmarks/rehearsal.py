@@ -12,7 +12,6 @@ the CPU in float32 by default. About 35 GB of disk and 20 GB of memory are neede
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
 import time
@@ -23,7 +22,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from support.hub_server import Hub, hub_server
+from support.hub_server import Hub, environment_of, hub_server
 from support.published_hub import publish
 
 from benchmarks import adapter_files
@@ -100,7 +99,7 @@ def write_other(name: str, path: str, target: Path) -> None:
     }.get(name, base_configs(PUBLISHED))
     for tokenizer, pad in PADS.items():
         if path.startswith(f"{tokenizer}/"):
-            write_tokenizer(target.parent, 49408, pad)
+            write_tokenizer(target.parent, PUBLISHED.text_encoder["vocab_size"], pad)
             return
     (config,) = (config for end, config in configs.items() if path.endswith(end))
     target.write_text(config_text(config))
@@ -108,17 +107,10 @@ def write_other(name: str, path: str, target: Path) -> None:
 
 def command(arguments: list[str], manifest: Path, hub: Hub, home: Path, expected: int = 0) -> None:
     """Run one `fastface` command in a new process, and print how long it took."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    environment |= {
-        "FASTFACE_HOME": str(home),
-        "HF_HOME": str(home / "hf"),
-        "HF_ENDPOINT": hub.url,
-        "NO_PROXY": "127.0.0.1",
-    }
     print("$ fastface", *arguments, flush=True)
     began = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, "-c", CHILD, str(manifest), *arguments], env=environment, check=False
+        [sys.executable, "-c", CHILD, str(manifest), *arguments], env=environment_of(hub, home), check=False
     )
     print(f"exit code {done.returncode}, {time.perf_counter() - began:.0f} s\n", flush=True)
     if done.returncode != expected:

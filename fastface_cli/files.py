@@ -115,7 +115,7 @@ def remove_temporaries(folder: Path) -> None:
 
 
 def remove_abandoned(folder: Path) -> None:
-    """Remove temporary files that were last written a minute ago, so that no other process is at them.
+    """Remove the temporary files of killed processes: those that were last written at least a minute ago.
 
     They can hold a face. Subfolders are not searched; the folder may be missing.
     """

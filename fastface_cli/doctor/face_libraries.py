@@ -76,9 +76,7 @@ def check_detector(file: Path | None, recipe_name: str) -> Finding:
         try:
             YuNetAnalyzer(file)
         except ModelUnavailableError as error:
-            return Finding(
-                "Face models", "failure", error.message, download_command(recipe_name), ModelUnavailableError
-            )
+            return _do_not_load(error, recipe_name)
     name = "the face detector" if file is None else file.name
     return Finding("Face models", "ok", f"{name} runs on the CPU, with OpenCV {cv2.__version__}")
 
@@ -92,9 +90,7 @@ def check_onnx_session(
     try:
         analyzer = load_face_models(face_models, device="cuda" if machine.gpus else "cpu")
     except ModelUnavailableError as error:
-        return Finding(
-            "Face models", "failure", error.message, download_command(recipe_name), ModelUnavailableError
-        )
+        return _do_not_load(error, recipe_name)
     versions = " and ".join(f"{owner} {version}" for owner, version in owners.items())
     provider = analyzer.provider.removesuffix("ExecutionProvider")
     message = f"{versions}: {name} runs on {provider}"
@@ -108,6 +104,11 @@ def check_onnx_session(
     elif machine.gpus:
         message += " although there is a GPU"
     return Finding("ONNX Runtime", "warning", message, replacement.command_line(), fixable=True)
+
+
+def _do_not_load(error: ModelUnavailableError, recipe_name: str) -> Finding:
+    command = download_command(recipe_name)
+    return Finding("Face models", "failure", error.message, command, ModelUnavailableError)
 
 
 def repair_packages(machine: Machine, log: Callable[[str], None]) -> list[str]:

@@ -329,9 +329,9 @@ def _measure(
         if turns:
             photo = replace(photo, image=upright)
             report(f"{photo.name} lies on its side; rotated by {90 * turns} degrees")
-    else:
-        faces = find_faces(bgr(photo.image), analyzer)
     image = bgr(photo.image)
+    if box is not None:  # in pixels of the photo as it is
+        faces = find_faces(image, analyzer)
     if not faces and box is None:
         return describe_attempts(image)
     face = choose_face(photo, faces, analyzer, index=index, box=box)

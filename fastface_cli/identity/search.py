@@ -48,8 +48,9 @@ def find_upright(image: Image.Image, analyzer: FaceAnalyzer) -> tuple[Image.Imag
     Returns:
         The image, what `find_faces` returns for it, and the number of quarter turns to the left.
     """
-    faces = find_faces(bgr(image), analyzer)
-    turns = _turns_upright(bgr(image), faces, analyzer)
+    pixels = bgr(image)
+    faces = find_faces(pixels, analyzer)
+    turns = _turns_upright(pixels, faces, analyzer)
     if turns:
         image = image.rotate(90 * turns, expand=True)
         faces = find_faces(bgr(image), analyzer)

@@ -14,6 +14,7 @@ from PIL import Image
 
 from ..app.stack import ModelStack
 from ..errors import UsageError
+from ..files import remove_abandoned
 from ..identity.analyzer import Box
 from ..identity.identity import MAX_BYTES, Identity
 from ..identity.photos import Photo, open_photo
@@ -73,6 +74,7 @@ class IdentityBook:
         self._identities: dict[str, Identity] = {}
         self._lock = threading.Lock()
         if folder is not None and folder.is_dir():
+            remove_abandoned(folder)
             for path in sorted(folder.glob("*.safetensors"))[:limit]:
                 self._identities[path.stem] = Identity.load(path)
 

@@ -76,10 +76,8 @@ class Studio:
         self.registry = Registry(self.limits)
         self.faces = FaceService(ModelStack(runtime, settings, offline=offline))
         folder = None if options.output is None else options.output / "identities"
-        if options.output is not None and folder is not None:
-            # A server that was killed while it wrote leaves them.
+        if options.output is not None:
             remove_abandoned(options.output)
-            remove_abandoned(folder)
         self.identities = IdentityBook(folder, self.limits.identities)
         self._findings: list[dict[str, Any]] | None = None
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from support.golden_files import GOLDEN, write_plus_face, write_tower
 from support.hub_server import hub_server
 from support.published_hub import publish
 from support.tiny_manifest import use_hub
@@ -22,14 +23,10 @@ from benchmarks.published_files import PT, lora_layout, write, write_tokenizer
 from fastface_cli import cli
 from fastface_cli.app.licensing import artifacts_of
 from fastface_cli.benchmark.sdxl import PADS
-from fastface_cli.identity.eva import PREFIX, EvaConfig, EvaTower
 from fastface_cli.recipe.files import load_recipe
 from fastface_cli.store import manifest
 
-ROOT = Path(__file__).parents[2]
-GOLDEN, PORTRAIT = ROOT / "tests" / "data" / "golden", ROOT / "examples" / "portrait.png"
-TOWER = EvaConfig(side=56, width=32, depth=6, heads=1, hidden=85, output=24, taps=(1, 2, 3, 4, 5))
-"""The image tower that PuLID's golden adapter was made for."""
+PORTRAIT = Path(__file__).parents[2] / "examples" / "portrait.png"
 ADAPTERS = ("hyper-fastface", "lightning-plusface", "hyper-instantid-fastface", "lightning-pulid-dcg")
 DISTILLATIONS = ("lcm", "turbo", "dmd2", "tcd", "pcm", "hypercfg", "nitro", "nitrovibrant")
 
@@ -58,7 +55,7 @@ def from_golden(name: str, path: str, target: Path, _length: int | None) -> None
         case "ip-adapter-image-encoder":
             shutil.copyfile(GOLDEN / "clip" / file, target)
         case "ip-adapter-plus-face-sdxl":
-            save_plus_face(target)
+            write_plus_face(target)
         case "instantid":
             shutil.copyfile(GOLDEN / "instantid" / file, target)
         case "instantid-controlnet":
@@ -66,25 +63,12 @@ def from_golden(name: str, path: str, target: Path, _length: int | None) -> None
         case "pulid-v1":
             save_file(torch.load(GOLDEN / "pulid" / "pulid_v1.bin", weights_only=True), target)
         case "eva02-clip-l-336":
-            tower = EvaTower(TOWER)
-            for parameter in tower.parameters():
-                torch.nn.init.normal_(parameter, std=0.2)
-            save_file({PREFIX + key: tensor for key, tensor in tower.state_dict().items()}, target)
-
-
-def save_plus_face(target: Path) -> None:
-    """InstantID's golden file, with a projection for the golden image encoder."""
-    state = torch.load(GOLDEN / "instantid" / "ip-adapter.bin", weights_only=True)
-    width = json.loads((GOLDEN / "clip" / "config.json").read_text())["hidden_size"]
-    state["image_proj"]["proj_in.weight"] = torch.randn(128, width) / 8
-    tensors = {f"{part}.{name}": tensor for part, own in state.items() for name, tensor in own.items()}
-    save_file(tensors, target)
+            write_tower(target)
 
 
 @pytest.fixture
 def recipe(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The name of a recipe whose files the Hub serves."""
-    torch.manual_seed(0)
     with hub_server() as hub:
         names = [artifact.name for artifact in artifacts_of(load_recipe(request.param).recipe).values()]
         (tmp_path / "manifest.yaml").write_text(publish(hub, names, tmp_path / "published", from_golden))

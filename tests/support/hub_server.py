@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 COMMIT = "c0ffee" + "0" * 33 + "1"
@@ -98,6 +100,17 @@ def hub_server() -> Iterator[Hub]:
         for server in servers:
             server.shutdown()
             server.server_close()
+
+
+def environment_of(hub: Hub, home: Path) -> dict[str, str]:
+    """The environment of a process that downloads from the Hub into a folder of its own."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    return inherited | {
+        "FASTFACE_HOME": str(home),
+        "HF_HOME": str(home / "hf"),
+        "HF_ENDPOINT": hub.url,
+        "NO_PROXY": "127.0.0.1",
+    }
 
 
 def sha256(content: bytes) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 from collections.abc import Mapping
@@ -13,18 +12,13 @@ import pytest
 
 from fastface_cli.settings import Settings
 from fastface_cli.store import Artifact, Store, parse_manifest
-from support.hub_server import COMMIT, Hub
+from support.hub_server import COMMIT, Hub, sha256
 
 BIG = random.Random(7).randbytes(3_500_000)
 DETECTOR = random.Random(8).randbytes(40_000)
 RECOGNISER = random.Random(9).randbytes(60_000)
 CONFIG = b'{"sample_size": 4}'
 MODEL = random.Random(10).randbytes(5_000)
-
-
-def sha256(content: bytes) -> str:
-    """SHA-256 in hex."""
-    return hashlib.sha256(content).hexdigest()
 
 
 def manifest_text(hub: Hub) -> str:

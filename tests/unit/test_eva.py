@@ -10,6 +10,7 @@ import torch
 from golden import adapters
 from safetensors.torch import save_file
 from support.face_stand_ins import write_parser
+from support.golden_files import GOLDEN, random_tower, write_tower
 
 from fastface_cli.app.events import IdentityReady, ImageFinished
 from fastface_cli.app.request import GenerateRequest
@@ -23,17 +24,8 @@ from fastface_cli.recipe.files import load_recipe_data
 from fastface_cli.recipe.schema import Recipe
 from fastface_cli.store.manifest import resolve
 
-ROOT = Path(__file__).parents[2]
-GOLDEN, PHOTO = ROOT / "tests" / "data" / "golden", ROOT / "examples" / "portrait.png"
+PHOTO = Path(__file__).parents[2] / "examples" / "portrait.png"
 SMALL = EvaConfig(side=56, width=128, depth=6, heads=2, hidden=341, output=24, taps=(1, 2, 3, 4, 5))
-
-
-def random_tower(config: EvaConfig = SMALL) -> EvaTower:
-    torch.manual_seed(0)
-    tower = EvaTower(config).eval()
-    for parameter in tower.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    return tower
 
 
 def plain_tower(state: dict[str, torch.Tensor], config: EvaConfig, image: torch.Tensor) -> list[torch.Tensor]:
@@ -87,7 +79,7 @@ def plain_tower(state: dict[str, torch.Tensor], config: EvaConfig, image: torch.
 
 
 def test_tower_equals_a_plain_second_implementation():
-    tower = random_tower()
+    tower = random_tower(SMALL)
     image = torch.randn(1, 3, SMALL.side, SMALL.side)
     with torch.no_grad():
         embedding, hidden = tower(image)
@@ -107,7 +99,7 @@ def test_tower_equals_timm():
         depth=SMALL.depth,
         num_heads=SMALL.heads,
     ).eval()
-    tower = random_tower()
+    tower = random_tower(SMALL)
     module.load_state_dict(tower.state_dict(), strict=True)
     image = torch.randn(2, 3, SMALL.side, SMALL.side)
     with torch.no_grad():
@@ -130,7 +122,7 @@ def test_the_published_tower_has_512_tensors():
 
 
 def test_weights_are_read_from_an_open_clip_file(tmp_path: Path):
-    tower = random_tower()
+    tower = random_tower(SMALL)
     state = {f"{PREFIX}{name}": tensor.half() for name, tensor in tower.state_dict().items()}
     path = tmp_path / "open_clip_model.safetensors"
     save_file({**state, "logit_scale": torch.ones(1)}, path)
@@ -182,10 +174,7 @@ def test_a_parser_is_an_onnx_file_with_the_scores_first(tmp_path: Path):
 def pulid_recipe(tmp_path: Path, **parts: str) -> Recipe:
     """PuLID's golden stack, which reads photos through a miniature tower and a stand-in for the parser."""
     write_parser(tmp_path / "parser.onnx")
-    # The shape that the golden adapter was made for: 16 patches of width 32, an embedding of 24 numbers.
-    config = EvaConfig(side=56, width=32, depth=6, heads=1, hidden=85, output=24, taps=(1, 2, 3, 4, 5))
-    state = random_tower(config).state_dict()
-    save_file({f"{PREFIX}{name}": tensor for name, tensor in state.items()}, tmp_path / "tower.safetensors")
+    write_tower(tmp_path / "tower.safetensors")
     (case,) = [case for case in adapters.cases(GOLDEN, GOLDEN / "pulid") if case.name == "v1-plain-hyper"]
     data = case.recipe.canonical()
     data["model"] |= {

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from support.face_stand_ins import CELL, write_yunet
+from support.golden_files import write_plus_face
 from support.methods import recipe_of
 
 from fastface_cli.app.licensing import artifacts_of, check_commercial
@@ -138,12 +139,8 @@ def test_no_part_of_the_stack_forbids_commercial_use() -> None:
 @pytest.fixture(scope="module")
 def pipeline(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
     """A small plus-face stack: InstantID's random file, with a projection for the golden image encoder."""
-    state = torch.load(golden / "instantid" / "ip-adapter.bin", weights_only=True)
-    config = load_config(golden / "clip")
-    generator = torch.Generator().manual_seed(4)
-    state["image_proj"]["proj_in.weight"] = torch.randn(128, config["hidden_size"], generator=generator) / 8
-    file = tmp_path_factory.mktemp("plus") / "plus.bin"
-    torch.save(state, file)
+    file = tmp_path_factory.mktemp("plus") / "plus.safetensors"
+    write_plus_face(file)
     data = recipe_of().canonical()
     data["model"] |= {
         "base": str(golden / "pipe"),
@@ -156,13 +153,6 @@ def pipeline(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Pipeline
     ).recipe
     paths = {role: Path(str(part)) for role, part in recipe.references().items() if role != "face"}
     return Pipeline.load(recipe, paths, device="cpu", dtype="float32")
-
-
-def load_config(folder: Path) -> dict[str, int]:
-    import json
-
-    config: dict[str, int] = json.loads((folder / "config.json").read_text())
-    return config
 
 
 def test_sixteen_tokens_of_the_crop(pipeline: Pipeline, person: Identity) -> None:
